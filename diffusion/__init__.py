@@ -1,0 +1,1 @@
+"""What every part of the suite shares: the circle, schedules, networks, data, training."""

@@ -1,0 +1,124 @@
+"""Checkpoints: a safetensors file with a card (JSON) that says how to use it.
+
+Every file is written beside its name and renamed, so a killed run leaves the last whole one.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from diffusion.console import UserError
+
+FORMAT = 1
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A path beside `path` to write to; renamed to it on success, removed on failure."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield part
+        with open(part, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_atomic(path: Path, content: bytes | str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path) as part:
+        part.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_atomic(path, safetensors.torch.save(tensors, metadata))
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+    except (safetensors.SafetensorError, ValueError) as error:
+        raise UserError(f"{path} is not a whole safetensors file ({error})") from error
+
+
+def weights_sha256(tensors: dict[str, Tensor]) -> str:
+    """sha256 over names, shapes and bytes: the identity of a network, whatever its file says."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a checkpoint says of itself: enough to rebuild it, sample from it and trace its line."""
+
+    method: str
+    """What made it, for tables to show; nothing depends on it."""
+    sampler: str
+    """Its own sampler, by name."""
+    plans: dict[int, list[float]]
+    """Its own step counts, each with its angles: ascending, radians, from 0."""
+    solvers: tuple[str, ...]
+    """Samplers that may run it at any number of calls on the angles of its longest plan."""
+    net: dict
+    """The network's configuration."""
+    data: dict
+    """The images' name, shape and scale."""
+    parent: str | None = None
+    """sha256 of the weights that it was distilled from."""
+    training: dict = field(default_factory=dict)
+    """Settings, iterations, images seen and seconds."""
+    format: int = FORMAT
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def from_json(text: str) -> "Card":
+        card = json.loads(text)
+        if card.get("format") != FORMAT:
+            raise UserError(f"the card is of format {card.get('format')}, expected {FORMAT}")
+        card["plans"] = {int(steps): angles for steps, angles in card["plans"].items()}
+        card["solvers"] = tuple(card["solvers"])
+        return Card(**card)
+
+
+def save(path: Path, weights: dict[str, Tensor], card: Card) -> str:
+    """Write weights and card; returns the weights' sha256."""
+    sha256 = weights_sha256(weights)
+    save_tensors(path, weights, {"card": card.to_json(), "weights_sha256": sha256})
+    return sha256
+
+
+def load(path: Path) -> tuple[dict[str, Tensor], Card, str]:
+    """Weights, card and the weights' sha256 of a checkpoint or of a run's folder, verified."""
+    file = path / "model.safetensors" if path.is_dir() else path
+    if not file.exists():
+        raise UserError(f"no checkpoint at {file}: expected a run's folder or a .safetensors file")
+    weights, metadata = load_tensors(file)
+    if "card" not in metadata:
+        raise UserError(f"{file} has no card: it was not written by this suite")
+    sha256 = weights_sha256(weights)
+    if metadata.get("weights_sha256") != sha256:
+        raise UserError(f"{file} is damaged: its weights do not match their sha256")
+    try:
+        return weights, Card.from_json(metadata["card"]), sha256
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{file} has a card that cannot be read ({error})") from error

@@ -1,0 +1,104 @@
+"""What a user sees: progress, plain lines, and one line for a mistake."""
+
+import errno
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+T = TypeVar("T")
+_quiet = False
+
+
+class UserError(Exception):
+    """A user's mistake. The message names what was expected, what came, and the mend."""
+
+
+class Interrupted(Exception):
+    """A signal asked for a stop, and all that was done is on disk."""
+
+    def __init__(self, message: str, signal: int):
+        super().__init__(message)
+        self.signal = signal
+
+
+def silence() -> None:
+    """Print nothing from now on but errors: for all processes but the first."""
+    global _quiet
+    _quiet = True
+
+
+def say(line: str) -> None:
+    if not _quiet:
+        out.print(line, markup=False)
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call main. A user's mistake, or a full or locked disk, is one line and exit code 2."""
+    environmental = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
+    environmental |= {errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG}
+    try:
+        main()
+    except UserError as error:
+        _fail(str(error), 2)
+    except Interrupted as stop:
+        _fail(str(stop), 128 + stop.signal)
+    except KeyboardInterrupt:
+        _fail("interrupted", 130)
+    except OSError as error:
+        if error.errno not in environmental:
+            raise
+        where = f": {error.filename}" if error.filename else ""
+        _fail(f"{error.strerror}{where}", 2)
+
+
+def _fail(message: str, code: int) -> None:
+    err.print(f"error: {message}" if code == 2 else message, markup=False)
+    sys.exit(code)
+
+
+def track(
+    items: Iterable[T], title: str, describe: Callable[[T], tuple[int, int, str]]
+) -> Iterator[T]:
+    """Pass items on and show how far they are: a bar in a terminal, else a line now and then.
+
+    describe: item -> (done, total, what to say of it).
+    """
+    if _quiet:
+        yield from items
+    elif out.is_terminal:
+        yield from _bar(items, title, describe)
+    else:
+        yield from _lines(items, title, describe)
+
+
+def _bar(items, title, describe):
+    columns = [TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%")]
+    columns += [TextColumn("{task.fields[words]}"), TimeElapsedColumn(), TimeRemainingColumn()]
+    with Progress(*columns, console=out) as bar:
+        task = bar.add_task(title, words="", total=None)
+        for item in items:
+            done, total, words = describe(item)
+            bar.update(task, completed=done, total=total, words=words)
+            yield item
+
+
+def _lines(items, title, describe, every: float = 10.0):
+    start = shown = time.monotonic()
+    first = None
+    for item in items:
+        done, total, words = describe(item)
+        now = time.monotonic()
+        if first is None:
+            first = (done, start)
+        if now - shown > every or done == total:
+            pace = (now - start) / max(done - first[0], 1)
+            left = f", {pace * (total - done):.0f} s left" if done < total else ""
+            say(f"{title}  {done}/{total}  {words}, {now - start:.0f} s{left}")
+            shown = now
+        yield item

@@ -1,0 +1,30 @@
+"""Denoiser: a network that predicts a velocity, read as an x0. Precision is decided here."""
+
+import torch
+from torch import Tensor, nn
+
+from diffusion.circle import TO_X0
+
+
+class Denoiser(nn.Module):
+    """D(x_t, t) = cos(t) x_t - sin(t) v(x_t, t), so D(x, 0) = x holds exactly.
+
+    At unit variance this is the preconditioning of Karras et al. 2022, table 1, and the
+    boundary condition of a consistency model (Song et al. 2023, section 3) at no cost.
+
+    net: (x_t (B, C, H, W), t (B,) float32, label (B,) int64 or None) -> velocity (B, C, H, W)
+    precision: "fp32" or "bf16" (autocast of the network alone; angles and sums stay float32).
+    """
+
+    def __init__(self, net: nn.Module, precision: str = "fp32"):
+        super().__init__()
+        self.net = net.to(memory_format=torch.channels_last)
+        self.precision = precision
+
+    def forward(self, x_t: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+        """x0 (B, C, H, W) float32. t: (B,) or scalar radians; label: (B,), None without classes."""
+        t = t.expand(len(x_t))
+        with torch.autocast(x_t.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            x = x_t.contiguous(memory_format=torch.channels_last)
+            velocity = self.net(x, t.float(), label)
+        return TO_X0["v"](x_t, velocity.float(), t)

@@ -1,0 +1,97 @@
+"""A trained model: a denoiser and the card that says how to sample from it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from diffusion import checkpoint
+from diffusion.checkpoint import Card
+from diffusion.console import UserError
+from diffusion.data import ImageSpec
+from diffusion.denoiser import Denoiser
+from diffusion.networks import UNet, UNetConfig
+from diffusion.noise import Noise
+from diffusion.samplers import SOLVERS, sample
+
+
+@dataclass(frozen=True)
+class Model:
+    denoiser: Denoiser
+    card: Card
+    sha256: str
+
+    @property
+    def spec(self) -> ImageSpec:
+        return ImageSpec(**self.card.data)
+
+    @property
+    def schedule(self) -> Tensor:
+        """The angles of its longest plan, (N + 1,) float64."""
+        return torch.tensor(self.card.plans[max(self.card.plans)], dtype=torch.float64)
+
+    def plan(self, num_steps: int | None = None, sampler: str | None = None) -> tuple[str, Tensor]:
+        """The sampler and angles (ascending) for a number of steps: its own, or a solver's.
+
+        Raises UserError where it was not trained for so many and no solver may run it.
+        """
+        card = self.card
+        if num_steps is None:
+            num_steps = next(iter(card.plans)) if sampler in (None, card.sampler) else 50
+        if num_steps < 1:
+            raise UserError(f"--steps must be at least 1, got {num_steps}")
+        if sampler in (None, card.sampler) and num_steps in card.plans:
+            return card.sampler, torch.tensor(card.plans[num_steps], dtype=torch.float64)
+        if sampler is None and card.solvers:
+            sampler = card.solvers[0]
+        if sampler in card.solvers:
+            return sampler, SOLVERS[sampler].angles(self.schedule, num_steps)
+        counts = ", ".join(map(str, card.plans))
+        raise UserError(
+            f"this {card.method} model samples by {card.sampler} in {counts} steps, "
+            f"not by {sampler or card.sampler} in {num_steps}"
+        )
+
+    def sample(self, plan: tuple[str, Tensor], seed: int, indices: Tensor, label=None) -> Tensor:
+        """Images number `indices` (B,) of the seed: (B, C, H, W) uint8 on the indices' device.
+
+        label: (B,) classes, None for unconditional.
+        """
+        sampler, angles = plan
+        noise = Noise(seed, indices, self.spec.shape)
+        x0 = sample(self.denoiser, noise, sampler, angles.to(indices.device), label)
+        return self.spec.to_uint8(x0)
+
+
+def build(net: dict | UNetConfig, precision: str) -> Denoiser:
+    """A new denoiser of that configuration."""
+    if isinstance(net, dict):
+        net = UNetConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in net.items()})
+    coarsest = 2 ** (len(net.multipliers) - 1)
+    if net.size % coarsest or net.width % 8:
+        raise UserError(
+            f"a network of {len(net.multipliers)} levels needs a size divisible by {coarsest} "
+            f"and a width divisible by 8, got size {net.size} and width {net.width}"
+        )
+    return Denoiser(UNet(net), precision)
+
+
+def load(path: Path, device: torch.device | str = "cpu", precision: str = "fp32") -> Model:
+    """The model of a checkpoint or of a run's folder, for inference."""
+    weights, card, sha256 = checkpoint.load(path)
+    try:
+        denoiser = build(card.net, precision)
+        denoiser.net.load_state_dict(weights)
+    except (RuntimeError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path}: the weights do not fit the card's network ({reason})") from error
+    return Model(denoiser.to(device).eval().requires_grad_(False), card, sha256)
+
+
+def require_same_images(spec: ImageSpec, model: Model, path: Path) -> None:
+    if (spec.name, spec.shape) != (model.spec.name, model.spec.shape):
+        raise UserError(
+            f"{path} was trained on {model.spec.name} images of shape {model.spec.shape}, "
+            f"expected {spec.name} of shape {spec.shape}"
+        )

@@ -1,0 +1,175 @@
+"""A U-Net for 8x8 to 64x64 images, 0.3 M to 60 M parameters by its configuration alone.
+
+Residual blocks with scale and shift from the noise level, attention at chosen resolutions:
+the network of Dhariwal & Nichol 2021 with the order of layers of Ho et al. 2020.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """The shape of a U-Net."""
+
+    channels: int = 1
+    """Image channels: 1 or 3."""
+    size: int = 8
+    """Image height and width; divisible by 2 once for each level but the first."""
+    width: int = 32
+    """Channels at the finest level; a multiple of 8."""
+    multipliers: tuple[int, ...] = (1, 2)
+    """Channels of each level as a multiple of the width; each level halves the resolution."""
+    blocks: int = 2
+    """Residual blocks per level."""
+    attention: tuple[int, ...] = (4,)
+    """Resolutions (heights in pixels) that get self-attention."""
+    dropout: float = 0.0
+    """Dropout inside residual blocks."""
+    num_classes: int = 0
+    """Classes for conditional generation; 0 for none. Class `num_classes` means unknown."""
+
+
+def _zero(module: nn.Module) -> nn.Module:
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module
+
+
+def _norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(min(32, channels // 8), channels)
+
+
+class AngleEmbedding(nn.Module):
+    """Sines and cosines of t at frequencies 0.5 to 64, then a small MLP: (B,) -> (B, width).
+
+    The frequencies stay low enough for a smooth d/dt (Lu & Song 2024, section 4.1).
+    """
+
+    def __init__(self, width: int):
+        super().__init__()
+        half = width // 4
+        octaves = torch.linspace(-1, 6, half)
+        self.register_buffer("frequencies", 2**octaves, persistent=False)
+        self.mlp = nn.Sequential(nn.Linear(2 * half, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, t: Tensor) -> Tensor:
+        phase = t[:, None] * self.frequencies
+        return self.mlp(torch.cat([phase.sin(), phase.cos()], dim=1))
+
+
+class ResidualBlock(nn.Module):
+    """x + conv(dropout(silu(norm(conv(silu(norm x))) (1 + scale) + shift))), zero at the start."""
+
+    def __init__(self, channels_in: int, channels_out: int, embedding: int, dropout: float):
+        super().__init__()
+        self.norm1, self.norm2 = _norm(channels_in), _norm(channels_out)
+        self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
+        self.modulation = nn.Linear(embedding, 2 * channels_out)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = _zero(nn.Conv2d(channels_out, channels_out, 3, padding=1))
+        same = channels_in == channels_out
+        self.skip = nn.Identity() if same else nn.Conv2d(channels_in, channels_out, 1)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        scale, shift = self.modulation(embedding)[:, :, None, None].chunk(2, dim=1)
+        h = F.silu(torch.addcmul(shift, self.norm2(h), 1 + scale))
+        return self.skip(x) + self.conv2(self.dropout(h))
+
+
+class Attention(nn.Module):
+    """Self-attention over pixels in heads of up to 64 channels, zero at the start."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.heads = math.ceil(channels / 64)
+        self.norm = _norm(channels)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.out = _zero(nn.Conv2d(channels, channels, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, c, height, width = x.shape
+        qkv = self.qkv(self.norm(x)).flatten(2).reshape(b, 3, self.heads, c // self.heads, -1)
+        q, k, v = qkv.transpose(-1, -2).unbind(1)
+        if x.is_cuda:
+            mixed = F.scaled_dot_product_attention(q, k, v)
+        else:  # the CPU's fused kernel is slower than plain products on so few pixels
+            mixed = (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(-1) @ v
+        return x + self.out(mixed.transpose(-1, -2).reshape(b, c, height, width))
+
+
+class UNet(nn.Module):
+    """(x_t (B, C, H, W), t (B,) radians, label (B,) or None) -> velocity (B, C, H, W).
+
+    The output layer starts at zero: an untrained network predicts velocity 0.
+    """
+
+    def __init__(self, config: UNetConfig):
+        super().__init__()
+        self.config = config
+        embedding = 4 * config.width
+        self.angle = AngleEmbedding(embedding)
+        if config.num_classes:
+            self.classes = nn.Embedding(config.num_classes + 1, embedding)
+        widths = [config.width * m for m in config.multipliers]
+
+        def block(channels_in: int, channels_out: int, size: int) -> nn.ModuleList:
+            layers = [ResidualBlock(channels_in, channels_out, embedding, config.dropout)]
+            if size in config.attention:
+                layers.append(Attention(channels_out))
+            return nn.ModuleList(layers)
+
+        self.stem = nn.Conv2d(config.channels, config.width, 3, padding=1)
+        self.down, self.up = nn.ModuleList(), nn.ModuleList()
+        channels, size, skips = config.width, config.size, [config.width]
+        for level, width in enumerate(widths):
+            if level:
+                self.down.append(nn.Conv2d(channels, channels, 3, padding=1, stride=2))
+                size //= 2
+                skips.append(channels)
+            for _ in range(config.blocks):
+                self.down.append(block(channels, width, size))
+                channels = width
+                skips.append(channels)
+        self.middle = nn.ModuleList(
+            [*block(channels, channels, size), *block(channels, channels, size)]
+        )
+        for level, width in reversed(list(enumerate(widths))):
+            for _ in range(config.blocks + 1):
+                self.up.append(block(channels + skips.pop(), width, size))
+                channels = width
+            if level:
+                self.up.append(nn.Conv2d(channels, channels, 3, padding=1))
+                size *= 2
+        self.norm = _norm(channels)
+        self.head = _zero(nn.Conv2d(channels, config.channels, 3, padding=1))
+
+    def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+        embedding = self.angle(t)
+        if self.config.num_classes:
+            unknown = torch.full(t.shape, self.config.num_classes, device=t.device)
+            embedding = embedding + self.classes(unknown if label is None else label)
+        embedding = F.silu(embedding)
+        h = self.stem(x)
+        skips = [h]
+        for layer in self.down:
+            h = _apply(layer, h, embedding)
+            skips.append(h)
+        h = _apply(self.middle, h, embedding)
+        for layer in self.up:
+            if isinstance(layer, nn.ModuleList):
+                h = _apply(layer, torch.cat([h, skips.pop()], dim=1), embedding)
+            else:
+                h = layer(F.interpolate(h, scale_factor=2.0, mode="nearest"))
+        return self.head(F.silu(self.norm(h)))
+
+
+def _apply(layers: nn.Module, h: Tensor, embedding: Tensor) -> Tensor:
+    for layer in layers if isinstance(layers, nn.ModuleList) else [layers]:
+        h = layer(h, embedding) if isinstance(layer, ResidualBlock) else layer(h)
+    return h

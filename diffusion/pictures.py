@@ -1,0 +1,32 @@
+"""Pictures of images: grids as PNG, small images enlarged so that pixels can be seen."""
+
+import io
+import math
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.utils import make_grid
+
+from diffusion.checkpoint import write_atomic
+
+
+def png(image: Tensor) -> bytes:
+    """(C, H, W) uint8, one or three channels, as PNG bytes."""
+    pixels = image.permute(1, 2, 0).cpu().numpy()
+    buffer = io.BytesIO()
+    Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def grid(images: Tensor, columns: int | None = None, least: int = 56) -> Tensor:
+    """(N, C, H, W) uint8 -> one (3, H', W') uint8 picture, each image at least `least` pixels high."""
+    scale = math.ceil(least / images.shape[-1])
+    images = images.repeat_interleave(scale, -1).repeat_interleave(scale, -2)
+    columns = columns or math.ceil(math.sqrt(len(images)))
+    return make_grid(images.cpu(), nrow=columns, padding=4, pad_value=255).to(torch.uint8)
+
+
+def save_grid(path: Path, images: Tensor, columns: int | None = None) -> None:
+    write_atomic(path, png(grid(images, columns)))

@@ -1,0 +1,111 @@
+"""A run on disk: train a model once, resume it where it was stopped, leave it whole."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+
+from diffusion import checkpoint
+from diffusion.checkpoint import Card, write_atomic
+from diffusion.console import UserError, say, silence, track
+from diffusion.data import Dataset
+from diffusion.denoiser import Denoiser
+from diffusion.model import Model, load
+from diffusion.pictures import save_grid
+from diffusion.training import FitConfig, Objective, Progress, fit, settings_of
+
+
+def train_model(
+    run: Path,
+    denoiser: Denoiser,
+    objective: Objective,
+    dataset: Dataset,
+    config: FitConfig,
+    card: Card,
+) -> Model:
+    """The model of this run: loaded where it is finished, else trained from where it was stopped.
+
+    The card's `training` names the objective's settings; a run made with others is an error.
+    Leaves model.safetensors, log.jsonl and samples.png; state/ only while it is unfinished.
+    """
+    processes = PartialState()
+    if not processes.is_main_process:
+        silence()
+    settings = json.loads(json.dumps({**card.training, **settings_of(config)}))
+    settings |= {"parent": card.parent, "net": json.loads(json.dumps(card.net))}
+    device, finished = processes.device, run / "model.safetensors"
+    if finished.exists():
+        model = load(run, device, config.precision)
+        _require_same(run, model.card.training.get("settings", {}), settings)
+        say(f"{run}  finished before: {finished}")
+        return model
+    state = run / "state" / "state.safetensors"
+    described = run / "state" / "settings.json"
+    if processes.is_main_process:
+        if state.exists():
+            _require_same(run, json.loads(described.read_text()), settings)
+        else:
+            write_atomic(described, json.dumps(settings))
+    processes.wait_for_everyone()
+    last = None
+    progress = fit(denoiser, objective, dataset, config, state)
+    for last in track(_logged(progress, run / "log.jsonl"), str(run), _describe):
+        pass
+    training = {"settings": settings, "iterations": config.iterations}
+    training |= {"images": config.iterations * config.batch_size, "seconds": last.seconds}
+    card = replace(card, training=training)
+    if processes.is_main_process:
+        weights = {name: value.cpu() for name, value in denoiser.net.state_dict().items()}
+        model = Model(denoiser.requires_grad_(False), card, checkpoint.weights_sha256(weights))
+        indices = torch.arange(64, device=device)
+        save_grid(run / "samples.png", model.sample(model.plan(), 0, indices, some_labels(model, 64)))
+        checkpoint.save(finished, weights, card)
+        shutil.rmtree(run / "state")
+        say(f"{run}  loss {last.loss:.4f} after {last.seconds:.0f} s: {finished}, {run / 'samples.png'}")
+    processes.wait_for_everyone()
+    return load(run, device, config.precision)
+
+
+def some_labels(model: Model, count: int) -> torch.Tensor | None:
+    """Every class in turn, for a conditional model."""
+    classes = model.card.net["num_classes"]
+    if not classes:
+        return None
+    return torch.arange(count, device=next(model.denoiser.parameters()).device) % classes
+
+
+def _require_same(run: Path, before: dict, now: dict) -> None:
+    for key in sorted(before.keys() | now.keys()):
+        if before.get(key) != now.get(key):
+            raise UserError(
+                f"{run} holds a run with other settings ({key} was {before.get(key)}, now "
+                f"{now.get(key)}): give the same, or another --out, or delete it"
+            )
+
+
+def _describe(p: Progress) -> tuple[int, int, str]:
+    return p.iteration, p.iterations, f"loss {p.loss:.4f}  {p.images_per_second:,.0f} images/s"
+
+
+def _logged(lines: Iterator[Progress], path: Path) -> Iterator[Progress]:
+    """Append each line to the log; lines that a resumed run makes again are first cut off."""
+    for first, line in enumerate(lines):
+        if PartialState().is_main_process:
+            if first == 0:
+                write_atomic(path, "".join(_lines_before(path, line.iteration)))
+            with open(path, "a") as log:
+                log.write(json.dumps(line._asdict()) + "\n")
+        yield line
+
+
+def _lines_before(path: Path, iteration: int) -> Iterator[str]:
+    for line in path.read_text().splitlines(keepends=True) if path.exists() else []:
+        try:
+            if line.endswith("\n") and json.loads(line)["iteration"] < iteration:
+                yield line
+        except (ValueError, KeyError):  # cut short by a kill
+            continue

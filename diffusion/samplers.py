@@ -1,0 +1,116 @@
+"""Samplers: (denoise, noise, angles) -> x0 (B, C, H, W).
+
+denoise: (x_t, t scalar) -> x0. noise: an iterator over standard normal images; its first is
+where sampling starts. angles: (N + 1,) float64, descending, ends at 0. Every solver here is
+a rotation towards some x0; they differ in which x0.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from diffusion.circle import FROM_X0, add_noise, rotate
+from diffusion.schedules import between, respace, restarts
+
+Denoise = Callable[[Tensor, Tensor], Tensor]
+
+
+def ddim(denoise: Denoise, noise: Iterator[Tensor], angles: Tensor, eta: float = 0.0) -> Tensor:
+    """Song et al. 2021, eq. 12 and 16: N calls. eta = 0 is deterministic, eta = 1 ancestral DDPM.
+
+    At each step the share `fresh` of the noise's amplitude is drawn anew (ancestral with the
+    posterior variance, Ho et al. 2020, eq. 7, is eta = 1).
+    """
+    x = next(noise)
+    for t, s in pairwise(angles):
+        x0 = denoise(x, t)
+        if eta == 0:
+            x = rotate(x, x0, t, s)
+            continue
+        fresh = eta * ((t - s).sin() * (t + s).sin()).sqrt() / (t.sin() * s.cos())
+        kept = (1 - fresh.square()).clamp(min=0).sqrt()
+        eps = kept.float() * FROM_X0["eps"](x, x0, t) + fresh.float() * next(noise)
+        x = add_noise(x0, eps, s)
+    return x
+
+
+def heun(denoise: Denoise, noise: Iterator[Tensor], angles: Tensor) -> Tensor:
+    """Karras et al. 2022, algorithm 1 (no churn): 2 N - 1 calls, second order.
+
+    Their trapezoid in sigma = tan t, written as the x0 of one rotation.
+    """
+    x = next(noise)
+    for t, s in pairwise(angles[:-1]):
+        x0 = denoise(x, t)
+        x0_s = denoise(rotate(x, x0, t, s), s)
+        x = rotate(x, x0 + (x0_s - x0) * (t.tan() / s.tan() / 2).float(), t, s)
+    return denoise(x, angles[-2])
+
+
+def dpm_solver(denoise: Denoise, noise: Iterator[Tensor], angles: Tensor) -> Tensor:
+    """DPM-Solver++(2M), Lu et al. 2022b, algorithm 2: N calls, second order, last step first order.
+
+    The x0 is extrapolated linearly in lambda = -log tan t from this call and the one before.
+    """
+    x, previous, lambdas = next(noise), None, -angles.tan().log()
+    for i, (t, s) in enumerate(pairwise(angles)):
+        x0 = towards = denoise(x, t)
+        if previous is not None and i < len(angles) - 2:
+            ratio = (lambdas[i + 1] - lambdas[i]) / (lambdas[i] - lambdas[i - 1])
+            towards = x0 + (x0 - previous) * (ratio / 2).float()
+        x, previous = rotate(x, towards, t, s), x0
+    return x
+
+
+def consistency(denoise: Denoise, noise: Iterator[Tensor], angles: Tensor) -> Tensor:
+    """Song et al. 2023, algorithm 1: N calls, each to x0, with fresh noise in between."""
+    x0 = denoise(next(noise), angles[0])
+    for t in angles[1:-1]:
+        x0 = denoise(add_noise(x0, next(noise), t), t)
+    return x0
+
+
+SAMPLERS = {
+    "ancestral": partial(ddim, eta=1.0),
+    "ddim": ddim,
+    "heun": heun,
+    "dpm-solver++": dpm_solver,
+    "consistency": consistency,
+}
+
+
+@dataclass(frozen=True)
+class Solver:
+    """How a sampler spends a budget of network calls on a schedule."""
+
+    steps: Callable[[int], int]
+    """Network calls -> sampler steps, the most that the budget pays for."""
+    space: Callable[[Tensor, int], Tensor]
+    """(schedule, number of steps) -> angles."""
+
+    def angles(self, schedule: Tensor, nfe: int) -> Tensor:
+        return self.space(schedule, self.steps(nfe))
+
+
+# What may sample any trained denoiser without further training.
+SOLVERS = {
+    "ancestral": Solver(lambda nfe: nfe, respace),
+    "ddim": Solver(lambda nfe: nfe, respace),
+    "heun": Solver(lambda nfe: (nfe + 1) // 2, between),
+    "dpm-solver++": Solver(lambda nfe: nfe, between),
+    "consistency": Solver(lambda nfe: nfe, restarts),
+}
+
+
+@torch.no_grad()
+def sample(
+    denoise: Callable, noise: Iterator[Tensor], sampler: str, angles: Tensor, label=None
+) -> Tensor:
+    """x0 (B, C, H, W) by the sampler of that name. angles: ascending from 0, on the noise's device."""
+    return SAMPLERS[sampler](
+        lambda x_t, t: denoise(x_t, t, label), noise, angles.flip(0)
+    )

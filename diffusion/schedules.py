@@ -1,0 +1,103 @@
+"""Noise schedules: each is a list of angles 0 = t_0 < t_1 < ... < t_N, float64.
+
+Every schedule is computed from sin and cos together (atan2) and in forms that do not
+subtract near-equal numbers, so that the smallest angles are as exact as the largest.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from diffusion.console import UserError
+
+
+def linear_beta(num_steps: int = 1000, beta_min: float = 1e-4, beta_max: float = 0.02) -> Tensor:
+    """DDPM's schedule (Ho et al. 2020, section 4). Its end is not quite noise: cos t_N = 0.00635.
+
+    With fewer than 1000 steps the betas grow in proportion (so that the end stays), at most 0.999.
+    """
+    scale = 1000 / num_steps
+    betas = torch.linspace(beta_min, beta_max, num_steps, dtype=torch.float64) * scale
+    log_alpha_bar = torch.log1p(-betas.clamp(max=0.999)).cumsum(0)
+    sigma, alpha = (-torch.expm1(log_alpha_bar)).sqrt(), (log_alpha_bar / 2).exp()
+    return _from_zero(torch.atan2(sigma, alpha))
+
+
+def cosine(num_steps: int = 1000, offset: float = 0.008) -> Tensor:
+    """Nichol & Dhariwal 2021, eq. 17, ending at exactly pi/2.
+
+    They clip the last beta at 0.999 to keep eps finite; a velocity is finite there anyway.
+    """
+    i = torch.arange(1, num_steps + 1, dtype=torch.float64)
+    first = offset / (1 + offset) * math.pi / 2
+    phi = (i / num_steps + offset) / (1 + offset) * math.pi / 2
+    # sin^2 t = 1 - cos^2(phi) / cos^2(first), without the subtraction
+    sigma = ((phi - first).sin() * (phi + first).sin()).sqrt()
+    return _from_zero(torch.atan2(sigma, phi.cos()).clamp(max=math.pi / 2))
+
+
+def sigmoid(
+    num_steps: int = 1000, start: float = -3.0, end: float = 3.0, temperature: float = 1.0
+) -> Tensor:
+    """Jabri et al. 2022, section 3.3, ending at exactly pi/2."""
+    i = torch.arange(1, num_steps + 1, dtype=torch.float64) / num_steps
+    low, high = start / temperature, end / temperature
+    x = low + i * (high - low)
+
+    def span(a, b):  # sigmoid(a) - sigmoid(b), without the subtraction
+        return torch.sinh((a - b) / 2) / (2 * torch.cosh(a / 2) * math.cosh(b / 2))
+
+    # alpha^2 is proportional to sigmoid(high) - sigmoid(x), and sigma^2 to sigmoid(x) - sigmoid(low)
+    return _from_zero(torch.atan2(span(x, low).sqrt(), (-span(x, high)).clamp(min=0).sqrt()))
+
+
+def karras(
+    num_steps: int = 1000,
+    ratio_min: float = 0.004,
+    ratio_max: float = 160.0,
+    rho: float = 7.0,
+) -> Tensor:
+    """Karras et al. 2022, eq. 5, with t = atan(sigma / sigma_data), which are 0.004 to 160 there."""
+    ramp = torch.linspace(0, 1, num_steps, dtype=torch.float64)
+    low, high = ratio_min ** (1 / rho), ratio_max ** (1 / rho)
+    ratios = (low + ramp * (high - low)) ** rho if num_steps > 1 else torch.tensor([ratio_max])
+    return _from_zero(torch.atan(ratios.double()))
+
+
+SCHEDULES = {"linear": linear_beta, "cosine": cosine, "sigmoid": sigmoid, "karras": karras}
+
+
+def halve(angles: Tensor, factor: int = 2) -> Tensor:
+    """Every second (`factor`-th) angle, counted from the noisy end, and 0.
+
+    An odd count leaves one shorter step at the data end:
+    1000 -> 500 -> 250 -> 125 -> 63 -> 32 -> 16 -> 8 -> 4 -> 2 -> 1.
+    """
+    kept = angles.flip(0)[::factor].flip(0)
+    return kept if kept[0] == 0 else _from_zero(kept)
+
+
+def respace(angles: Tensor, num_steps: int) -> Tensor:
+    """`num_steps` of the list's own angles, evenly spread over it, ending at its noisy end."""
+    longest = len(angles) - 1
+    if not 1 <= num_steps <= longest:
+        raise UserError(f"the number of steps must be from 1 to {longest}, got {num_steps}")
+    i = torch.linspace(0, longest, num_steps + 1, dtype=torch.float64).round().long()
+    return angles[i]
+
+
+def between(angles: Tensor, num_steps: int) -> Tensor:
+    """Karras' spacing between the list's smallest and largest angle, at most tan t = 160."""
+    ratios = angles[1:].tan()
+    return karras(num_steps, float(ratios[0]), min(float(ratios[-1]), 160.0))
+
+
+def restarts(angles: Tensor, num_steps: int) -> Tensor:
+    """Where a consistency model starts anew: the list's end, then evenly from 1 radian towards 0."""
+    later = torch.linspace(0, 1, num_steps, dtype=torch.float64)[1:]
+    return _from_zero(torch.cat([later, angles[-1:].cpu()]))
+
+
+def _from_zero(angles: Tensor) -> Tensor:
+    return torch.cat([angles.new_zeros(1), angles])

@@ -1,0 +1,1 @@
+"""Distillation methods: one file each, an objective and a command."""

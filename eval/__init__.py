@@ -1,0 +1,1 @@
+"""The harness: quality and wall-clock against step count, with floors, spreads and provenance."""

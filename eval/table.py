@@ -1,0 +1,75 @@
+"""The records as a table: rich for a terminal, Markdown for a page."""
+
+from statistics import mean, median
+
+from rich import box
+from rich.table import Table
+
+from eval.records import Record
+
+COLUMNS = ("method", "sampler", "steps", "NFE", "quality", "x teacher", "ms/image @1")
+COLUMNS += ("images/s", "speed-up", "parameters")
+
+
+def teacher_of(records: list[Record]) -> Record | None:
+    """The row that others are compared with: a first ancestor's own plan, the longest."""
+    roots = [record for record in records if record.own and record.parent is None]
+    return max(roots, key=lambda record: record.nfe, default=None)
+
+
+def images_per_second(record: Record) -> float:
+    return min(record.batch_size, record.num_images) / median(record.batch_seconds)
+
+
+def ratio(record: Record, teacher: Record) -> float:
+    """To the larger of the teacher's figure and the floor."""
+    return record.score / max(teacher.score, mean(teacher.floor))
+
+
+def cells(records: list[Record]) -> list[tuple[str, ...]]:
+    teacher = teacher_of(records)
+    rows = []
+    for record in records:
+        times = images_per_second(record) / images_per_second(teacher) if teacher else None
+        rows.append(
+            (
+                record.method if record.own else f"{record.method} (no training)",
+                record.sampler,
+                str(record.steps),
+                str(record.nfe),
+                f"{record.score:.3g} ± {record.spread:.2g}",
+                f"{ratio(record, teacher):.2f}" if teacher else "-",
+                f"{1000 * median(record.single_seconds):.3g}",
+                f"{images_per_second(record):,.0f}",
+                f"{times:.3g}" if times else "-",
+                f"{record.parameters / 1e6:.2f} M",
+            )
+        )
+    return rows
+
+
+def caption(records: list[Record]) -> str:
+    first = records[0]
+    accuracy = first.extractor.get("accuracy")
+    classifier = f", classifier's accuracy {accuracy:.1%}" if accuracy else ""
+    return (
+        f"quality: {first.metric} of {first.num_images} images, mean ± spread over seeds "
+        f"{', '.join(map(str, first.seeds))}; floor (as many real images) "
+        f"{mean(first.floor):.3g}{classifier}; images/s at batch {first.batch_size} on "
+        f"{first.environment['device']}, {first.environment['precision']}"
+    )
+
+
+def rich_table(records: list[Record]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, caption=caption(records), caption_justify="left")
+    for i, column in enumerate(COLUMNS):
+        table.add_column(column, justify="left" if i < 2 else "right", no_wrap=True)
+    for row in cells(records):
+        table.add_row(*row)
+    return table
+
+
+def markdown(records: list[Record]) -> str:
+    lines = [COLUMNS, tuple("---" if i < 2 else "--:" for i in range(len(COLUMNS)))]
+    lines += cells(records)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{caption(records)}\n"

@@ -1,0 +1,1 @@
+"""Students: how they begin, and what they make when they are trained."""

@@ -1,0 +1,62 @@
+"""How every student begins: from its teacher's weights, on its teacher's data."""
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Self
+
+import torch
+import tyro
+
+from diffusion import data as datasets
+from diffusion.console import UserError
+from diffusion.data import Dataset
+from diffusion.model import Model, load
+from diffusion.training import FitConfig
+from teachers import ddpm
+
+
+@dataclass(frozen=True)
+class StudentOptions:
+    """What all distillation commands ask."""
+
+    teacher: Path = Path("runs/digits/teacher")
+    """The teacher's run or checkpoint; the default one is trained first where there is none."""
+    data: str | None = None
+    """The dataset, where it is not where the teacher's was."""
+    data_dir: Path | None = None
+    """Where a named dataset's files are."""
+    out: Path | None = None
+    """The run's folder; a sibling of the teacher's unless told."""
+
+    @staticmethod
+    def parse(options: type[Self], prog: str) -> Self:
+        """Options from the command line; their defaults are those measured for the teacher's data."""
+        teacher = Path(ddpm.peek("--teacher", str(StudentOptions.teacher)))
+        data = load(teacher).spec.name if teacher.exists() else "digits"
+        config = (tyro.conf.OmitArgPrefixes,)
+        return tyro.cli(options, prog=prog, default=options.default(data), config=config)
+
+
+def find_teacher(
+    options: StudentOptions, method: str, fit: FitConfig
+) -> tuple[Model, Dataset, Path]:
+    """The teacher on its device, its data, and the folder for the run."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not options.teacher.exists() and options.teacher == StudentOptions.teacher:
+        ddpm.train_teacher(ddpm.Options.default("digits"))
+    teacher = load(options.teacher, device, fit.precision)
+    spec = teacher.spec
+    dataset = datasets.load(options.data or spec.name, options.data_dir, spec.size, spec.channels)
+    if dataset.spec.shape != spec.shape:
+        raise UserError(
+            f"{options.teacher} makes images of shape {spec.shape}, "
+            f"but {dataset.spec.name}'s are of shape {dataset.spec.shape}"
+        )
+    dataset = replace(dataset, spec=spec)  # the student keeps the teacher's scale
+    home = options.teacher if options.teacher.is_dir() else options.teacher.parent
+    return teacher, dataset, options.out or home.parent / method
+
+
+def student_card(teacher: Model) -> dict:
+    """What a student's card takes over from its teacher's."""
+    return {"net": teacher.card.net, "data": asdict(teacher.spec), "parent": teacher.sha256}

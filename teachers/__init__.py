@@ -1,0 +1,1 @@
+"""Teachers: slow, good models to distil from."""

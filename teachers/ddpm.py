@@ -1,0 +1,124 @@
+"""Train a DDPM teacher: `python -m teachers.ddpm --data digits`."""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+from torch import Tensor
+
+from diffusion import data as datasets
+from diffusion.checkpoint import Card
+from diffusion.circle import add_noise, x0_loss
+from diffusion.console import UserError, run
+from diffusion.data import Dataset
+from diffusion.model import Model, build
+from diffusion.networks import UNetConfig
+from diffusion.runs import train_model
+from diffusion.schedules import SCHEDULES
+from diffusion.training import Average, Batch, FitConfig
+from teachers.presets import preset
+
+SOLVERS = ("ddim", "heun", "dpm-solver++", "ancestral")
+
+
+@dataclass(frozen=True)
+class Denoising:
+    """DDPM's objective (Ho et al. 2020, algorithm 1): recover x0 from x_t, t drawn from the list."""
+
+    angles: Tensor
+    """(N + 1,) float64, ascending from 0."""
+    weighting: str = "v"
+    averages: Sequence[Average] = ()
+
+    def __call__(self, student, batch: Batch, progress: float) -> Tensor:
+        t = self.angles[1 + (batch.level * (len(self.angles) - 1)).long()]
+        x_t = add_noise(batch.x0, batch.eps, t)
+        return x0_loss(student(x_t, t, batch.label), batch.x0, t, self.weighting)
+
+
+@dataclass(frozen=True)
+class Options:
+    """Train a DDPM teacher on a dataset, or on a folder of images."""
+
+    data: str = "digits"
+    """digits, fashion-mnist, cifar10, or a folder of images (cropped to --size, of --channels)."""
+    data_dir: Path | None = None
+    """Where a named dataset's files are, or are to be downloaded to."""
+    out: Path | None = None
+    """The run's folder; runs/DATA/teacher unless told."""
+    schedule: Literal["linear", "cosine", "sigmoid"] = "cosine"
+    """The 1000 noise levels."""
+    weighting: Literal["v", "truncated", "eps"] = "v"
+    """Of the loss: SNR + 1, max(SNR, 1), or SNR as in DDPM's simple loss (all as weights of x0's)."""
+    net: UNetConfig = field(default_factory=UNetConfig)
+    fit: FitConfig = field(default_factory=FitConfig)
+
+    @staticmethod
+    def default(data: str = "digits") -> "Options":
+        chosen = preset(data)
+        return Options(data=data, net=chosen.net, fit=chosen.teacher)
+
+
+def load_data(options: Options) -> Dataset:
+    """The dataset, after a check that the network's shape and the flip suit it."""
+    net = options.net
+    dataset = datasets.load(options.data, options.data_dir, net.size, net.channels)
+    spec = dataset.spec
+    if (net.channels, net.size) != (spec.channels, spec.size):
+        raise UserError(
+            f"{spec.name} images have {spec.channels} channels and size {spec.size}, "
+            f"but --channels is {net.channels} and --size {net.size}"
+        )
+    if net.num_classes not in (0, spec.num_classes):
+        raise UserError(
+            f"--num-classes must be 0 or {spec.num_classes} for {spec.name}, got {net.num_classes}"
+        )
+    if options.fit.flip and options.data == "digits":
+        raise UserError("--flip would turn digits into other signs: it is not for this dataset")
+    return dataset
+
+
+def train_teacher(options: Options) -> Model:
+    """The teacher of these options: loaded where it is finished, else trained."""
+    dataset = load_data(options)
+    angles = SCHEDULES[options.schedule]()
+    card = Card(
+        method="teacher",
+        sampler="ancestral",
+        plans={len(angles) - 1: angles.tolist()},
+        solvers=SOLVERS,
+        net=asdict(options.net),
+        data=asdict(dataset.spec),
+        training={"schedule": options.schedule, "weighting": options.weighting},
+    )
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(options.fit.seed)
+    denoiser = build(options.net, options.fit.precision)
+    objective = Denoising(angles.to(device), options.weighting)
+    out = options.out or run_folder(options.data) / "teacher"
+    return train_model(out, denoiser, objective, dataset, options.fit, card)
+
+
+def run_folder(data: str) -> Path:
+    return Path("runs") / Path(data).name
+
+
+def peek(flag: str, default: str) -> str:
+    """The value of one option, before the others: their defaults depend on it."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument(flag, default=default)
+    return getattr(parser.parse_known_args()[0], flag.strip("-"))
+
+
+def main() -> None:
+    options = Options.default(peek("--data", "digits"))
+    config = (tyro.conf.OmitArgPrefixes,)
+    train_teacher(tyro.cli(Options, prog="python -m teachers.ddpm", default=options, config=config))
+
+
+if __name__ == "__main__":
+    run(main)
