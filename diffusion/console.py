@@ -78,7 +78,11 @@ def track(
 
 
 def _bar(items, title, describe):
-    columns = [TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%")]
+    columns = [
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+    ]
     columns += [TextColumn("{task.fields[words]}"), TimeElapsedColumn(), TimeRemainingColumn()]
     with Progress(*columns, console=out) as bar:
         task = bar.add_task(title, words="", total=None)

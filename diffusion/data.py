@@ -132,7 +132,9 @@ def cifar10(data_dir: Path | None = None) -> Dataset:
         "that it holds cifar-10-batches-py/, and name the folder with --data-dir"
     )
     train, test = _torchvision(CIFAR10, root, hint)
-    images = [torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous() for part in (train, test)]
+    images = [
+        torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous() for part in (train, test)
+    ]
     return _dataset(
         "cifar10", images[0], torch.tensor(train.targets), images[1], torch.tensor(test.targets)
     )

@@ -74,7 +74,8 @@ def build(net: dict | UNetConfig, precision: str) -> Denoiser:
             f"a network of {len(net.multipliers)} levels needs a size divisible by {coarsest} "
             f"and a width divisible by 8, got size {net.size} and width {net.width}"
         )
-    return Denoiser(UNet(net), precision)
+    layout = torch.channels_last if torch.cuda.is_available() else torch.contiguous_format
+    return Denoiser(UNet(net), precision, layout)
 
 
 def load(path: Path, device: torch.device | str = "cpu", precision: str = "fp32") -> Model:

@@ -51,10 +51,8 @@ def train_model(
         else:
             write_atomic(described, json.dumps(settings))
     processes.wait_for_everyone()
-    last = None
-    progress = fit(denoiser, objective, dataset, config, state)
-    for last in track(_logged(progress, run / "log.jsonl"), str(run), _describe):
-        pass
+    progress = _logged(fit(denoiser, objective, dataset, config, state), run / "log.jsonl")
+    *_, last = track(progress, str(run), _describe)
     training = {"settings": settings, "iterations": config.iterations}
     training |= {"images": config.iterations * config.batch_size, "seconds": last.seconds}
     card = replace(card, training=training)
@@ -62,10 +60,14 @@ def train_model(
         weights = {name: value.cpu() for name, value in denoiser.net.state_dict().items()}
         model = Model(denoiser.requires_grad_(False), card, checkpoint.weights_sha256(weights))
         indices = torch.arange(64, device=device)
-        save_grid(run / "samples.png", model.sample(model.plan(), 0, indices, some_labels(model, 64)))
+        save_grid(
+            run / "samples.png", model.sample(model.plan(), 0, indices, some_labels(model, 64))
+        )
         checkpoint.save(finished, weights, card)
         shutil.rmtree(run / "state")
-        say(f"{run}  loss {last.loss:.4f} after {last.seconds:.0f} s: {finished}, {run / 'samples.png'}")
+        say(
+            f"{run}  loss {last.loss:.4f} after {last.seconds:.0f} s: {finished}, {run / 'samples.png'}"
+        )
     processes.wait_for_everyone()
     return load(run, device, config.precision)
 

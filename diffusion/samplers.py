@@ -111,6 +111,4 @@ def sample(
     denoise: Callable, noise: Iterator[Tensor], sampler: str, angles: Tensor, label=None
 ) -> Tensor:
     """x0 (B, C, H, W) by the sampler of that name. angles: ascending from 0, on the noise's device."""
-    return SAMPLERS[sampler](
-        lambda x_t, t: denoise(x_t, t, label), noise, angles.flip(0)
-    )
+    return SAMPLERS[sampler](lambda x_t, t: denoise(x_t, t, label), noise, angles.flip(0))

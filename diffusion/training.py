@@ -178,7 +178,9 @@ def fit(
                 _save(state, denoiser, averages, optimizer, (done, seconds))
                 saved = now
             if stop:
-                message = f"stopped at iteration {done} of {config.iterations}; the same command resumes"
+                message = (
+                    f"stopped at iteration {done} of {config.iterations}; the same command resumes"
+                )
                 raise Interrupted(message, stop[0])
             pace = counted * config.batch_size / (now - logged)
             sums.zero_()
@@ -209,7 +211,11 @@ class Batches:
             self.labels = dataset.train_labels.to(home)
 
     def draw(self, i: int) -> Batch:
-        size, device, share = self.config.batch_size, self.device, slice(self.rank, None, self.world)
+        size, device, share = (
+            self.config.batch_size,
+            self.device,
+            slice(self.rank, None, self.world),
+        )
         seed = (self.config.seed << 32) + i
         random = self.generator.manual_seed(seed)
         which = torch.randint(len(self.images), (size,), generator=random, device=device)[share]

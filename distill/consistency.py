@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -198,9 +197,7 @@ MODES = {
     "ect": Mode(
         from_teacher=True,
         step=lambda options, teacher: data_step,
-        pairs=lambda options, schedule: tightening(
-            float(between(schedule, 2)[-1]), options.stages
-        ),
+        pairs=lambda options, schedule: tightening(float(between(schedule, 2)[-1]), options.stages),
         target_ema=0.0,
         distance="pseudo-huber",
         weight="gap",

@@ -6,6 +6,7 @@
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -105,13 +106,13 @@ class RandomNetwork(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
         widths = [channels, 32, 64, 64]
-        self.convs = nn.ModuleList(
-            nn.Conv2d(a, b, 3, padding=1) for a, b in zip(widths, widths[1:], strict=False)
-        )
+        self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in pairwise(widths))
         random = torch.Generator().manual_seed(0)
         for parameter in self.parameters():
             fan = parameter[0].numel() if parameter.ndim > 1 else 1
-            nn.init.normal_(parameter, std=(2 / fan) ** 0.5 * (parameter.ndim > 1), generator=random)
+            nn.init.normal_(
+                parameter, std=(2 / fan) ** 0.5 * (parameter.ndim > 1), generator=random
+            )
 
     def forward(self, images: Tensor) -> Tensor:
         h = images.float() / 127.5 - 1

@@ -13,15 +13,17 @@ from diffusion.pictures import grid
 from eval.records import Record
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
-from matplotlib.ticker import FuncFormatter  # noqa: E402
+from matplotlib import pyplot as plt
+from matplotlib.ticker import FuncFormatter
 
 
 def name(record: Record) -> str:
     return record.method if record.own else f"{record.method}, {record.sampler}"
 
 
-def cost_plot(path: Path, records: list[Record], cost: Callable[[Record], float], label: str) -> None:
+def cost_plot(
+    path: Path, records: list[Record], cost: Callable[[Record], float], label: str
+) -> None:
     """Quality against a cost on log axes, one line per method, with the floor."""
     figure, axes = plt.subplots(figsize=(7.5, 5), dpi=120)
     markers = iter("osD^vP*X<>hd")
@@ -34,7 +36,9 @@ def cost_plot(path: Path, records: list[Record], cost: Callable[[Record], float]
             alpha=1 if rows[0].own else 0.6,
         )  # fmt: skip
     axes.axhline(mean(records[0].floor), color="gray", linestyle=":", label="floor: real images")
-    axes.set(xscale="log", yscale="log", xlabel=label, ylabel=f"{records[0].metric} (lower is better)")
+    axes.set(
+        xscale="log", yscale="log", xlabel=label, ylabel=f"{records[0].metric} (lower is better)"
+    )
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.grid(alpha=0.3, which="both")
@@ -72,5 +76,3 @@ def _save(path: Path, figure, tight: bool = True) -> None:
     figure.savefig(buffer, format="png", bbox_inches="tight" if tight else None)
     plt.close(figure)
     write_atomic(path, buffer.getvalue())
-
-

@@ -86,7 +86,9 @@ def read(path: Path) -> list[Record]:
         try:
             records.append(Record(**json.loads(line)))
         except (ValueError, TypeError) as error:
-            raise UserError(f"{path}, line {number}: not a record of format {FORMAT} ({error})") from error
+            raise UserError(
+                f"{path}, line {number}: not a record of format {FORMAT} ({error})"
+            ) from error
     return records
 
 

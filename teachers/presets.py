@@ -37,13 +37,24 @@ FASHION_MNIST = Preset(
 
 CIFAR10 = Preset(
     net=UNetConfig(
-        channels=3, size=32, width=128, multipliers=(1, 2, 2, 2), blocks=2, attention=(16,), dropout=0.1
+        channels=3,
+        size=32,
+        width=128,
+        multipliers=(1, 2, 2, 2),
+        blocks=2,
+        attention=(16,),
+        dropout=0.1,
     ),
     teacher=FitConfig(
         iterations=400_000, batch_size=128, learning_rate=2e-4, warmup=5000, ema=0.9999, flip=True
     ),
     halving=FitConfig(
-        iterations=25_000, batch_size=128, learning_rate=1e-4, warmup=500, anneal="linear", flip=True
+        iterations=25_000,
+        batch_size=128,
+        learning_rate=1e-4,
+        warmup=500,
+        anneal="linear",
+        flip=True,
     ),
     consistency=FitConfig(
         iterations=200_000, batch_size=128, learning_rate=1e-4, warmup=1000, ema=0.9999, flip=True

@@ -1,0 +1,70 @@
+"""What a sampler costs over its bare network calls: `python -m benchmarks.overhead CHECKPOINT`.
+
+Both are run in turn, many times, so that a drifting machine favours neither.
+"""
+
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import median
+
+import torch
+import tyro
+
+from diffusion.console import out, run
+from diffusion.model import load
+
+
+@dataclass(frozen=True)
+class Options:
+    """Interleave N steps of a sampler with N bare network calls."""
+
+    checkpoint: tyro.conf.Positional[Path] = Path("runs/digits/teacher")
+    """A teacher's run or checkpoint."""
+    steps: tuple[int, ...] = (1, 4, 16)
+    """Network calls of each comparison."""
+    batch_size: int = 256
+    repeats: int = 30
+
+
+@torch.no_grad()
+def main() -> None:
+    options = tyro.cli(Options, prog="python -m benchmarks.overhead")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = load(options.checkpoint, device, "bf16")
+    indices = torch.arange(options.batch_size, device=device)
+    x = torch.randn(options.batch_size, *model.spec.shape, device=device)
+    t = torch.rand(options.batch_size, device=device)
+    net, precision = model.denoiser.net, torch.bfloat16
+
+    def bare(steps: int) -> None:
+        with torch.autocast(device.type, precision):
+            for _ in range(steps):
+                net(x, t, None)
+
+    def timed(call) -> float:
+        start = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    for steps in options.steps:
+        for sampler in ("ddim", "dpm-solver++", "ancestral"):
+            plan = model.plan(steps, sampler)
+            bare(steps), model.sample(plan, 0, indices)
+            pairs = [
+                (timed(partial(model.sample, plan, 0, indices)), timed(partial(bare, steps)))
+                for _ in range(options.repeats)
+            ]
+            ratio = median(ours / theirs for ours, theirs in pairs)
+            network = median(theirs for _, theirs in pairs)
+            out.print(
+                f"{sampler:13} {steps:3} steps  network {1000 * network:8.2f} ms  "
+                f"sampler / network {ratio:.3f}"
+            )
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,144 @@
+"""Make images with any checkpoint: `python -m students.generate CHECKPOINT --num 64`."""
+
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import tyro
+from torch import Tensor
+
+from diffusion.checkpoint import write_atomic
+from diffusion.console import UserError, run, say, track
+from diffusion.model import Model, load
+from diffusion.pictures import png, save_grid
+from diffusion.runs import some_labels
+
+
+@dataclass(frozen=True)
+class Options:
+    """Make images with a teacher, a halved student or a consistency student.
+
+    The checkpoint says which sampler and steps are its own. Image i of a seed is the same
+    whatever the batch size and however many are made.
+    """
+
+    checkpoint: tyro.conf.Positional[Path]
+    """A run's folder or a .safetensors file."""
+    num: int = 64
+    """Images to make."""
+    steps: int | None = None
+    """Network calls per image; the checkpoint's own number unless told."""
+    sampler: Literal["ancestral", "ddim", "heun", "dpm-solver++", "consistency"] | None = None
+    """The checkpoint's own, or ddim at other numbers of steps, unless told."""
+    angles: tuple[float, ...] | None = None
+    """Angles in radians to call the network at, falling, instead of --steps: for a consistency
+    student, e.g. 1.56 1.0."""
+    label: int | None = None
+    """The class to make, for a conditional model; every class in turn unless told."""
+    seed: int = 0
+    """Of the noise."""
+    batch_size: int = 256
+    """Images at a time."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of the network."""
+    out: Path = Path("grid.png")
+    """A .png for a grid, an .npz (uint8 `images`, N x H x W x C), or a folder for one PNG each."""
+
+
+def plan_of(model: Model, options: Options) -> tuple[str, Tensor]:
+    if options.angles is None:
+        return model.plan(options.steps, options.sampler)
+    angles = torch.tensor([*options.angles, 0.0], dtype=torch.float64)
+    top = float(model.schedule[-1])
+    if not (angles.diff() < 0).all() or angles[0] > top + 1e-4:
+        raise UserError(
+            f"--angles must fall from at most {top:.4f} and stay above 0, got {options.angles}"
+        )
+    if options.steps not in (None, len(options.angles)):
+        raise UserError(f"--steps {options.steps} does not fit {len(options.angles)} --angles")
+    sampler = options.sampler or model.card.sampler
+    if sampler not in model.card.solvers:
+        raise UserError(
+            f"this {model.card.method} model runs at its own angles only: leave --angles out"
+        )
+    return sampler, angles.flip(0)
+
+
+def labels_of(model: Model, options: Options) -> Tensor | None:
+    """(num,) classes, or None for an unconditional model."""
+    every = some_labels(model, options.num)
+    if options.label is None:
+        return every
+    classes = model.card.net["num_classes"]
+    if not 0 <= options.label < classes:
+        raise UserError(f"--label must be below the model's {classes} classes, got {options.label}")
+    return torch.full_like(every, options.label)
+
+
+def generate(model: Model, options: Options) -> Iterator[Tensor]:
+    """Batches of images, (B, C, H, W) uint8, in order of their numbers."""
+    plan, labels = plan_of(model, options), labels_of(model, options)
+    device = next(model.denoiser.parameters()).device
+    for indices in torch.arange(options.num, device=device).split(options.batch_size):
+        label = None if labels is None else labels[indices]
+        yield model.sample(plan, options.seed, indices, label).cpu()
+
+
+def _tracked(model: Model, options: Options) -> Iterator[tuple[int, Tensor]]:
+    """(number of the batch's first image, images), shown as they come."""
+
+    def counted() -> Iterator[tuple[int, Tensor]]:
+        done = 0
+        for images in generate(model, options):
+            yield done, images
+            done += len(images)
+
+    yield from track(
+        counted(), "generate", lambda item: (item[0] + len(item[1]), options.num, "images")
+    )
+
+
+def write_folder(folder: Path, model: Model, options: Options) -> None:
+    """One PNG an image, 000000.png onwards."""
+    for start, images in _tracked(model, options):
+        for i, image in enumerate(images, start):
+            write_atomic(folder / f"{i:06d}.png", png(image))
+
+
+def write_npz(path: Path, model: Model, options: Options) -> None:
+    images = torch.cat([images for _, images in _tracked(model, options)])
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, images=images.permute(0, 2, 3, 1).numpy())
+    write_atomic(path, buffer.getvalue())
+
+
+def write_grid(path: Path, model: Model, options: Options) -> None:
+    save_grid(path, torch.cat([images for _, images in _tracked(model, options)]))
+
+
+WRITERS = {".png": write_grid, ".npz": write_npz, "": write_folder}
+
+
+def main() -> None:
+    config = (tyro.conf.OmitArgPrefixes,)
+    options = tyro.cli(Options, prog="python -m students.generate", config=config)
+    for name in ("num", "batch_size"):
+        if getattr(options, name) < 1:
+            raise UserError(
+                f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}"
+            )
+    if options.out.suffix not in WRITERS:
+        raise UserError(f"--out must end in .png or .npz or be a folder, got {options.out}")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = load(options.checkpoint, device, options.precision)
+    sampler, angles = plan_of(model, options)
+    WRITERS[options.out.suffix](options.out, model, options)
+    say(f"{options.num} images by {sampler} in {len(angles) - 1} steps: {options.out}")
+
+
+if __name__ == "__main__":
+    run(main)
