@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from diffusion.circle import FROM_X0, add_noise, rotate
-from diffusion.schedules import between, respace, restarts
+from diffusion.schedules import even, respace
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
 
@@ -39,15 +39,18 @@ def ddim(denoise: Denoise, noise: Iterator[Tensor], angles: Tensor, eta: float =
 
 
 def heun(denoise: Denoise, noise: Iterator[Tensor], angles: Tensor) -> Tensor:
-    """Karras et al. 2022, algorithm 1 (no churn): 2 N - 1 calls, second order.
+    """Second order, 2 N - 1 calls: Karras et al. 2022, algorithm 1 (no churn), on the circle.
 
-    Their trapezoid in sigma = tan t, written as the x0 of one rotation.
+    Their trapezoid rule is in sigma = tan t; here it is in cot t, where a rotation's x0 is the
+    plain mean of D at both ends. That is finite at t = pi/2, and at few calls far better (on
+    8x8 digits at 7 calls, a Frechet distance of 1.3 where theirs gives 3.5 to 7). The last step,
+    to s = 0, needs no second call: D(x, 0) = x.
     """
     x = next(noise)
     for t, s in pairwise(angles[:-1]):
         x0 = denoise(x, t)
         x0_s = denoise(rotate(x, x0, t, s), s)
-        x = rotate(x, x0 + (x0_s - x0) * (t.tan() / s.tan() / 2).float(), t, s)
+        x = rotate(x, (x0 + x0_s) / 2, t, s)
     return denoise(x, angles[-2])
 
 
@@ -100,9 +103,9 @@ class Solver:
 SOLVERS = {
     "ancestral": Solver(lambda nfe: nfe, respace),
     "ddim": Solver(lambda nfe: nfe, respace),
-    "heun": Solver(lambda nfe: (nfe + 1) // 2, between),
-    "dpm-solver++": Solver(lambda nfe: nfe, between),
-    "consistency": Solver(lambda nfe: nfe, restarts),
+    "heun": Solver(lambda nfe: (nfe + 1) // 2, respace),
+    "dpm-solver++": Solver(lambda nfe: nfe, respace),
+    "consistency": Solver(lambda nfe: nfe, even),
 }
 
 

@@ -93,10 +93,9 @@ def between(angles: Tensor, num_steps: int) -> Tensor:
     return karras(num_steps, float(ratios[0]), min(float(ratios[-1]), 160.0))
 
 
-def restarts(angles: Tensor, num_steps: int) -> Tensor:
-    """Where a consistency model starts anew: the list's end, then evenly from 1 radian towards 0."""
-    later = torch.linspace(0, 1, num_steps, dtype=torch.float64)[1:]
-    return _from_zero(torch.cat([later, angles[-1:].cpu()]))
+def even(angles: Tensor, num_steps: int) -> Tensor:
+    """Equal steps from 0 to the list's end."""
+    return torch.linspace(0, float(angles[-1]), num_steps + 1, dtype=torch.float64)
 
 
 def _from_zero(angles: Tensor) -> Tensor:

@@ -1,0 +1,103 @@
+"""What tests share: a cache of their own, one thread, and the smallest runs that are real."""
+
+import os
+import shutil
+import sys
+import tempfile
+
+os.environ["FEWSTEP_CACHE"] = tempfile.mkdtemp(prefix="fewstep-tests-")  # read when imported
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from accelerate import PartialState
+
+from diffusion import console, data
+from diffusion.checkpoint import Card
+from diffusion.data import Dataset
+from diffusion.model import build
+from diffusion.networks import UNetConfig
+from diffusion.runs import train_model
+from diffusion.schedules import cosine
+from diffusion.training import FitConfig
+from distill import progressive
+from teachers.ddpm import SOLVERS, Denoising
+
+
+def pytest_sessionfinish() -> None:
+    shutil.rmtree(os.environ["FEWSTEP_CACHE"], ignore_errors=True)
+
+
+class Outcome(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def command(monkeypatch, capsys) -> Callable[..., Outcome]:
+    """Call a command's main as its process would: (main, *arguments) -> exit code and output."""
+
+    def call(main: Callable[[], None], *arguments: object) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
+        capsys.readouterr()
+        code = 0
+        try:
+            console.run(main)
+        except SystemExit as stop:
+            code = stop.code
+        return Outcome(code, *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def tiny() -> UNetConfig:
+    return UNetConfig(width=8, multipliers=(1,), blocks=1, attention=())
+
+
+@pytest.fixture(scope="session")
+def quick() -> FitConfig:
+    return FitConfig(
+        iterations=30, batch_size=32, learning_rate=5e-3, warmup=5, precision="fp32", log_every=5
+    )
+
+
+@pytest.fixture(scope="session")
+def digits() -> Dataset:
+    return data.load("digits")
+
+
+@pytest.fixture(scope="session")
+def train_tiny(tiny, quick, digits) -> Callable[..., Path]:
+    """(run, config, schedule, dataset) -> the run, of a teacher of few angles so that it samples fast."""
+
+    def train(run: Path, config=quick, angles=None, dataset=digits) -> Path:
+        angles = cosine(8) if angles is None else angles
+        plans = {len(angles) - 1: angles.tolist()}
+        card = Card("teacher", "ancestral", plans, SOLVERS, asdict(tiny), asdict(dataset.spec))
+        torch.manual_seed(config.seed)
+        denoiser = build(tiny, config.precision)
+        objective = Denoising(angles.to(PartialState().device))
+        train_model(run, denoiser, objective, dataset, config, card)
+        return run
+
+    return train
+
+
+@pytest.fixture(scope="session")
+def teacher(tmp_path_factory, train_tiny) -> Path:
+    """A finished teacher of 8 steps. Not to be written to."""
+    return train_tiny(tmp_path_factory.mktemp("runs") / "digits" / "teacher")
+
+
+@pytest.fixture(scope="session")
+def student(teacher, quick) -> Path:
+    """Its student of 4 steps, in the same folder. Not to be written to."""
+    progressive.distill(progressive.Options(teacher=teacher, start_steps=8, end_steps=4, fit=quick))
+    return teacher.parent / "progressive" / "0004"

@@ -1,0 +1,143 @@
+"""Checkpoints: what is written comes back bit for bit, what is damaged is refused by name."""
+
+import errno
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffusion import checkpoint
+from diffusion.checkpoint import Card, atomic_path, write_atomic
+from diffusion.console import UserError
+from diffusion.schedules import cosine
+
+CARD = Card(
+    method="halved",
+    sampler="ddim",
+    plans={1: [0.0, 1.5], 8: cosine(8).tolist()},
+    solvers=("ddim", "heun"),
+    net={"width": 8, "attention": [4]},
+    data={"name": "digits", "mean": 0.1 + 0.2},
+    parent="0" * 64,
+    training={"settings": {"seed": 3}},
+)
+WEIGHTS = {
+    "conv.weight": torch.linspace(-3, 3, 24).reshape(2, 3, 2, 2) ** 3,
+    "bias": torch.tensor([1e-40, -0.0, float("inf")]),  # a subnormal, a signed zero
+}
+
+
+@pytest.fixture
+def file(tmp_path) -> Path:
+    path = tmp_path / "model.safetensors"
+    checkpoint.save(path, WEIGHTS, CARD)
+    return path
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("by", ["file", "folder"])
+def test_weights_and_card_come_back_bit_for_bit(file, by):
+    weights, card, sha256 = checkpoint.load(file if by == "file" else file.parent)
+    assert card == CARD
+    assert checkpoint.weights_sha256(weights) == checkpoint.weights_sha256(WEIGHTS) == sha256
+
+
+def test_the_sha256_tells_apart_names_shapes_and_single_bits():
+    bias = WEIGHTS["bias"]
+    others = [
+        WEIGHTS,
+        {"bias": bias},
+        {"offset": bias},
+        {"bias": bias[:, None]},
+        {"bias": bias.view(torch.int32)},
+        {"bias": bias.abs()},  # differs in the sign of a zero
+    ]
+    assert len({checkpoint.weights_sha256(weights) for weights in others}) == len(others)
+
+
+def test_any_flipped_byte_is_noticed(file):
+    whole = file.read_bytes()
+    accepted = []
+    for position in range(len(whole)):
+        flipped = bytearray(whole)
+        flipped[position] ^= 1
+        file.write_bytes(flipped)
+        try:
+            checkpoint.load(file)
+        except UserError as error:
+            assert str(file) in str(error)
+        else:
+            accepted.append(position)
+    assert accepted == []
+
+
+def test_a_file_cut_short_anywhere_is_refused_by_name(file):
+    whole = file.read_bytes()
+    for length in range(len(whole)):
+        file.write_bytes(whole[:length])
+        with pytest.raises(UserError, match=str(file)):
+            checkpoint.load(file)
+
+
+@pytest.mark.parametrize("text", [None, "no JSON", "{}", "[]", '{"format": 1}'])
+def test_a_file_without_a_usable_card_is_refused_by_name(file, text):
+    metadata = {"weights_sha256": checkpoint.weights_sha256(WEIGHTS)}
+    checkpoint.save_tensors(file, WEIGHTS, metadata | ({} if text is None else {"card": text}))
+    with pytest.raises(UserError, match=str(file)):
+        checkpoint.load(file)
+
+
+def test_a_card_of_another_format_is_refused_with_both_numbers(file):
+    checkpoint.save(file, WEIGHTS, replace(CARD, format=2))
+    with pytest.raises(UserError, match=f"{file}.* 2, expected 1"):
+        checkpoint.load(file)
+
+
+@pytest.mark.parametrize("name", ["missing.safetensors", ".", "model.safetensors/below-a-file"])
+def test_a_missing_checkpoint_is_refused_by_name(file, name):
+    path = file.parent / name
+    if name == ".":
+        file.unlink()
+    with pytest.raises(UserError, match=str(path)):
+        checkpoint.load(path)
+
+
+def test_a_writer_that_fails_leaves_the_old_file_whole_and_nothing_beside_it(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(ZeroDivisionError), atomic_path(path) as part:
+        part.write_text("half of the ne")
+        1 / 0  # noqa: B018
+    assert path.read_text() == "old"
+    assert names(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_full_disk_is_one_line_and_leaves_the_old_file_whole(file, call, command, monkeypatch):
+    before = file.read_bytes()
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, call, full)
+    outcome = command(lambda: checkpoint.save(file, {"other": torch.ones(3)}, CARD))
+    monkeypatch.undo()
+    assert outcome.code == 2
+    assert outcome.err == "error: No space left on device\n"
+    assert file.read_bytes() == before
+    assert names(file.parent) == ["model.safetensors"]
+
+
+def test_a_file_is_on_the_disk_before_it_takes_its_name(tmp_path, monkeypatch):
+    events = []
+    for name in ("fsync", "replace"):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *a, n=name, r=real: (events.append(n), r(*a)))
+    write_atomic(tmp_path / "new" / "file", "text")
+    assert events == ["fsync", "replace"]
+    assert (tmp_path / "new" / "file").read_text() == "text"

@@ -1,0 +1,128 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from diffusion.denoiser import Denoiser
+from diffusion.networks import UNet, UNetConfig
+from diffusion.networks.unet import Attention
+from tests.analytic import normal, random_unet
+
+close = torch.testing.assert_close
+ANGLES = torch.tensor([1e-4, 0.3, 0.8, math.pi / 2], dtype=torch.float64)
+
+
+def test_an_untrained_denoiser_is_the_exact_one_of_unit_variance_data():
+    x_t = normal(0, 4, 1, 8, 8)
+    expected = ANGLES.cos().float()[:, None, None, None] * x_t
+    assert torch.equal(Denoiser(UNet(UNetConfig()))(x_t, ANGLES), expected)
+
+
+def test_at_angle_0_the_denoiser_is_the_identity_whatever_its_weights():
+    x, denoiser = normal(0, 4, 1, 8, 8), Denoiser(random_unet())
+    zero = torch.zeros((), dtype=torch.float64)
+    assert torch.equal(denoiser(x, zero), x)
+    assert not torch.equal(denoiser(x, zero + 0.1), x)
+
+
+def test_at_a_right_angle_the_denoiser_is_minus_its_velocity():
+    x, denoiser = normal(0, 4, 1, 8, 8), Denoiser(random_unet())
+    t = torch.full((4,), math.pi / 2, dtype=torch.float64)
+    close(denoiser(x, t), -denoiser.net(x, t.float()))
+
+
+def test_an_angle_for_all_images_is_that_angle_for_each():
+    x_t, denoiser = normal(0, 4, 1, 8, 8), Denoiser(random_unet())
+    assert torch.equal(denoiser(x_t, ANGLES[1]), denoiser(x_t, ANGLES[1].expand(4)))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(
+    ("size", "multipliers"), [(8, (1, 2)), (16, (1,)), (28, (1, 2, 2)), (32, (1, 1, 2)), (64, (1, 1, 1, 2))]
+)  # fmt: skip
+def test_a_denoiser_keeps_the_shape_and_type_of_images_of_every_size(size, channels, multipliers):
+    config = {"width": 8, "blocks": 1, "attention": (8, 7)}
+    net = random_unet(size=size, channels=channels, multipliers=multipliers, **config)
+    x_t = normal(0, 2, channels, size, size)
+    x0 = Denoiser(net)(x_t, ANGLES[:2])
+    assert (x0.shape, x0.dtype) == (x_t.shape, torch.float32)
+    assert x0.isfinite().all()
+
+
+def test_an_images_x0_does_not_depend_on_the_rest_of_its_batch():
+    denoiser = Denoiser(random_unet(num_classes=3))
+    x_t, label = normal(0, 4, 1, 8, 8), torch.tensor([0, 2, 3, 1])
+    together = denoiser(x_t, ANGLES, label)
+    for i in range(4):
+        alone = denoiser(x_t[i : i + 1], ANGLES[i : i + 1], label[i : i + 1])
+        close(alone, together[i : i + 1], rtol=1e-4, atol=1e-5)
+
+
+def test_no_label_is_the_class_beyond_the_last_and_every_class_is_another_image():
+    denoiser = Denoiser(random_unet(num_classes=3))
+    x_t = normal(0, 1, 1, 8, 8).expand(4, -1, -1, -1)
+    by_class = denoiser(x_t, ANGLES[2], torch.arange(4))
+    close(denoiser(x_t, ANGLES[2]), by_class[3:].expand(4, -1, -1, -1), rtol=1e-4, atol=1e-5)
+    assert torch.pdist(by_class.flatten(1)).min() > 0.01
+
+
+def test_bf16_passes_give_float32_images_near_those_of_fp32():
+    x_t, net = normal(0, 4, 1, 8, 8), random_unet()
+    exact, rounded = (Denoiser(net, precision)(x_t, ANGLES) for precision in ("fp32", "bf16"))
+    assert rounded.dtype == torch.float32
+    assert 0 < (rounded - exact).square().mean().sqrt() < 0.02 * exact.square().mean().sqrt()
+
+
+def test_the_weights_layout_changes_no_image():
+    x_t, layouts = normal(0, 4, 1, 8, 8), (torch.contiguous_format, torch.channels_last)
+    rows, pixels = (Denoiser(random_unet(), layout=layout)(x_t, ANGLES) for layout in layouts)
+    close(rows, pixels, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("channels", [24, 64, 128])
+def test_attention_is_torchs_multi_head_attention_over_pixels(channels):
+    attention, x = Attention(channels), normal(0, 2, channels, 4, 4)
+    for seed, parameter in enumerate(attention.parameters()):
+        parameter.data = normal(seed, *parameter.shape) / 8
+    pixels = attention.norm(x).flatten(2).permute(2, 0, 1)
+    mixed, _ = F.multi_head_attention_forward(
+        pixels, pixels, pixels, channels, max(1, channels // 64),
+        attention.qkv.weight[..., 0, 0], attention.qkv.bias, None, None, False, 0.0,
+        attention.out.weight[..., 0, 0], attention.out.bias,
+    )  # fmt: skip
+    close(attention(x), x + mixed.permute(1, 2, 0).reshape(x.shape), rtol=1e-4, atol=1e-5)
+
+
+def test_attention_is_at_the_chosen_resolutions_on_the_way_down_and_up():
+    net, seen = UNet(UNetConfig(size=16, multipliers=(1, 2, 2), attention=(16, 4))), []
+    for layer in net.modules():
+        if isinstance(layer, Attention):
+            layer.register_forward_hook(lambda _, inputs, output: seen.append(output.shape[-1]))
+    net(normal(0, 1, 1, 16, 16), torch.ones(1))
+    assert seen == [16] * 2 + [4] * 2 + [4] * 2 + [4] * 3 + [16] * 3
+
+
+@pytest.mark.parametrize(
+    ("millions", "config"),
+    [
+        (0.3, UNetConfig(width=16)),
+        (7, UNetConfig(size=28, width=64, multipliers=(1, 2, 2), attention=(7,))),
+        (38, UNetConfig(3, 32, 128, (1, 2, 2, 2), attention=(16,))),
+        (60, UNetConfig(3, 64, 136, (1, 2, 2, 2), blocks=3, attention=(16, 8))),
+    ],
+)
+def test_a_network_has_0_3_to_60_million_weights_by_configuration_alone(millions, config):
+    with torch.device("meta"):
+        net = UNet(config)
+        velocity = net(torch.empty(2, config.channels, config.size, config.size), torch.ones(2))
+    assert velocity.shape == (2, config.channels, config.size, config.size)
+    weights = sum(parameter.numel() for parameter in net.parameters())
+    assert weights / 1e6 == pytest.approx(millions, rel=0.1)
+
+
+@pytest.mark.parametrize("width", [8, 24, 40, 72, 88, 136, 200])
+def test_every_width_that_is_a_multiple_of_8_makes_a_network(width):
+    with torch.device("meta"):
+        net = UNet(UNetConfig(width=width, multipliers=(1, 2, 4), attention=(8, 4)))
+        assert net(torch.empty(2, 1, 8, 8), torch.ones(2)).shape == (2, 1, 8, 8)

@@ -1,0 +1,69 @@
+"""Imports point one way, and nothing unpickles."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+MAY_IMPORT = {
+    "diffusion": {"diffusion"},
+    "teachers": {"diffusion", "teachers"},
+    "students": {"diffusion", "teachers", "students"},
+    "distill": {"diffusion", "teachers", "students", "distill"},
+    "eval": {"diffusion", "students", "eval"},
+}
+OURS = {*MAY_IMPORT, "benchmarks", "tests"}
+PICKLES = {"pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+MODULES = sorted(path for package in MAY_IMPORT for path in (ROOT / package).rglob("*.py"))
+
+
+def imported(tree: ast.AST) -> Iterator[str]:
+    """The top-level packages that a module imports, anywhere in it."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "a relative import hides where it points"
+            yield node.module.split(".")[0]
+
+
+def unsafe_loads(tree: ast.AST) -> list[int]:
+    """Lines that call torch.load, or numpy's load, in a way that may unpickle."""
+    safe = {"torch": ("weights_only", True), "np": ("allow_pickle", False)}
+    lines = []
+    for node in ast.walk(tree):
+        match node:
+            case ast.Call(ast.Attribute(ast.Name("torch" | "np" as library), "load")):
+                word, value = safe[library]
+                given = {k.arg: getattr(k.value, "value", None) for k in node.keywords}
+                if given.get(word) is not value:
+                    lines.append(node.lineno)
+    return lines
+
+
+def test_every_package_has_modules_to_walk():
+    assert {path.relative_to(ROOT).parts[0] for path in MODULES} == set(MAY_IMPORT)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_one_way_and_nothing_unpickles(path):
+    tree = ast.parse(path.read_text())
+    packages = set(imported(tree))
+    assert packages & OURS <= MAY_IMPORT[path.relative_to(ROOT).parts[0]]
+    assert not packages & PICKLES
+    assert unsafe_loads(tree) == []
+
+
+@pytest.mark.parametrize(
+    ("source", "unsafe"),
+    [
+        ("torch.load(path)", [1]),
+        ("torch.load(path, weights_only=False)", [1]),
+        ("torch.load(path, weights_only=True)", []),
+        ("np.load(path, allow_pickle=True)", [1]),
+    ],
+)
+def test_the_walk_sees_an_unsafe_load(source, unsafe):
+    assert unsafe_loads(ast.parse(source)) == unsafe

@@ -1,0 +1,159 @@
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+
+from diffusion.noise import Noise
+from diffusion.samplers import SAMPLERS, SOLVERS, ddim, sample
+from diffusion.schedules import SCHEDULES, cosine, even, linear_beta, respace
+from tests.analytic import (
+    BIMODAL,
+    DATA,
+    NOISE,
+    SKEWED,
+    Gaussian,
+    consistency_function,
+    normal,
+    normals,
+)
+
+close = torch.testing.assert_close
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 8, 63, 1000])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_ddim_shrinks_unit_variance_noise_by_the_product_of_its_steps_cosines(schedule, num_steps):
+    angles = respace(SCHEDULES[schedule](), num_steps)
+    noise = normal(0, 16, 1, 8, 8)
+    x0 = sample(Gaussian(), iter([noise]), "ddim", angles)
+    assert x0.dtype == torch.float32
+    close(x0.double(), angles.diff().cos().prod() * noise, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "order"), [("ddim", 1), ("heun", 2), ("dpm-solver++", 2)]
+)  # Song et al. 2021; Karras et al. 2022, algorithm 1; Lu et al. 2022b, algorithm 2
+@pytest.mark.parametrize("data", [SKEWED, BIMODAL], ids=["gaussian", "mixture"])
+def test_doubling_the_steps_divides_the_error_by_2_to_the_order(sampler, order, data):
+    """The last call, from angle 0.1 to 0, is common to all and no part of the order."""
+    first, last = torch.tensor([1.5, 0.1], dtype=torch.float64)
+    noise = torch.linspace(-3, 3, 61, dtype=torch.float64).reshape(-1, 1, 1, 1)
+    exact = data(data.flow(noise, first, last), last)
+
+    def error(num_steps: int) -> float:
+        angles = torch.linspace(first, last, num_steps, dtype=torch.float64)
+        x0 = SAMPLERS[sampler](data, iter([noise]), torch.cat([angles, DATA[None]]))
+        return (x0 - exact).square().mean().sqrt().item()
+
+    assert error(512) < 0.01
+    assert math.log2(error(256) / error(512)) == pytest.approx(order, abs=0.1)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
+def test_ddim_takes_the_steps_of_song_et_al_with_any_eta(eta):
+    """Song et al. 2021, eq. 12 and 16, in alpha-bar."""
+    angles = torch.tensor([1.5, 1.1, 0.4, 0.1, 0.0], dtype=torch.float64)
+    noise = normals(0, 4, 1, 2, 2, dtype=torch.float64)
+    x = next(noise)
+    for t, s in pairwise(angles):
+        a_t, a_s = t.cos() ** 2, s.cos() ** 2
+        x0 = SKEWED(x, t)
+        eps = (x - a_t.sqrt() * x0) / (1 - a_t).sqrt()
+        sigma = eta * ((1 - a_s) / (1 - a_t) * (1 - a_t / a_s)).sqrt()
+        fresh = next(noise) if eta else 0.0
+        x = a_s.sqrt() * x0 + (1 - a_s - sigma**2).clamp(min=0).sqrt() * eps + sigma * fresh
+    close(
+        ddim(SKEWED, normals(0, 4, 1, 2, 2, dtype=torch.float64), angles, eta), x, rtol=0, atol=1e-6
+    )
+
+
+def test_an_ancestral_step_samples_ddpms_posterior():
+    """Ho et al. 2020, eq. 7: from x_t at the second angle of three to x_s at the third."""
+    t, s = torch.tensor([1.2, 0.9], dtype=torch.float64)
+    a_t, a_s = t.cos() ** 2, s.cos() ** 2
+    beta = 1 - a_t / a_s
+    x_t, fresh = (normal(seed, 4, 1, 2, 2, dtype=torch.float64) for seed in (0, 1))
+    x0 = SKEWED(x_t, t)
+    mean = a_s.sqrt() * beta / (1 - a_t) * x0 + (1 - beta).sqrt() * (1 - a_s) / (1 - a_t) * x_t
+    x_s = mean + ((1 - a_s) / (1 - a_t) * beta).sqrt() * fresh
+    stopped = SAMPLERS["ancestral"](SKEWED, iter([x_t, fresh]), torch.stack([t, s]))
+    close(stopped, x_s, rtol=0, atol=1e-6)
+
+
+def test_ancestral_sampling_gives_back_the_datas_mean_and_variance():
+    """Within 5 standard errors, and the 2% that 250 steps of the posterior's variance leave out."""
+    count = 50_000
+    noise = Noise(0, torch.arange(count), (1, 1, 1))
+    x0 = sample(SKEWED, noise, "ancestral", respace(cosine(), 250)).double()
+    assert x0.mean().item() == pytest.approx(0.3, abs=5 * 0.5 / math.sqrt(count))
+    assert x0.var().item() == pytest.approx(0.25, rel=0.02 + 5 * math.sqrt(2 / count))
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 5])
+def test_an_exact_consistency_function_samples_its_data_in_any_number_of_steps(num_steps):
+    """Kolmogorov and Smirnov's distance, below 2.23 / sqrt(n) with probability 1 - 1e-4."""
+    count = 20_000
+    noise = Noise(0, torch.arange(count), (1, 1, 1))
+    angles = even(cosine(), num_steps)
+    x0 = sample(consistency_function(BIMODAL), noise, "consistency", angles)
+    quantiles = BIMODAL.cdf(x0, DATA).flatten().sort().values
+    ranks = (torch.arange(count) + 0.5) / count
+    assert (quantiles - ranks).abs().max() < 2.23 / math.sqrt(count)
+
+
+def calls_of(sampler: str, angles: torch.Tensor) -> int:
+    """How often the sampler calls the denoiser."""
+    calls = []
+
+    def denoise(x_t, t, label):
+        calls.append(t)
+        return SKEWED(x_t, t)
+
+    sample(denoise, normals(0, 2, 1, 1, 1), sampler, angles)
+    return len(calls)
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 7])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_each_sampler_calls_the_network_once_a_step_and_heun_twice_but_for_the_last(
+    sampler, num_steps
+):
+    calls = 2 * num_steps - 1 if sampler == "heun" else num_steps
+    assert calls_of(sampler, even(cosine(), num_steps)) == calls
+
+
+@pytest.mark.parametrize("nfe", [1, 2, 3, 4, 17, 64])
+@pytest.mark.parametrize("schedule", [linear_beta, cosine])
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_solver_spends_its_budget_of_calls_and_never_more(solver, schedule, nfe):
+    angles = SOLVERS[solver].angles(schedule(), nfe)
+    assert angles.diff().min() > 0
+    assert calls_of(solver, angles) == (nfe - 1 + nfe % 2 if solver == "heun" else nfe)
+
+
+@pytest.mark.parametrize("solver", sorted(SOLVERS.keys() - {"consistency"}))
+@pytest.mark.parametrize("schedule", [linear_beta, cosine])
+def test_every_solver_goes_from_noise_to_nearly_where_the_ode_or_its_data_is(solver, schedule):
+    """The Gaussian's standard deviation, on the angles that the solver chooses for 64 calls."""
+    angles = SOLVERS[solver].angles(schedule(), 64)
+    x0 = sample(SKEWED, Noise(0, torch.arange(4096), (1, 1, 1)), solver, angles)
+    assert x0.std().item() == pytest.approx(0.5, rel=0.1)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_call_gets_the_label_and_no_call_a_gradient(sampler):
+    label, scale = torch.tensor([3, 1]), torch.ones((), requires_grad=True)
+
+    def denoise(x_t, t, given):
+        assert given is label
+        return scale * SKEWED(x_t, t)
+
+    x0 = sample(denoise, normals(0, 2, 1, 1, 1), sampler, even(cosine(), 3), label)
+    assert not x0.requires_grad
+
+
+def test_the_skewed_gaussians_ode_ends_where_ddim_in_a_thousand_steps_does():
+    noise = normal(0, 16, 1, 2, 2, dtype=torch.float64)
+    x0 = sample(SKEWED, iter([noise]), "ddim", cosine())
+    close(x0, SKEWED.flow(noise, NOISE, DATA), rtol=0, atol=0.01)

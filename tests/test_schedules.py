@@ -1,0 +1,167 @@
+import math
+from decimal import Decimal, localcontext
+from itertools import pairwise
+
+import pytest
+import torch
+
+from diffusion.console import UserError
+from diffusion.schedules import (
+    SCHEDULES,
+    between,
+    cosine,
+    even,
+    halve,
+    karras,
+    linear_beta,
+    respace,
+    sigmoid,
+)
+
+PI = Decimal("3.14159265358979323846264338327950288419716939937510582097494459")
+
+
+def decimal_cos(x: Decimal) -> Decimal:
+    term = total = Decimal(1)
+    for n in range(1, 40):
+        term *= -x * x / (2 * n * (2 * n - 1))
+        total += term
+    return total
+
+
+def linear_alpha_bar(count: int) -> list[Decimal]:
+    """Ho et al. 2020: the running product of 1 - beta, beta from 0.0001 to 0.02."""
+    products, low, high = [Decimal(1)], Decimal("0.0001"), Decimal("0.02")
+    for i in range(count):
+        products.append(products[-1] * (1 - low - (high - low) * i / (count - 1)))
+    return products
+
+
+def cosine_alpha_bar(count: int) -> list[Decimal]:
+    """Nichol & Dhariwal 2021, eq. 17."""
+    offset = Decimal("0.008")
+    f = [decimal_cos((Decimal(i) / count + offset) / (1 + offset) * PI / 2) for i in range(count)]
+    return [(x / f[0]) ** 2 for x in f] + [Decimal(0)]
+
+
+def sigmoid_alpha_bar(count: int) -> list[Decimal]:
+    """Jabri et al. 2022, section 3.3, with start -3, end 3, temperature 1."""
+    v = [1 / (1 + (3 - Decimal(6 * i) / count).exp()) for i in range(count + 1)]
+    return [(v[-1] - x) / (v[-1] - v[0]) for x in v]
+
+
+PAPERS = {"linear": linear_alpha_bar, "cosine": cosine_alpha_bar, "sigmoid": sigmoid_alpha_bar}
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_every_angle_has_the_papers_alpha_bar_to_12_digits(name):
+    with localcontext(prec=50):
+        alpha_bar = PAPERS[name](1000)
+        alpha = torch.tensor([float(a.sqrt()) for a in alpha_bar], dtype=torch.float64)
+        sigma = torch.tensor([float((1 - a).sqrt()) for a in alpha_bar], dtype=torch.float64)
+    angles = SCHEDULES[name](1000)
+    torch.testing.assert_close(angles.sin(), sigma, rtol=1e-12, atol=0)
+    torch.testing.assert_close(angles.cos(), alpha, rtol=1e-12, atol=1e-16)
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 63, 1000])
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_schedule_rises_from_0_in_so_many_steps_to_at_most_a_right_angle(name, num_steps):
+    angles = SCHEDULES[name](num_steps)
+    assert angles.dtype == torch.float64
+    assert angles.shape == (num_steps + 1,)
+    assert angles[0] == 0
+    assert angles.diff().min() > 0
+    assert angles[-1] <= math.pi / 2
+
+
+def test_ddpms_schedule_ends_short_of_pure_noise():
+    assert linear_beta()[-1].cos().item() == pytest.approx(0.00635, abs=5e-6)
+
+
+@pytest.mark.parametrize("num_steps", [10, 100, 400])
+def test_a_shorter_ddpm_schedule_is_at_least_as_noisy_at_its_end(num_steps):
+    assert linear_beta(num_steps)[-1] >= linear_beta()[-1]
+
+
+@pytest.mark.parametrize("schedule", [cosine, sigmoid])
+@pytest.mark.parametrize("num_steps", [1, 3, 7, 250, 1000])
+def test_cosine_and_sigmoid_end_at_exactly_a_right_angle(schedule, num_steps):
+    assert schedule(num_steps)[-1].item() == math.pi / 2
+
+
+def test_sharper_sigmoids_end_at_exactly_a_right_angle_too():
+    for temperature in (0.3, 0.7, 0.9, 1.1):
+        assert sigmoid(1000, temperature=temperature)[-1].item() == math.pi / 2
+
+
+def test_karras_ratios_are_evenly_spaced_in_their_seventh_root():
+    with localcontext(prec=50):
+        low, high = (Decimal(ratio) ** (1 / Decimal(7)) for ratio in ("0.004", "160"))
+        ratios = [float((low + (high - low) * i / 17) ** 7) for i in range(18)]
+    expected = torch.tensor(ratios, dtype=torch.float64).atan()
+    torch.testing.assert_close(karras(18)[1:], expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 18])
+@pytest.mark.parametrize("schedule", [linear_beta, cosine])
+def test_between_spans_the_list_to_its_last_digit_and_at_most_a_ratio_of_160(schedule, num_steps):
+    angles, spanned = schedule(), between(schedule(), num_steps)
+    end = angles[-1].clamp(max=math.atan(160))
+    torch.testing.assert_close(spanned[-1], end, rtol=1e-13, atol=0)
+    if num_steps > 1:
+        torch.testing.assert_close(spanned[1], angles[1], rtol=1e-13, atol=0)
+
+
+HALVINGS = [1000, 500, 250, 125, 63, 32, 16, 8, 4, 2, 1]
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_halving_goes_from_1000_to_1_over_nested_lists_with_one_noisy_end(name):
+    lists = [SCHEDULES[name](1000)]
+    while len(lists[-1]) > 2:
+        lists.append(halve(lists[-1]))
+    assert [len(angles) - 1 for angles in lists] == HALVINGS
+    for longer, shorter in pairwise(lists):
+        assert set(shorter.tolist()) < set(longer.tolist())
+        assert (shorter[0], shorter[-1]) == (0, lists[0][-1])
+
+
+def test_halving_an_odd_count_leaves_one_short_step_at_the_data_end():
+    assert halve(torch.arange(6.0)).tolist() == [0, 1, 3, 5]
+
+
+@pytest.mark.parametrize(
+    ("num_steps", "kept"),
+    [(8, [0, 4, 8]), (9, [0, 1, 5, 9]), (11, [0, 3, 7, 11]), (4, [0, 4]), (3, [0, 3])],
+)
+def test_a_factor_of_4_keeps_every_fourth_from_the_noisy_end(num_steps, kept):
+    assert halve(torch.arange(num_steps + 1.0), factor=4).tolist() == kept
+
+
+def test_a_factor_of_4_is_halving_twice():
+    angles = linear_beta(1000)
+    for _ in range(3):
+        assert torch.equal(halve(angles, 4), halve(halve(angles)))
+        angles = halve(angles, 4)
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 18, 333, 999, 1000])
+def test_respacing_takes_distinct_angles_of_the_list_within_half_a_place_of_even(num_steps):
+    places = respace(torch.arange(1001.0), num_steps)
+    even = torch.arange(num_steps + 1) * 1000 / num_steps
+    assert (places - even).abs().max() <= 0.5 + 1e-4
+    assert places.diff().min() >= 1
+
+
+@pytest.mark.parametrize("num_steps", [0, 1001])
+def test_respacing_to_no_steps_or_more_than_there_are_is_the_users_mistake(num_steps):
+    with pytest.raises(UserError, match=f"from 1 to 1000, got {num_steps}"):
+        respace(linear_beta(), num_steps)
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 5])
+def test_even_angles_are_equal_steps_to_the_lists_own_end(num_steps):
+    end = linear_beta()[-1].item()
+    expected = [end * i / num_steps for i in range(num_steps)]
+    assert even(linear_beta(), num_steps).tolist() == pytest.approx([*expected, end], rel=1e-15)

@@ -1,0 +1,315 @@
+"""The training loop: it learns, and a run that is stopped anywhere ends as if it never was."""
+
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import PartialState
+from torch import Tensor
+
+from diffusion import checkpoint, runs, training as loops
+from diffusion.checkpoint import load_tensors
+from diffusion.circle import rotate
+from diffusion.console import Interrupted, UserError
+from diffusion.model import build
+from diffusion.schedules import cosine
+from diffusion.training import Average, Progress, fit, frozen_copy
+from distill import progressive
+from distill.consistency import DISTANCES, WEIGHTS, Consistency, data_step, neighbours
+from teachers import ddpm
+from teachers.ddpm import Denoising
+
+ROOT = Path(__file__).parents[1]
+
+
+def schedule() -> Tensor:
+    return cosine(8).to(PartialState().device)
+
+
+def denoising(denoiser) -> Denoising:
+    return Denoising(schedule())
+
+
+def consistency(denoiser) -> Consistency:
+    """An objective with a target of its own: an average of the student."""
+    target = frozen_copy(denoiser).to(PartialState().device)
+    return Consistency(
+        step=data_step,
+        pairs=neighbours(schedule()),
+        distance=DISTANCES["l2"],
+        weight=WEIGHTS["one"],
+        target=target,
+        averages=(Average(target, lambda done: 0.9),),
+    )
+
+
+@pytest.fixture
+def training(tmp_path, tiny, quick, digits):
+    """(objective, **settings) -> a new network and the loop that trains it, on one state file."""
+
+    def begin(make, name: str = "state", **settings) -> tuple[torch.nn.Module, Iterator[Progress]]:
+        config = replace(quick, **{"save_every": 0.0, **settings})
+        torch.manual_seed(0)
+        denoiser = build(replace(tiny, dropout=0.1), config.precision)
+        state = tmp_path / f"{name}.safetensors"
+        return denoiser, fit(denoiser, make(denoiser), digits, config, state)
+
+    return begin
+
+
+def identity(denoiser: torch.nn.Module) -> str:
+    return checkpoint.weights_sha256(denoiser.state_dict())
+
+
+def undisturbed(training, make, **settings) -> str:
+    denoiser, loop = training(make, "undisturbed", **settings)
+    list(loop)
+    return identity(denoiser)
+
+
+@pytest.mark.parametrize("make", [denoising, consistency])
+def test_a_run_stopped_and_resumed_ends_with_the_same_weights_bit_for_bit(training, make):
+    _, loop = training(make)
+    assert [next(loop).iteration, next(loop).iteration] == [5, 10]
+    loop.close()
+    denoiser, loop = training(make)
+    resumed = [line.iteration for line in loop]
+    assert min(resumed) >= 10
+    assert resumed[-4:] == [15, 20, 25, 30]
+    assert identity(denoiser) == undisturbed(training, make)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_request_saves_the_very_next_iteration_first(training, tmp_path, number):
+    _, loop = training(denoising, save_every=1e9)
+    next(loop)
+    os.kill(os.getpid(), number)
+    with pytest.raises(Interrupted, match="iteration 6 of 30") as stop:
+        next(loop)
+    assert stop.value.signal == number
+    assert clock(tmp_path / "state.safetensors") == 6
+    denoiser, loop = training(denoising)
+    list(loop)
+    assert identity(denoiser) == undisturbed(training, denoising)
+
+
+def test_signals_are_the_callers_again_after_training(training):
+    before = signal.getsignal(signal.SIGTERM)
+    _, loop = training(denoising)
+    next(loop)
+    assert signal.getsignal(signal.SIGTERM) != before
+    loop.close()
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def clock(state: Path) -> int:
+    """Iterations done, by the state's file."""
+    return json.loads(load_tensors(state)[1]["clock"])[0]
+
+
+@dataclass(frozen=True)
+class Exploding:
+    """Finite up to a share of the training, then not."""
+
+    good: Denoising
+    until: float
+    averages = ()
+
+    def __call__(self, student, batch, progress: float) -> Tensor:
+        return self.good(student, batch, progress) * (1 if progress < self.until else math.nan)
+
+
+def test_a_loss_that_is_not_finite_keeps_the_last_good_state(training, tmp_path):
+    _, loop = training(lambda denoiser: Exploding(denoising(denoiser), until=0.4))  # 12 of 30
+    assert [next(loop).iteration, next(loop).iteration] == [5, 10]
+    with pytest.raises(UserError, match="not finite at iteration 15"):
+        next(loop)
+    state = tmp_path / "state.safetensors"
+    assert clock(state) == 10
+    assert all(tensor.isfinite().all() for tensor in load_tensors(state)[0].values())
+
+
+def test_the_loop_learns(training):
+    # an untrained network says velocity 0, whose squared error is 1 at every angle
+    _, loop = training(denoising, iterations=150, batch_size=64, learning_rate=1e-2)
+    losses = [line.loss for line in loop]
+    assert losses[0] == pytest.approx(1, abs=0.1)
+    assert losses[-1] < 0.6
+
+
+@pytest.mark.parametrize(("ema", "raw"), [(0.0, True), (0.9, False)])
+def test_without_an_average_the_weights_kept_are_the_trained_ones(training, tmp_path, ema, raw):
+    denoiser, loop = training(denoising, ema=ema)
+    list(loop)
+    state, _ = load_tensors(tmp_path / "state.safetensors")
+    trained = {k.removeprefix("student."): v for k, v in state.items() if k.startswith("student.")}
+    assert (identity(denoiser) == checkpoint.weights_sha256(trained)) == raw
+
+
+def test_the_average_kept_follows_the_weights_at_a_decay_that_ramps_up(training, tmp_path):
+    denoiser, loop = training(denoising, ema=0.3, log_every=1, iterations=12)
+    average = denoiser.net.stem.weight.detach().clone()
+    for done, _ in enumerate(loop, 1):
+        weights = load_tensors(tmp_path / "state.safetensors")[0]["student.net.stem.weight"]
+        average = average.lerp(weights, 1 - min(0.3, done / (done + 9)))
+    torch.testing.assert_close(denoiser.net.stem.weight.detach().cpu(), average)
+
+
+def test_the_learning_rate_warms_up_and_falls_to_zero(training):
+    _, loop = training(denoising, log_every=1, warmup=10, anneal="linear", learning_rate=1.0)
+    rates = [line.learning_rate for line in loop]
+    assert rates == pytest.approx([min(1, (i + 1) / 10) * (1 - i / 30) for i in range(30)])
+
+
+# Runs
+
+
+def lines(run: Path) -> list[dict]:
+    """The log, as strict JSON, where NaN is none."""
+
+    def refuse(constant: str):
+        raise AssertionError(f"{constant} is not JSON")
+
+    text = (run / "log.jsonl").read_text()
+    return [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
+
+
+def test_a_finished_run_is_not_trained_again(tmp_path, train_tiny, monkeypatch):
+    run = train_tiny(tmp_path / "run")
+    before = {path: path.read_bytes() for path in run.iterdir()}
+    monkeypatch.setattr(runs, "fit", None)
+    train_tiny(run)
+    assert {path: path.read_bytes() for path in run.iterdir()} == before
+    assert not (run / "state").exists()
+
+
+@pytest.mark.parametrize("stage", ["finished", "stopped"])
+def test_a_run_with_other_settings_is_refused_by_the_settings_name(
+    tmp_path, train_tiny, quick, stage, monkeypatch
+):
+    run = tmp_path / "run"
+    if stage == "stopped":
+        monkeypatch.setattr(runs, "fit", stopped_after(2))
+        with pytest.raises(KeyboardInterrupt):
+            train_tiny(run, replace(quick, save_every=0.0))
+        monkeypatch.undo()
+    else:
+        train_tiny(run)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match="learning_rate was 0.005, now 0.001"):
+        train_tiny(run, replace(quick, learning_rate=1e-3))
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def stopped_after(count: int):
+    """fit, that stops as by a signal after some log lines."""
+
+    def begin(*arguments) -> Iterator[Progress]:
+        for i, line in enumerate(fit(*arguments), 1):
+            yield line
+            if i == count:
+                raise KeyboardInterrupt
+
+    return begin
+
+
+def test_a_run_on_other_images_is_refused(tmp_path, train_tiny, digits):
+    darker = replace(digits, spec=replace(digits.spec, name="elsewhere", mean=3.0))
+    train_tiny(tmp_path / "run")
+    with pytest.raises(UserError, match="other settings"):
+        train_tiny(tmp_path / "run", dataset=darker)
+
+
+def test_a_round_from_another_number_of_steps_is_not_taken_for_this_one(tmp_path, teacher, quick):
+    def distill(start: int):
+        options = progressive.Options(
+            teacher=teacher, out=tmp_path, start_steps=start, end_steps=2, fit=quick
+        )
+        return progressive.distill(options)
+
+    distill(4)
+    with pytest.raises(UserError, match="other settings"):  # 3 steps, too, become 2
+        distill(3)
+
+
+def test_a_run_stopped_between_its_last_step_and_its_model_keeps_its_whole_log(
+    tmp_path, train_tiny, monkeypatch
+):
+    def killed(*arguments):
+        raise KeyboardInterrupt
+
+    run = tmp_path / "run"
+    monkeypatch.setattr(runs, "save_grid", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train_tiny(run)
+    monkeypatch.undo()
+    before = lines(run)
+    train_tiny(run)
+    assert lines(run) == before
+    assert (run / "model.safetensors").exists()
+
+
+def test_a_run_stopped_between_its_state_and_its_log_line_still_logs_that_line(
+    tmp_path, train_tiny, quick, monkeypatch
+):
+    def save_and_stop(*arguments):
+        save(*arguments)
+        if (run / "log.jsonl").exists():
+            raise KeyboardInterrupt
+
+    run, save, config = tmp_path / "run", loops._save, replace(quick, save_every=0.0)
+    monkeypatch.setattr(loops, "_save", save_and_stop)
+    with pytest.raises(KeyboardInterrupt):
+        train_tiny(run, config)
+    monkeypatch.undo()
+    train_tiny(run, config)
+    assert [line["iteration"] for line in lines(run)] == [5, 10, 15, 20, 25, 30]
+
+
+def test_a_log_line_torn_by_a_kill_is_cut_off(tmp_path, train_tiny, quick, monkeypatch):
+    run, config = tmp_path / "run", replace(quick, save_every=0.0)
+    monkeypatch.setattr(runs, "fit", stopped_after(3))
+    with pytest.raises(KeyboardInterrupt):
+        train_tiny(run, config)
+    monkeypatch.undo()
+    with open(run / "log.jsonl", "a") as log:
+        log.write('{"iteration": 20, "lo')
+    train_tiny(run, config)
+    assert [line["iteration"] for line in lines(run)] == [5, 10, 15, 20, 25, 30]
+
+
+def test_a_process_killed_twice_and_restarted_ends_as_one_that_was_not(
+    tmp_path, monkeypatch, command
+):
+    settings = "--width 8 --multipliers 1 --blocks 1 --attention --batch-size 8 --warmup 5"
+    settings += " --iterations 400 --precision fp32 --dropout 0.1 --save-every 0 --log-every 5"
+    start = [sys.executable, "-m", "teachers.ddpm", *settings.split(), "--out", "killed"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    monkeypatch.chdir(tmp_path)
+    log, moments = Path("killed/log.jsonl"), random.Random()
+    for reached in (moments.randint(1, 25), moments.randint(30, 60)):
+        process = subprocess.Popen(start, env=environment, stdout=subprocess.DEVNULL)
+        while not log.exists() or len(log.read_bytes().splitlines()) < reached:
+            assert process.poll() is None, f"ended before line {reached}"
+            time.sleep(0.001)
+        time.sleep(moments.uniform(0, 0.01))
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+    assert subprocess.run(start, env=environment, stdout=subprocess.DEVNULL).returncode == 0
+    assert command(ddpm.main, *settings.split(), "--out", "whole").code == 0
+
+    assert checkpoint.load(Path("killed"))[2] == checkpoint.load(Path("whole"))[2]
+    assert not list(Path("killed").rglob("*.part"))
+    killed, whole = lines(Path("killed")), lines(Path("whole"))
+    assert [line["iteration"] for line in killed] == list(range(5, 401, 5))
+    assert [line["loss"] for line in killed] == [line["loss"] for line in whole]
