@@ -31,8 +31,8 @@ class Options:
 @torch.no_grad()
 def main() -> None:
     options = tyro.cli(Options, prog="python -m benchmarks.overhead")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = load(options.checkpoint, device, "bf16")
+    model = load(options.checkpoint, "bf16")
+    device = model.device
     indices = torch.arange(options.batch_size, device=device)
     x = torch.randn(options.batch_size, *model.spec.shape, device=device)
     t = torch.rand(options.batch_size, device=device)

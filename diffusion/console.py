@@ -9,7 +9,7 @@ from typing import TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-out = Console(highlight=False, soft_wrap=True)
+out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 T = TypeVar("T")
 _quiet = False
@@ -94,15 +94,16 @@ def _bar(items, title, describe):
 
 def _lines(items, title, describe, every: float = 10.0):
     start = shown = time.monotonic()
-    first = None
+    first, begun = None, start
     for item in items:
         done, total, words = describe(item)
         now = time.monotonic()
         if first is None:
-            first = (done, start)
+            first, begun = done, now  # a resumed run begins late: pace is from here on
         if now - shown > every or done == total:
-            pace = (now - start) / max(done - first[0], 1)
-            left = f", {pace * (total - done):.0f} s left" if done < total else ""
+            left = ""
+            if first < done < total:
+                left = f", {(now - begun) / (done - first) * (total - done):.0f} s left"
             say(f"{title}  {done}/{total}  {words}, {now - start:.0f} s{left}")
             shown = now
         yield item

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from torch import Tensor
 
 from diffusion import checkpoint
@@ -21,6 +22,11 @@ class Model:
     denoiser: Denoiser
     card: Card
     sha256: str
+    """Of the weights."""
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.denoiser.parameters()).device
 
     @property
     def spec(self) -> ImageSpec:
@@ -78,8 +84,13 @@ def build(net: dict | UNetConfig, precision: str) -> Denoiser:
     return Denoiser(UNet(net), precision, layout)
 
 
-def load(path: Path, device: torch.device | str = "cpu", precision: str = "fp32") -> Model:
-    """The model of a checkpoint or of a run's folder, for inference."""
+def this_device() -> torch.device:
+    """This process's GPU where there is CUDA, else the CPU (angles are float64, which MPS has not)."""
+    return PartialState(cpu=not torch.cuda.is_available()).device
+
+
+def load(path: Path, precision: str = "fp32", device: torch.device | None = None) -> Model:
+    """The model of a checkpoint or of a run's folder, for inference, on this process's device."""
     weights, card, sha256 = checkpoint.load(path)
     try:
         denoiser = build(card.net, precision)
@@ -87,7 +98,7 @@ def load(path: Path, device: torch.device | str = "cpu", precision: str = "fp32"
     except (RuntimeError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{path}: the weights do not fit the card's network ({reason})") from error
-    return Model(denoiser.to(device).eval().requires_grad_(False), card, sha256)
+    return Model(denoiser.to(device or this_device()).eval().requires_grad_(False), card, sha256)
 
 
 def require_same_images(spec: ImageSpec, model: Model, path: Path) -> None:

@@ -14,7 +14,7 @@ from diffusion.checkpoint import Card, write_atomic
 from diffusion.console import UserError, say, silence, track
 from diffusion.data import Dataset
 from diffusion.denoiser import Denoiser
-from diffusion.model import Model, load
+from diffusion.model import Model, load, this_device
 from diffusion.pictures import save_grid
 from diffusion.training import FitConfig, Objective, Progress, fit, settings_of
 
@@ -32,14 +32,15 @@ def train_model(
     The card's `training` names the objective's settings; a run made with others is an error.
     Leaves model.safetensors, log.jsonl and samples.png; state/ only while it is unfinished.
     """
+    device = this_device()
     processes = PartialState()
     if not processes.is_main_process:
         silence()
     settings = json.loads(json.dumps({**card.training, **settings_of(config)}))
     settings |= {"parent": card.parent, "net": json.loads(json.dumps(card.net))}
-    device, finished = processes.device, run / "model.safetensors"
+    finished = run / "model.safetensors"
     if finished.exists():
-        model = load(run, device, config.precision)
+        model = load(run, config.precision)
         _require_same(run, model.card.training.get("settings", {}), settings)
         say(f"{run}  finished before: {finished}")
         return model
@@ -69,7 +70,7 @@ def train_model(
             f"{run}  loss {last.loss:.4f} after {last.seconds:.0f} s: {finished}, {run / 'samples.png'}"
         )
     processes.wait_for_everyone()
-    return load(run, device, config.precision)
+    return load(run, config.precision)
 
 
 def some_labels(model: Model, count: int) -> torch.Tensor | None:
@@ -77,7 +78,7 @@ def some_labels(model: Model, count: int) -> torch.Tensor | None:
     classes = model.card.net["num_classes"]
     if not classes:
         return None
-    return torch.arange(count, device=next(model.denoiser.parameters()).device) % classes
+    return torch.arange(count, device=model.device) % classes
 
 
 def _require_same(run: Path, before: dict, now: dict) -> None:

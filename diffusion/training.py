@@ -127,7 +127,8 @@ def fit(
             "--iterations and --batch-size must be at least 1, "
             f"got {config.iterations} and {config.batch_size}"
         )
-    worker = Accelerator(mixed_precision="no")  # precision is the denoiser's own affair
+    # precision is the denoiser's own affair
+    worker = Accelerator(mixed_precision="no", cpu=not torch.cuda.is_available())
     batches = Batches(dataset, config, worker)
     denoiser.to(worker.device).train()
     ramp = Average(frozen_copy(denoiser), lambda done: min(config.ema, done / (done + 9)))

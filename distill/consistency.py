@@ -14,8 +14,7 @@ from diffusion.circle import add_noise, rotate
 from diffusion.console import UserError, run
 from diffusion.model import Model, build
 from diffusion.runs import train_model
-from diffusion.samplers import SOLVERS
-from diffusion.schedules import between
+from diffusion.schedules import even
 from diffusion.training import Average, Batch, FitConfig, frozen_copy
 from students.start import StudentOptions, find_teacher, student_card
 from teachers.presets import preset
@@ -136,8 +135,8 @@ class Options(StudentOptions):
     teacher's weights, against the data, in stages."""
     solver: Literal["heun", "euler"] = "heun"
     """cd: the teacher's step."""
-    num_angles: int = 18
-    """cd: steps of the discretisation. ct: of its last stage, after 10, 20, 40, ..."""
+    num_angles: int = 16
+    """cd: equal steps of the discretisation. ct: of its last stage, after 10, 20, 40, ..."""
     target_ema: float | None = None
     """Decay of the student's average that gives the target; 0 for the student itself.
     0.95 for cd, else 0, unless told."""
@@ -173,14 +172,14 @@ def _doubling(options: Options, schedule: Tensor) -> Pairs:
     counts = [10]
     while counts[-1] < options.num_angles:
         counts.append(min(2 * counts[-1], options.num_angles))
-    return growing([between(schedule, count) for count in counts])
+    return growing([even(schedule, count) for count in counts])
 
 
 MODES = {
     "cd": Mode(
         from_teacher=True,
         step=lambda options, teacher: STEPS[options.solver](teacher),
-        pairs=lambda options, schedule: neighbours(between(schedule, options.num_angles)),
+        pairs=lambda options, schedule: neighbours(even(schedule, options.num_angles)),
         target_ema=0.95,
         distance="l2",
         weight="one",
@@ -196,7 +195,7 @@ MODES = {
     "ect": Mode(
         from_teacher=True,
         step=lambda options, teacher: data_step,
-        pairs=lambda options, schedule: tightening(float(between(schedule, 2)[-1]), options.stages),
+        pairs=lambda options, schedule: tightening(float(schedule[-1]), options.stages),
         target_ema=0.0,
         distance="pseudo-huber",
         weight="gap",
@@ -208,11 +207,10 @@ def objective(options: Options, teacher: Model, student: nn.Module) -> Consisten
     """The objective of these options; what the mode measured best fills in what they leave open."""
     mode = MODES[options.mode]
     decay = mode.target_ema if options.target_ema is None else options.target_ema
-    device = next(teacher.denoiser.parameters()).device
-    target = frozen_copy(student).to(device) if decay else None
+    target = frozen_copy(student).to(teacher.device) if decay else None
     return Consistency(
         step=mode.step(options, teacher.denoiser),
-        pairs=mode.pairs(options, teacher.schedule.to(device)),
+        pairs=mode.pairs(options, teacher.schedule.to(teacher.device)),
         distance=DISTANCES[options.distance or mode.distance],
         weight=WEIGHTS[options.weight or mode.weight],
         target=target,
@@ -227,8 +225,7 @@ def distill(options: Options) -> Model:
     if not 0 <= (options.target_ema or 0) < 1:
         raise UserError(f"--target-ema must be in [0, 1), got {options.target_ema}")
     teacher, dataset, out = find_teacher(options, "consistency", options.fit)
-    schedule = between(teacher.schedule, options.num_angles)
-    plans = {n: SOLVERS["consistency"].angles(schedule, n).tolist() for n in (1, 2, 4, 8)}
+    plans = {n: even(teacher.schedule, n).tolist() for n in (1, 2, 4, 8)}
     chosen = ("mode", "solver", "num_angles", "target_ema", "distance", "weight", "stages")
     card = Card(
         method=f"consistency-{options.mode}",

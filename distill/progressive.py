@@ -110,8 +110,7 @@ def distill(options: Options) -> list[Model]:
             training={"factor": options.factor, "weighting": options.weighting},
             **student_card(teacher),
         )
-        device = next(teacher.denoiser.parameters()).device
-        objective = Halving(teacher.denoiser, table.to(device), options.weighting)
+        objective = Halving(teacher.denoiser, table.to(teacher.device), options.weighting)
         student = deepcopy(teacher.denoiser).requires_grad_(True)
         teacher = train_model(out / f"{num_steps:04d}", student, objective, dataset, fit, card)
         students.append(teacher)

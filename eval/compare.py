@@ -10,10 +10,10 @@ import tyro
 from torch import Tensor
 
 from diffusion import data as datasets
-from diffusion.checkpoint import load_tensors, save_tensors
+from diffusion.checkpoint import load_tensors, save_tensors, write_atomic
 from diffusion.console import UserError, out, run, track
 from diffusion.data import Dataset
-from diffusion.model import Model, load, require_same_images
+from diffusion.model import Model, load, require_same_images, this_device
 from diffusion.samplers import SOLVERS
 from eval import measure, plots, records, table
 from eval.features import EXTRACTORS, Extractor
@@ -156,9 +156,9 @@ def template(bench: Bench, path: Path, model: Model, row: tuple) -> Record:
 def compare(options: Options) -> list[Record]:
     """Measure what is not measured yet; write results.jsonl, table.md, the plots and the samples."""
     counts = _counts(options)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = this_device()
     paths = find_runs(options.runs)
-    models = [(path, load(path, device, options.precision)) for path in paths]
+    models = [(path, load(path, options.precision)) for path in paths]
     models.sort(key=lambda item: item[1].card.parent is not None)  # teachers first
     first_path, first = models[0]
     for path, model in models:
@@ -200,7 +200,7 @@ def prepare(options: Options, model: Model, device: torch.device) -> Bench:
 
 def write_results(folder: Path, shown: list[tuple[Record, Tensor]], real: Tensor) -> None:
     measured = [record for record, _ in shown]
-    (folder / "table.md").write_text(table.markdown(measured))
+    write_atomic(folder / "table.md", table.markdown(measured))
     plots.nfe_plot(folder / "quality_nfe.png", measured)
     plots.time_plot(folder / "quality_ms.png", measured)
     pictured = [(r, images) for r, images in shown if r.own or r.sampler == "ddim"]

@@ -96,7 +96,7 @@ def labels(model: Model, start: int, end: int) -> Tensor | None:
 
 
 def _indices(model: Model, start: int, end: int) -> Tensor:
-    return torch.arange(start, end, device=next(model.denoiser.parameters()).device)
+    return torch.arange(start, end, device=model.device)
 
 
 def _synchronise(device: torch.device) -> None:

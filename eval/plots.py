@@ -11,14 +11,11 @@ from torch import Tensor
 from diffusion.checkpoint import write_atomic
 from diffusion.pictures import grid
 from eval.records import Record
+from eval.table import title
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.ticker import FuncFormatter
-
-
-def name(record: Record) -> str:
-    return record.method if record.own else f"{record.method}, {record.sampler}"
 
 
 def cost_plot(
@@ -27,8 +24,8 @@ def cost_plot(
     """Quality against a cost on log axes, one line per method, with the floor."""
     figure, axes = plt.subplots(figsize=(7.5, 5), dpi=120)
     markers = iter("osD^vP*X<>hd")
-    for method in dict.fromkeys(map(name, records)):
-        rows = sorted((r for r in records if name(r) == method), key=cost)
+    for method in dict.fromkeys(map(title, records)):
+        rows = sorted((r for r in records if title(r) == method), key=cost)
         style = "-" if rows[0].own else "--"
         x, y, spread = zip(*((cost(r), r.score, r.spread) for r in rows), strict=True)
         axes.errorbar(
@@ -60,13 +57,13 @@ def time_plot(path: Path, records: list[Record]) -> None:
 def sample_rows(path: Path, records: list[Record], samples: list[Tensor], real: Tensor) -> None:
     """A row of images per record, all from the same noise, and a row of real images."""
     rows = [*samples, real]
-    titles = [f"{name(r)}\n{r.steps} steps, {r.nfe} calls" for r in records] + ["real images"]
+    titles = [f"{title(r)}\n{r.steps} steps, {r.nfe} calls" for r in records] + ["real images"]
     width = 0.5 * rows[0].shape[0] + 2.4
     figure, axes = plt.subplots(len(rows), 1, figsize=(width, 0.54 * len(rows)), dpi=120)
-    for axis, images, title in zip(axes, rows, titles, strict=True):
+    for axis, images, words in zip(axes, rows, titles, strict=True):
         axis.imshow(grid(images, columns=len(images)).permute(1, 2, 0), interpolation="nearest")
         axis.set_axis_off()
-        axis.text(-0.01, 0.5, title, ha="right", va="center", fontsize=7, transform=axis.transAxes)
+        axis.text(-0.01, 0.5, words, ha="right", va="center", fontsize=7, transform=axis.transAxes)
     figure.subplots_adjust(left=2.3 / width, right=0.995, top=0.995, bottom=0.005, hspace=0.04)
     _save(path, figure, tight=False)
 

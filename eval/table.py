@@ -7,8 +7,17 @@ from rich.table import Table
 
 from eval.records import Record
 
-COLUMNS = ("method", "sampler", "steps", "NFE", "quality", "x teacher", "ms/image @1")
-COLUMNS += ("images/s", "speed-up", "parameters")
+COLUMNS = (
+    "method",
+    "steps",
+    "NFE",
+    "quality",
+    "× teacher",
+    "ms @1",
+    "images/s",
+    "speed-up",
+    "size",
+)
 
 
 def teacher_of(records: list[Record]) -> Record | None:
@@ -33,19 +42,27 @@ def cells(records: list[Record]) -> list[tuple[str, ...]]:
         times = images_per_second(record) / images_per_second(teacher) if teacher else None
         rows.append(
             (
-                record.method if record.own else f"{record.method} (no training)",
-                record.sampler,
+                title(record),
                 str(record.steps),
                 str(record.nfe),
                 f"{record.score:.3g} ± {record.spread:.2g}",
                 f"{ratio(record, teacher):.2f}" if teacher else "-",
-                f"{1000 * median(record.single_seconds):.3g}",
-                f"{images_per_second(record):,.0f}",
-                f"{times:.3g}" if times else "-",
+                short(1000 * median(record.single_seconds)),
+                short(images_per_second(record)),
+                f"{short(times)}×" if times else "-",
                 f"{record.parameters / 1e6:.2f} M",
             )
         )
     return rows
+
+
+def title(record: Record) -> str:
+    return record.method if record.own else f"{record.method}, {record.sampler}"
+
+
+def short(number: float) -> str:
+    """Three digits, in full."""
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
 
 def caption(records: list[Record]) -> str:
@@ -53,9 +70,10 @@ def caption(records: list[Record]) -> str:
     accuracy = first.extractor.get("accuracy")
     classifier = f", classifier's accuracy {accuracy:.1%}" if accuracy else ""
     return (
-        f"quality: {first.metric} of {first.num_images} images, mean ± spread over seeds "
+        f"quality (lower is better): {first.metric} of {first.num_images} images, mean ± spread over seeds "
         f"{', '.join(map(str, first.seeds))}; floor (as many real images) "
-        f"{mean(first.floor):.3g}{classifier}; images/s at batch {first.batch_size} on "
+        f"{mean(first.floor):.3g}{classifier}; × teacher: over the larger of the "
+        f"teacher's and the floor; ms @1: per image at batch 1; images/s at batch {first.batch_size} on "
         f"{first.environment['device']}, {first.environment['precision']}"
     )
 
@@ -63,13 +81,13 @@ def caption(records: list[Record]) -> str:
 def rich_table(records: list[Record]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, caption=caption(records), caption_justify="left")
     for i, column in enumerate(COLUMNS):
-        table.add_column(column, justify="left" if i < 2 else "right", no_wrap=True)
+        table.add_column(column, justify="right" if i else "left", overflow="fold")
     for row in cells(records):
         table.add_row(*row)
     return table
 
 
 def markdown(records: list[Record]) -> str:
-    lines = [COLUMNS, tuple("---" if i < 2 else "--:" for i in range(len(COLUMNS)))]
+    lines = [COLUMNS, tuple("--:" if i else "---" for i in range(len(COLUMNS)))]
     lines += cells(records)
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{caption(records)}\n"

@@ -82,8 +82,7 @@ def labels_of(model: Model, options: Options) -> Tensor | None:
 def generate(model: Model, options: Options) -> Iterator[Tensor]:
     """Batches of images, (B, C, H, W) uint8, in order of their numbers."""
     plan, labels = plan_of(model, options), labels_of(model, options)
-    device = next(model.denoiser.parameters()).device
-    for indices in torch.arange(options.num, device=device).split(options.batch_size):
+    for indices in torch.arange(options.num, device=model.device).split(options.batch_size):
         label = None if labels is None else labels[indices]
         yield model.sample(plan, options.seed, indices, label).cpu()
 
@@ -133,8 +132,7 @@ def main() -> None:
             )
     if options.out.suffix not in WRITERS:
         raise UserError(f"--out must end in .png or .npz or be a folder, got {options.out}")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = load(options.checkpoint, device, options.precision)
+    model = load(options.checkpoint, options.precision)
     sampler, angles = plan_of(model, options)
     WRITERS[options.out.suffix](options.out, model, options)
     say(f"{options.num} images by {sampler} in {len(angles) - 1} steps: {options.out}")

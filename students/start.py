@@ -4,7 +4,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Self
 
-import torch
 import tyro
 
 from diffusion import data as datasets
@@ -41,10 +40,9 @@ def find_teacher(
     options: StudentOptions, method: str, fit: FitConfig
 ) -> tuple[Model, Dataset, Path]:
     """The teacher on its device, its data, and the folder for the run."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if not options.teacher.exists() and options.teacher == StudentOptions.teacher:
         ddpm.train_teacher(ddpm.Options.default("digits"))
-    teacher = load(options.teacher, device, fit.precision)
+    teacher = load(options.teacher, fit.precision)
     spec = teacher.spec
     dataset = datasets.load(options.data or spec.name, options.data_dir, spec.size, spec.channels)
     if dataset.spec.shape != spec.shape:

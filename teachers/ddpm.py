@@ -15,7 +15,7 @@ from diffusion.checkpoint import Card
 from diffusion.circle import add_noise, x0_loss
 from diffusion.console import UserError, run
 from diffusion.data import Dataset
-from diffusion.model import Model, build
+from diffusion.model import Model, build, this_device
 from diffusion.networks import UNetConfig
 from diffusion.runs import train_model
 from diffusion.schedules import SCHEDULES
@@ -95,10 +95,9 @@ def train_teacher(options: Options) -> Model:
         data=asdict(dataset.spec),
         training={"schedule": options.schedule, "weighting": options.weighting},
     )
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(options.fit.seed)
     denoiser = build(options.net, options.fit.precision)
-    objective = Denoising(angles.to(device), options.weighting)
+    objective = Denoising(angles.to(this_device()), options.weighting)
     out = options.out or run_folder(options.data) / "teacher"
     return train_model(out, denoiser, objective, dataset, options.fit, card)
 

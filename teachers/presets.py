@@ -19,7 +19,7 @@ class Preset:
 
 # 2 CPU cores: teacher, students and comparison in about 12 minutes.
 DIGITS = Preset(
-    net=UNetConfig(channels=1, size=8, width=32, multipliers=(1, 2), blocks=1, attention=()),
+    net=UNetConfig(channels=1, size=8, width=32, multipliers=(1, 1), blocks=1, attention=()),
     teacher=FitConfig(iterations=2000, learning_rate=2e-3, ema=0.998),
     halving=FitConfig(iterations=300, learning_rate=1e-3, warmup=20, anneal="linear", ema=0.98),
     consistency=FitConfig(iterations=1200, learning_rate=1e-3, warmup=20, ema=0.99),

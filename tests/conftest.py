@@ -15,12 +15,11 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from accelerate import PartialState
 
 from diffusion import console, data
 from diffusion.checkpoint import Card
 from diffusion.data import Dataset
-from diffusion.model import build
+from diffusion.model import build, this_device
 from diffusion.networks import UNetConfig
 from diffusion.runs import train_model
 from diffusion.schedules import cosine
@@ -83,7 +82,7 @@ def train_tiny(tiny, quick, digits) -> Callable[..., Path]:
         card = Card("teacher", "ancestral", plans, SOLVERS, asdict(tiny), asdict(dataset.spec))
         torch.manual_seed(config.seed)
         denoiser = build(tiny, config.precision)
-        objective = Denoising(angles.to(PartialState().device))
+        objective = Denoising(angles.to(this_device()))
         train_model(run, denoiser, objective, dataset, config, card)
         return run
 

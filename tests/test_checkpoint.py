@@ -60,28 +60,31 @@ def test_the_sha256_tells_apart_names_shapes_and_single_bits():
     assert len({checkpoint.weights_sha256(weights) for weights in others}) == len(others)
 
 
-def test_any_flipped_byte_is_noticed(file):
-    whole = file.read_bytes()
-    accepted = []
+def complaint(file: Path) -> str:
+    """What is said of a file that is refused; nothing of one that is taken."""
+    try:
+        checkpoint.load(file)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def test_a_flipped_bit_in_any_byte_is_noticed_and_the_file_named(file):
+    whole, unnoticed = file.read_bytes(), []
     for position in range(len(whole)):
         flipped = bytearray(whole)
         flipped[position] ^= 1
         file.write_bytes(flipped)
-        try:
-            checkpoint.load(file)
-        except UserError as error:
-            assert str(file) in str(error)
-        else:
-            accepted.append(position)
-    assert accepted == []
+        if str(file) not in complaint(file):
+            unnoticed.append(position)
+    assert unnoticed == []
 
 
 def test_a_file_cut_short_anywhere_is_refused_by_name(file):
     whole = file.read_bytes()
     for length in range(len(whole)):
         file.write_bytes(whole[:length])
-        with pytest.raises(UserError, match=str(file)):
-            checkpoint.load(file)
+        assert str(file) in complaint(file)
 
 
 @pytest.mark.parametrize("text", [None, "no JSON", "{}", "[]", '{"format": 1}'])
@@ -110,9 +113,14 @@ def test_a_missing_checkpoint_is_refused_by_name(file, name):
 def test_a_writer_that_fails_leaves_the_old_file_whole_and_nothing_beside_it(tmp_path):
     path = tmp_path / "file"
     path.write_text("old")
-    with pytest.raises(ZeroDivisionError), atomic_path(path) as part:
-        part.write_text("half of the ne")
-        1 / 0  # noqa: B018
+
+    def write() -> None:
+        with atomic_path(path) as part:
+            part.write_text("half of the ne")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write()
     assert path.read_text() == "old"
     assert names(tmp_path) == ["file"]
 

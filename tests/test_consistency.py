@@ -45,7 +45,7 @@ def exact_step(data):
 def test_the_exact_consistency_function_has_no_loss_along_the_exact_ode(data):
     """Song et al. 2023, section 3: f(x_t, t) = f(x_s, s) on a trajectory, down to s = 0."""
     student = consistency_function(data)
-    assert squared(exact_step(data))(student, BATCH, 0.0).max() < 1e-20
+    assert squared(exact_step(data))(student, BATCH, 0.0).max() < 1e-16
     assert squared(exact_step(data))(data, BATCH, 0.0).mean() > 1e-4  # the denoiser is not it
 
 
@@ -54,7 +54,7 @@ def test_better_steps_leave_the_exact_consistency_function_less_loss(data):
     student = consistency_function(data)
     steps = (exact_step(data), heun_step(data), euler_step(data))
     losses = [squared(step)(student, BATCH, 0.0).mean() for step in steps]
-    assert losses[0] < 0.1 * losses[1] < 0.01 * losses[2]
+    assert 1e6 * losses[0] < losses[1] < losses[2] / 4
 
 
 @both_kinds_of_data
@@ -110,8 +110,8 @@ def test_heuns_step_to_the_data_end_is_eulers_and_leaves_its_batch_alone():
     s = torch.tensor([0.0, 1.2, 0.0], dtype=torch.float64)
     x_t = normal(0, 3, 1, 2, 2)
     heun, euler = (step(SKEWED)(BATCH, x_t, t, s) for step in (heun_step, euler_step))
-    assert torch.equal(heun[[0, 2]], SKEWED(x_t, t)[[0, 2]])
-    assert torch.equal(heun[[0, 2]], euler[[0, 2]])
+    close(heun[[0, 2]], SKEWED(x_t, t)[[0, 2]])
+    close(heun[[0, 2]], euler[[0, 2]])
     close(heun[1:2], heun_step(SKEWED)(BATCH, x_t[1:2], t[1:2], s[1:2]))
 
 

@@ -96,7 +96,7 @@ def test_a_damaged_fashion_mnist_file_is_a_users_mistake(fashion, damage, no_net
     folder, _ = fashion
     file = folder / "train-images-idx3-ubyte.gz"
     file.write_bytes(damage(file.read_bytes()))
-    with pytest.raises(UserError, match="--data-dir|train-images"):
+    with pytest.raises(UserError, match=r"--data-dir|train-images"):
         data.load("fashion-mnist", folder)
 
 

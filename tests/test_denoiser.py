@@ -109,7 +109,7 @@ def test_attention_is_at_the_chosen_resolutions_on_the_way_down_and_up():
         (0.3, UNetConfig(width=16)),
         (7, UNetConfig(size=28, width=64, multipliers=(1, 2, 2), attention=(7,))),
         (38, UNetConfig(3, 32, 128, (1, 2, 2, 2), attention=(16,))),
-        (60, UNetConfig(3, 64, 136, (1, 2, 2, 2), blocks=3, attention=(16, 8))),
+        (60, UNetConfig(3, 64, 160, (1, 2, 2, 2), attention=(16, 8))),
     ],
 )
 def test_a_network_has_0_3_to_60_million_weights_by_configuration_alone(millions, config):

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-
 from cleanfid import fid
 from scipy import linalg
 

@@ -73,7 +73,7 @@ def test_student_that_hits_its_target_reproduces_two_teacher_steps_and_has_no_lo
 
     def student(x_t, t, label):
         visited.append(t)
-        rows = table[torch.searchsorted(table[:, 0].contiguous(), t)]
+        rows = table[torch.searchsorted(table[:, 0].contiguous(), t.contiguous())]
         return merged_target(SKEWED, x_t, columns(rows))
 
     assert objective(student, batch, 0.0).tolist() == [0.0] * 252

@@ -21,14 +21,28 @@ from tests.analytic import (
 close = torch.testing.assert_close
 
 
-@pytest.mark.parametrize("num_steps", [1, 2, 8, 63, 1000])
+@pytest.mark.parametrize(
+    ("num_steps", "dtype", "tolerance"),
+    [
+        (1, torch.float32, 1e-6),
+        (2, torch.float32, 1e-6),
+        (8, torch.float32, 1e-6),
+        (63, torch.float32, 1e-6),
+        (1000, torch.float32, 1000 * 2**-24),  # a rounding at each step, all to one side at worst
+        (1000, torch.float64, 1e-12),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_ddim_shrinks_unit_variance_noise_by_the_product_of_its_steps_cosines(schedule, num_steps):
+def test_ddim_shrinks_unit_variance_noise_by_the_product_of_its_steps_cosines(
+    schedule, num_steps, dtype, tolerance
+):
     angles = respace(SCHEDULES[schedule](), num_steps)
-    noise = normal(0, 16, 1, 8, 8)
+    noise = normal(0, 16, 1, 8, 8, dtype=dtype)
     x0 = sample(Gaussian(), iter([noise]), "ddim", angles)
-    assert x0.dtype == torch.float32
-    close(x0.double(), angles.diff().cos().prod() * noise, rtol=1e-6, atol=1e-6)
+    assert x0.dtype == dtype
+    exact = angles.diff().cos().prod() * noise.double()
+    close(x0.double(), exact, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize(

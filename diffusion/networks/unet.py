@@ -41,7 +41,10 @@ def _zero(module: nn.Module) -> nn.Module:
 
 
 def _norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(min(32, channels // 8), channels)
+    """Up to 32 groups of at least 8 channels."""
+    return nn.GroupNorm(
+        max(g for g in range(1, 33) if channels % g == 0 and channels >= 8 * g), channels
+    )
 
 
 class AngleEmbedding(nn.Module):
@@ -87,7 +90,9 @@ class Attention(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.heads = math.ceil(channels / 64)
+        self.heads = next(
+            n for n in range(math.ceil(channels / 64), channels + 1) if channels % n == 0
+        )
         self.norm = _norm(channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.out = _zero(nn.Conv2d(channels, channels, 1))

@@ -1,0 +1,134 @@
+"""A user's mistake is one line that says what to mend, exit code 2, and nothing written."""
+
+import gzip
+import shutil
+import struct
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from diffusion import checkpoint
+from distill import consistency, progressive
+from eval import compare
+from students import generate
+from teachers import ddpm
+
+TINY = "--width 8 --multipliers 1 --blocks 1 --attention --iterations 2 --batch-size 8"
+HALVE = "--teacher runs/teacher --start-steps 4 --iterations 2 --batch-size 8"
+LEARN = "--teacher runs/teacher --num-angles 4 --iterations 2 --batch-size 8"
+RATE = "--num-images 80 --features random --precision fp32 --steps 1"
+
+# (command, arguments, words of the message that name what came and what was expected)
+MISTAKES = [
+    (ddpm, f"{TINY} --data no-such-data", ["no-such-data", "digits"]),
+    (ddpm, f"{TINY} --data empty", ["empty", ".png"]),
+    (ddpm, f"{TINY} --data pictures --channels 2", ["channels", "2"]),
+    (ddpm, f"{TINY} --out file/run", ["file"]),
+    (ddpm, f"{TINY} --iterations 0", ["--iterations", "0"]),
+    (ddpm, f"{TINY} --batch-size 0", ["--batch-size", "0"]),
+    (ddpm, f"{TINY} --log-every 0", ["--log-every", "0"]),
+    (ddpm, f"{TINY} --learning-rate -1", ["--learning-rate", "-1"]),
+    (ddpm, f"{TINY} --weight-decay -1", ["--weight-decay", "-1"]),
+    (ddpm, f"{TINY} --ema 1.5", ["--ema", "1.5"]),
+    (ddpm, f"{TINY} --dropout 2", ["--dropout", "2"]),
+    (ddpm, f"{TINY} --width 12", ["width", "12"]),
+    (ddpm, f"{TINY} --width 0", ["width", "0"]),
+    (ddpm, f"{TINY} --multipliers 0", ["multipliers", "0"]),
+    (ddpm, f"{TINY} --size 16", ["--size", "16", "8"]),
+    (ddpm, f"{TINY} --num-classes 3", ["--num-classes", "3", "10"]),
+    (ddpm, f"{TINY} --flip", ["--flip"]),
+    (progressive, f"{HALVE} --teacher missing", ["missing"]),
+    (progressive, f"{HALVE} --teacher runs", ["runs/model.safetensors"]),
+    (progressive, f"{HALVE} --teacher cut.safetensors", ["cut.safetensors"]),
+    (progressive, f"{HALVE} --teacher file", ["file"]),
+    (progressive, f"{HALVE} --data no-such-data", ["no-such-data"]),
+    (progressive, f"{HALVE} --data fashion-mnist --data-dir idx", ["(1, 8, 8)", "(1, 28, 28)"]),
+    (progressive, f"{HALVE} --out file/run", ["file"]),
+    (progressive, f"{HALVE} --factor 1", ["--factor", "1"]),
+    (progressive, f"{HALVE} --start-steps 9", ["steps", "8", "9"]),
+    (progressive, f"{HALVE} --end-steps 0", ["--end-steps", "0"]),
+    (progressive, f"{HALVE} --end-steps 4", ["--start-steps 4", "--end-steps 4"]),
+    (progressive, f"{HALVE} --end-steps 2 --last-rounds 0", ["--last-rounds", "0"]),
+    (consistency, f"{LEARN} --teacher missing", ["missing"]),
+    (consistency, f"{LEARN} --teacher cut.safetensors", ["cut.safetensors"]),
+    (consistency, f"{LEARN} --num-angles 1", ["--num-angles", "1"]),
+    (consistency, f"{LEARN} --target-ema 1", ["--target-ema", "1"]),
+    (generate, "missing", ["missing"]),
+    (generate, "cut.safetensors", ["cut.safetensors"]),
+    (generate, "runs/student --steps 3", ["3", "4"]),
+    (generate, "runs/student --steps 0", ["--steps", "0"]),
+    (generate, "runs/student --sampler heun", ["heun", "ddim"]),
+    (generate, "runs/student --angles 1.5", ["--angles"]),
+    (generate, "runs/teacher --steps 9", ["8", "9"]),
+    (generate, "runs/teacher --angles 0.5 1.0 --sampler ddim", ["--angles", "0.5"]),
+    (generate, "runs/teacher --label 1", ["--label", "1"]),
+    (generate, "runs/student --num 0", ["--num", "0"]),
+    (generate, "runs/student --num 2 --batch-size 0", ["--batch-size", "0"]),
+    (generate, "runs/student --num 2 --out a.jpg", [".png", "a.jpg"]),
+    (generate, "runs/student --num 2 --out file/a.png", ["file"]),
+    (compare, f"{RATE} missing", ["missing"]),
+    (compare, f"{RATE} empty", ["empty"]),
+    (compare, f"{RATE} cut.safetensors", ["cut.safetensors"]),
+    (compare, f"{RATE} runs other.safetensors", ["other.safetensors", "digits", "elsewhere"]),
+    (compare, f"{RATE} runs --steps 0", ["--steps", "0"]),
+    (compare, f"{RATE} runs --steps some", ["--steps", "some"]),
+    (compare, f"{RATE} runs --steps 9", ["8", "9"]),
+    (compare, f"{RATE} runs --num-images 64", ["--num-images", "64"]),
+    (compare, f"{RATE} runs --batch-size 0", ["--batch-size", "0"]),
+    (compare, f"{RATE} --seeds --out new runs", ["--seeds"]),
+    (compare, f"{RATE} runs --out file/new", ["file"]),
+    (compare, f"{RATE} learned.safetensors --steps 3 --out new", ["--steps", "3"]),
+]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, teacher, student) -> Path:
+    """A folder with a teacher, a student, and all sorts of things that are no good."""
+    folder = tmp_path_factory.mktemp("mistakes")
+    shutil.copytree(teacher, folder / "runs" / "teacher")
+    shutil.copytree(student, folder / "runs" / "student")
+    whole = teacher / "model.safetensors"
+    (folder / "cut.safetensors").write_bytes(whole.read_bytes()[:-100])
+    weights, card, _ = checkpoint.load(whole)
+    other = replace(card, data=card.data | {"name": "elsewhere"})
+    checkpoint.save(folder / "other.safetensors", weights, other)
+    learned = replace(card, sampler="consistency", solvers=("consistency",))
+    learned = replace(learned, plans={1: [0.0, 1.5], 2: [0.0, 1.0, 1.5]})
+    checkpoint.save(folder / "learned.safetensors", weights, learned)
+    for name in ("empty", "pictures", "idx"):
+        (folder / name).mkdir()
+    (folder / "file").write_text("a file where a folder should be")
+    for grey in (0, 255):
+        Image.new("L", (8, 8), grey).save(folder / "pictures" / f"{grey}.png")
+    for stem in ("train", "t10k"):
+        images = struct.pack(">4I", 0x803, 2, 28, 28) + bytes(range(196)) * 8
+        (folder / "idx" / f"{stem}-images-idx3-ubyte.gz").write_bytes(gzip.compress(images))
+        labels = struct.pack(">2I", 0x801, 2) + bytes([0, 9])
+        (folder / "idx" / f"{stem}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(labels))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "words"),
+    MISTAKES,
+    ids=[f"{module.__name__.split('.')[1]} {arguments}" for module, arguments, _ in MISTAKES],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(
+    place, command, monkeypatch, module, arguments, words
+):
+    monkeypatch.chdir(place)
+    before = files(place)
+    outcome = command(module.main, *arguments.split())
+    assert outcome.code == 2
+    assert outcome.err.startswith("error: ")
+    assert outcome.err.count("\n") == 1
+    assert [word for word in words if word not in outcome.err] == []
+    assert files(place) - before == set()
+
+
+def files(folder: Path) -> set[str]:
+    """All below the folder but what fashion-mnist's files are unpacked to."""
+    paths = (str(path.relative_to(folder)) for path in folder.rglob("*"))
+    return {path for path in paths if not path.startswith("idx/FashionMNIST")}
