@@ -92,6 +92,8 @@ class Card:
     @staticmethod
     def from_json(text: str) -> "Card":
         card = json.loads(text)
+        if not isinstance(card, dict):
+            raise UserError("the card is no JSON object")
         if card.get("format") != FORMAT:
             raise UserError(f"the card is of format {card.get('format')}, expected {FORMAT}")
         card["plans"] = {int(steps): angles for steps, angles in card["plans"].items()}
@@ -101,9 +103,14 @@ class Card:
 
 def save(path: Path, weights: dict[str, Tensor], card: Card) -> str:
     """Write weights and card; returns the weights' sha256."""
-    sha256 = weights_sha256(weights)
-    save_tensors(path, weights, {"card": card.to_json(), "weights_sha256": sha256})
+    sha256, text = weights_sha256(weights), card.to_json()
+    save_tensors(path, weights, {"card": text, "sha256": _seal(sha256, text)})
     return sha256
+
+
+def _seal(sha256: str, card: str) -> str:
+    """sha256 over the weights' sha256 and the card: a flipped bit in either is noticed."""
+    return hashlib.sha256(f"{sha256} {card}".encode()).hexdigest()
 
 
 def load(path: Path) -> tuple[dict[str, Tensor], Card, str]:
@@ -115,11 +122,11 @@ def load(path: Path) -> tuple[dict[str, Tensor], Card, str]:
     if "card" not in metadata:
         raise UserError(f"{file} has no card: it was not written by this suite")
     sha256 = weights_sha256(weights)
-    if metadata.get("weights_sha256") != sha256:
-        raise UserError(f"{file} is damaged: its weights do not match their sha256")
+    if metadata.get("sha256") != _seal(sha256, metadata["card"]):
+        raise UserError(f"{file} is damaged: its weights and card do not match their sha256")
     try:
         return weights, Card.from_json(metadata["card"]), sha256
     except UserError as error:
         raise UserError(f"{file}: {error}") from error
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{file} has a card that cannot be read ({error})") from error

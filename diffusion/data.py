@@ -3,6 +3,7 @@
 import gzip
 import os
 import shutil
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,9 +108,12 @@ def fashion_mnist(data_dir: Path | None = None) -> Dataset:
         source = next((path for path in sources if path.exists()), None)
         if source and not (raw / f"{stem}-ubyte").exists():
             raw.mkdir(parents=True, exist_ok=True)
-            with atomic_path(raw / f"{stem}-ubyte") as part, gzip.open(source) as data:
-                with open(part, "wb") as out:
-                    shutil.copyfileobj(data, out)
+            try:
+                with atomic_path(raw / f"{stem}-ubyte") as part, gzip.open(source) as data:
+                    with open(part, "wb") as out:
+                        shutil.copyfileobj(data, out)
+            except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+                raise UserError(f"{source} is not a whole gzip file ({error})") from error
     hint = (
         "fashion-mnist was not found and could not be downloaded: install Debian's "
         "dataset-fashion-mnist, or put its four *-ubyte.gz files (from "
@@ -144,14 +148,16 @@ def _torchvision(dataset: type, root: Path, hint: str) -> tuple:
     def both(download: bool) -> tuple:
         return tuple(dataset(root, train=train, download=download) for train in (True, False))
 
+    broken = (RuntimeError, OSError, ValueError, AssertionError)
     try:
         return both(download=False)
-    except (RuntimeError, OSError):  # not there, or not whole
+    except broken:  # not there, or not whole
         pass
     try:
         return both(download=True)
-    except (RuntimeError, OSError) as error:
-        raise UserError(f"{hint} ({str(error).splitlines()[0]})") from error
+    except broken as error:
+        reason = (str(error) or repr(error)).splitlines()[0]
+        raise UserError(f"{hint} ({reason})") from error
 
 
 DATASETS = {"digits": digits, "fashion-mnist": fashion_mnist, "cifar10": cifar10}
@@ -165,6 +171,11 @@ def image_folder(folder: Path, size: int, channels: int) -> Dataset:
     """
     from PIL import Image, ImageOps
 
+    if channels not in (1, 3) or size < 1:
+        raise UserError(
+            f"a folder's images have --channels 1 or 3 and a --size of at least 1, "
+            f"got {channels} and {size}"
+        )
     paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
     if not paths:
         raise UserError(f"{folder} holds no images: expected files such as .png, .jpg or .webp")
@@ -172,7 +183,12 @@ def image_folder(folder: Path, size: int, channels: int) -> Dataset:
     def read(path: Path) -> Tensor | None:
         try:
             with Image.open(path) as image:
-                image = ImageOps.exif_transpose(image).convert("L" if channels == 1 else "RGB")
+                image = ImageOps.exif_transpose(image)
+                if image.mode.startswith(
+                    "I;16"
+                ):  # convert would clip all but the darkest 256 levels
+                    image = image.convert("I").point(lambda level: level / 257).convert("L")
+                image = image.convert("L" if channels == 1 else "RGB")
                 image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
             return None

@@ -74,8 +74,12 @@ def build(net: dict | UNetConfig, precision: str) -> Denoiser:
     """A new denoiser of that configuration."""
     if isinstance(net, dict):
         net = UNetConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in net.items()})
+    if not 0 <= net.dropout < 1:
+        raise UserError(f"--dropout must be in [0, 1), got {net.dropout:g}")
+    if not net.multipliers or min(net.multipliers) < 1:
+        raise UserError(f"--multipliers must be 1 or more numbers from 1, got {net.multipliers}")
     coarsest = 2 ** (len(net.multipliers) - 1)
-    if net.size % coarsest or net.width % 8:
+    if net.size % coarsest or net.width % 8 or net.width < 8:
         raise UserError(
             f"a network of {len(net.multipliers)} levels needs a size divisible by {coarsest} "
             f"and a width divisible by 8, got size {net.size} and width {net.width}"

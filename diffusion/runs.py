@@ -1,6 +1,8 @@
 """A run on disk: train a model once, resume it where it was stopped, leave it whole."""
 
+import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,7 +18,7 @@ from diffusion.data import Dataset
 from diffusion.denoiser import Denoiser
 from diffusion.model import Model, load, this_device
 from diffusion.pictures import save_grid
-from diffusion.training import FitConfig, Objective, Progress, fit, settings_of
+from diffusion.training import FitConfig, Objective, Progress, check, fit, settings_of
 
 
 def train_model(
@@ -32,12 +34,18 @@ def train_model(
     The card's `training` names the objective's settings; a run made with others is an error.
     Leaves model.safetensors, log.jsonl and samples.png; state/ only while it is unfinished.
     """
+    check(config)
     device = this_device()
     processes = PartialState()
     if not processes.is_main_process:
         silence()
-    settings = json.loads(json.dumps({**card.training, **settings_of(config)}))
-    settings |= {"parent": card.parent, "net": json.loads(json.dumps(card.net))}
+    if "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:  # accelerate launch --cpu
+        say("accelerate launch starts one process on a CPU; torchrun --nproc_per_node N starts N")
+    settings = {**card.training, **settings_of(config), "parent": card.parent, "net": card.net}
+    plans = hashlib.sha256(json.dumps(card.plans).encode()).hexdigest()[:8]
+    settings = json.loads(
+        json.dumps(settings | {"data": dataset.spec.name, "images": card.data, "plans": plans})
+    )
     finished = run / "model.safetensors"
     if finished.exists():
         model = load(run, config.precision)

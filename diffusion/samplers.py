@@ -13,7 +13,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from diffusion.circle import FROM_X0, add_noise, rotate
+from diffusion.circle import FROM_X0, add_noise, broadcast, rotate
 from diffusion.schedules import even, respace
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
@@ -33,7 +33,7 @@ def ddim(denoise: Denoise, noise: Iterator[Tensor], angles: Tensor, eta: float =
             continue
         fresh = eta * ((t - s).sin() * (t + s).sin()).sqrt() / (t.sin() * s.cos())
         kept = (1 - fresh.square()).clamp(min=0).sqrt()
-        eps = kept.float() * FROM_X0["eps"](x, x0, t) + fresh.float() * next(noise)
+        eps = broadcast(kept, x) * FROM_X0["eps"](x, x0, t) + broadcast(fresh, x) * next(noise)
         x = add_noise(x0, eps, s)
     return x
 
@@ -64,7 +64,7 @@ def dpm_solver(denoise: Denoise, noise: Iterator[Tensor], angles: Tensor) -> Ten
         x0 = towards = denoise(x, t)
         if previous is not None and i < len(angles) - 2:
             ratio = (lambdas[i + 1] - lambdas[i]) / (lambdas[i] - lambdas[i - 1])
-            towards = x0 + (x0 - previous) * (ratio / 2).float()
+            towards = x0 + (x0 - previous) * broadcast(ratio / 2, x0)
         x, previous = rotate(x, towards, t, s), x0
     return x
 

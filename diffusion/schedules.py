@@ -15,7 +15,7 @@ from diffusion.console import UserError
 def linear_beta(num_steps: int = 1000, beta_min: float = 1e-4, beta_max: float = 0.02) -> Tensor:
     """DDPM's schedule (Ho et al. 2020, section 4). Its end is not quite noise: cos t_N = 0.00635.
 
-    With fewer than 1000 steps the betas grow in proportion (so that the end stays), at most 0.999.
+    With fewer than 1000 steps the betas grow in proportion, at most to 0.999.
     """
     scale = 1000 / num_steps
     betas = torch.linspace(beta_min, beta_max, num_steps, dtype=torch.float64) * scale
@@ -31,9 +31,10 @@ def cosine(num_steps: int = 1000, offset: float = 0.008) -> Tensor:
     """
     i = torch.arange(1, num_steps + 1, dtype=torch.float64)
     first = offset / (1 + offset) * math.pi / 2
-    phi = (i / num_steps + offset) / (1 + offset) * math.pi / 2
+    turned = i / num_steps / (1 + offset) * math.pi / 2
+    phi = first + turned
     # sin^2 t = 1 - cos^2(phi) / cos^2(first), without the subtraction
-    sigma = ((phi - first).sin() * (phi + first).sin()).sqrt()
+    sigma = (turned.sin() * (phi + first).sin()).sqrt()
     return _from_zero(torch.atan2(sigma, phi.cos()).clamp(max=math.pi / 2))
 
 
@@ -61,8 +62,9 @@ def karras(
     """Karras et al. 2022, eq. 5, with t = atan(sigma / sigma_data), which are 0.004 to 160 there."""
     ramp = torch.linspace(0, 1, num_steps, dtype=torch.float64)
     low, high = ratio_min ** (1 / rho), ratio_max ** (1 / rho)
-    ratios = (low + ramp * (high - low)) ** rho if num_steps > 1 else torch.tensor([ratio_max])
-    return _from_zero(torch.atan(ratios.double()))
+    ratios = (low + ramp * (high - low)) ** rho
+    ratios[-1] = ratio_max  # exactly, and for a single step too
+    return _from_zero(torch.atan(ratios))
 
 
 SCHEDULES = {"linear": linear_beta, "cosine": cosine, "sigmoid": sigmoid, "karras": karras}

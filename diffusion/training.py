@@ -60,6 +60,25 @@ class FitConfig:
     """Least seconds between saves of the state to resume from."""
 
 
+LIMITS = {
+    "iterations": ("at least 1", lambda n: n >= 1),
+    "batch_size": ("at least 1", lambda n: n >= 1),
+    "log_every": ("at least 1", lambda n: n >= 1),
+    "learning_rate": ("above 0", lambda rate: rate > 0),
+    "weight_decay": ("at least 0", lambda decay: decay >= 0),
+    "clip": ("above 0", lambda norm: norm > 0),
+    "ema": ("in [0, 1)", lambda decay: 0 <= decay < 1),
+}
+
+
+def check(config: FitConfig) -> None:
+    """UserError for a setting that cannot be trained with."""
+    for name, (words, holds) in LIMITS.items():
+        value = getattr(config, name)
+        if not holds(value):
+            raise UserError(f"--{name.replace('_', '-')} must be {words}, got {value:g}")
+
+
 class Batch(NamedTuple):
     """All that is random in a training step, so that an objective is a function of its inputs."""
 
@@ -122,11 +141,7 @@ def fit(
     Resumes from the file `state` where there is one, to the same result bit for bit, and
     writes it after log lines; a loss that is not finite raises UserError before it is written.
     """
-    if config.iterations < 1 or config.batch_size < 1:
-        raise UserError(
-            "--iterations and --batch-size must be at least 1, "
-            f"got {config.iterations} and {config.batch_size}"
-        )
+    check(config)
     # precision is the denoiser's own affair
     worker = Accelerator(mixed_precision="no", cpu=not torch.cuda.is_available())
     batches = Batches(dataset, config, worker)
@@ -140,13 +155,16 @@ def fit(
         weight_decay=config.weight_decay,
         fused=True,
     )
-    start, spent = _restore(state, denoiser, averages, optimizer, worker.device)
+    before = _restore(state, denoiser, averages, optimizer)
+    start, spent = (before.iteration, before.seconds) if before else (0, 0.0)
     if config.compile:
         denoiser.net.compile()
     student, prepared = worker.prepare(denoiser, optimizer)
 
     sums, counted = torch.zeros(2, device=worker.device), 0
     begun = logged = saved = time.monotonic()
+    if before:
+        yield before  # its line in the log may not have been written
     with _stop_requests() as stop:
         for i in range(start, config.iterations):
             done = i + 1
@@ -164,9 +182,11 @@ def fit(
                 average.follow(denoiser, done)
             sums += torch.stack([loss.detach(), norm])
             counted += 1
-            if done % config.log_every and done < config.iterations and not stop:
+            alone = worker.num_processes == 1  # else all must agree on where to stop
+            if done % config.log_every and done < config.iterations and not (stop and alone):
                 continue
-            mean_loss, mean_norm = (worker.reduce(sums, "mean") / counted).tolist()
+            told = torch.cat([sums / counted, sums.new_tensor([len(stop)])])
+            mean_loss, mean_norm, stopped = worker.reduce(told, "mean").tolist()
             now = time.monotonic()
             if not math.isfinite(mean_loss + mean_norm):
                 raise UserError(
@@ -174,21 +194,20 @@ def fit(
                     f"the last good save is kept; try a lower --learning-rate than {config.learning_rate:g}"
                 )
             seconds = spent + now - begun
-            due = stop or done == config.iterations or now - saved >= config.save_every
+            pace = counted * config.batch_size / (now - logged)
+            line = Progress(done, config.iterations, mean_loss, mean_norm, rate, pace, seconds)
+            due = stopped or done == config.iterations or now - saved >= config.save_every
             if worker.is_main_process and due:
-                _save(state, denoiser, averages, optimizer, (done, seconds))
+                _save(state, denoiser, averages, optimizer, line)
                 saved = now
-            if stop:
+            if stopped:
                 message = (
                     f"stopped at iteration {done} of {config.iterations}; the same command resumes"
                 )
-                raise Interrupted(message, stop[0])
-            pace = counted * config.batch_size / (now - logged)
+                raise Interrupted(message, stop[0] if stop else signal.SIGTERM)
             sums.zero_()
             counted, logged = 0, now
-            yield Progress(done, config.iterations, mean_loss, mean_norm, rate, pace, seconds)
-    if start == config.iterations:  # stopped after its last step, before the model was written
-        yield Progress(start, start, math.nan, math.nan, 0.0, 0.0, spent)
+            yield line
     denoiser.load_state_dict(ramp.denoiser.state_dict())
     denoiser.eval()
 
@@ -223,6 +242,7 @@ class Batches:
         eps = torch.randn(size, *self.spec.shape, generator=random, device=device)[share]
         offset = torch.rand((), generator=random, device=device, dtype=torch.float64)
         level = (torch.arange(size, device=device, dtype=torch.float64)[share] + offset) / size
+        level = level.clamp(max=1 - 2**-53)  # the last may round to 1
         mirrored = torch.rand(size, generator=random, device=device)[share] < 0.5
         which = which.to(self.images.device)
         x0 = self.spec.to_unit(self.images[which].to(device, non_blocking=True))
@@ -255,19 +275,19 @@ def _stop_requests() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _save(path: Path, denoiser, averages, optimizer, clock: tuple[int, float]) -> None:
+def _save(path: Path, denoiser, averages, optimizer, line: Progress) -> None:
     tensors = {f"student.{k}": v for k, v in denoiser.state_dict().items()}
     for i, average in enumerate(averages):
         tensors |= {f"average{i}.{k}": v for k, v in average.denoiser.state_dict().items()}
     for i, slots in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{i}.{k}": v for k, v in slots.items()}
-    save_tensors(path, tensors, {"clock": json.dumps(clock)})
+    save_tensors(path, tensors, {"line": json.dumps(line._asdict())})
 
 
-def _restore(path: Path, denoiser, averages, optimizer, device) -> tuple[int, float]:
-    """Iterations done and seconds spent; (0, 0.0) where there is no state."""
+def _restore(path: Path, denoiser, averages, optimizer) -> Progress | None:
+    """The line of the log at which the state was saved; None where there is no state."""
     if not path.exists():
-        return 0, 0.0
+        return None
     tensors, metadata = load_tensors(path)
 
     def part(prefix: str) -> dict[str, Tensor]:
@@ -282,8 +302,7 @@ def _restore(path: Path, denoiser, averages, optimizer, device) -> tuple[int, fl
         slots.setdefault(int(i), {})[key] = value
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": slots, "param_groups": groups})
-    done, seconds = json.loads(metadata["clock"])
-    return done, seconds
+    return Progress(**json.loads(metadata["line"]))
 
 
 def settings_of(config: FitConfig) -> dict:

@@ -92,11 +92,12 @@ def growing(lists: list[Tensor]) -> Pairs:
     return pairs
 
 
-def tightening(top: float, stages: int, mean: float = -0.4, std: float = 1.6) -> Pairs:
+def tightening(top: float, stages: int, mean: float = -0.4, std: float = 2.0) -> Pairs:
     """Geng et al. 2024, section 4: tan t log-normal, s approaching t stage by stage.
 
-    tan s / tan t = 1 - n(t) / 2^stage, at least 0, with n(t) = 1 + 8 sigmoid(-tan t / 2)
-    (their sigma is tan t / 2). The first stage has s = 0: it is diffusion training.
+    tan s / tan t = 1 - n(t) / 2^stage, at least 0, stage = 1, 2, ..., with
+    n(t) = 1 + 8 sigmoid(-tan t / 2) (their sigma is tan t / 2). The first stage has s = 0
+    wherever tan t < 3.9: there it is diffusion training.
     """
 
     def pairs(level: Tensor, progress: float) -> tuple[Tensor, Tensor]:
@@ -145,7 +146,7 @@ class Options(StudentOptions):
     weight: Literal["one", "gap"] | None = None
     """Of a pair's loss; gap is 1 / (t - s). one for cd, else gap, unless told."""
     stages: int = 8
-    """ect: how often the gap between t and s halves."""
+    """ect: stages of equal length; the gap between t and s halves from each to the next."""
     fit: FitConfig = field(default_factory=FitConfig)
 
     @staticmethod
@@ -169,7 +170,7 @@ STEPS = {"euler": euler_step, "heun": heun_step}
 
 
 def _doubling(options: Options, schedule: Tensor) -> Pairs:
-    counts = [10]
+    counts = [min(10, options.num_angles)]
     while counts[-1] < options.num_angles:
         counts.append(min(2 * counts[-1], options.num_angles))
     return growing([even(schedule, count) for count in counts])
@@ -207,7 +208,8 @@ def objective(options: Options, teacher: Model, student: nn.Module) -> Consisten
     """The objective of these options; what the mode measured best fills in what they leave open."""
     mode = MODES[options.mode]
     decay = mode.target_ema if options.target_ema is None else options.target_ema
-    target = frozen_copy(student).to(teacher.device) if decay else None
+    # in training mode, so that its dropout mask is the student's
+    target = frozen_copy(student).to(teacher.device).train() if decay else None
     return Consistency(
         step=mode.step(options, teacher.denoiser),
         pairs=mode.pairs(options, teacher.schedule.to(teacher.device)),

@@ -92,6 +92,8 @@ def distill(options: Options) -> list[Model]:
         raise UserError(f"--factor must be at least 2, got {options.factor}")
     if options.end_steps < 1:
         raise UserError(f"--end-steps must be at least 1, got {options.end_steps}")
+    if options.last_rounds <= 0:
+        raise UserError(f"--last-rounds must be above 0, got {options.last_rounds:g}")
     teacher, dataset, out = find_teacher(options, "progressive", options.fit)
     angles = respace(teacher.schedule, options.start_steps)
     students = []

@@ -156,6 +156,10 @@ def template(bench: Bench, path: Path, model: Model, row: tuple) -> Record:
 def compare(options: Options) -> list[Record]:
     """Measure what is not measured yet; write results.jsonl, table.md, the plots and the samples."""
     counts = _counts(options)
+    if options.batch_size < 1:
+        raise UserError(f"--batch-size must be at least 1, got {options.batch_size}")
+    if not options.seeds:
+        raise UserError("--seeds takes at least one number, e.g. 0 1, got none")
     device = this_device()
     paths = find_runs(options.runs)
     models = [(path, load(path, options.precision)) for path in paths]
@@ -163,22 +167,24 @@ def compare(options: Options) -> list[Record]:
     first_path, first = models[0]
     for path, model in models:
         require_same_images(first.spec, model, path)
+    planned = [(path, model, row) for path, model in models for row in rows(model, counts)]
+    if not planned:
+        raise UserError(f"none of the runs samples in --steps {options.steps}")
     bench = prepare(options, first, device)
     folder = options.out or _home(options.runs[0], first_path) / "compare"
     results, pictures = folder / "results.jsonl", folder / "samples.safetensors"
     known = {record.key: record for record in records.read(results)}
     samples = load_tensors(pictures)[0] if pictures.exists() else {}
     shown: list[tuple[Record, Tensor]] = []
-    for path, model in models:
-        for row in rows(model, counts):
-            blank = template(bench, path, model, row)
-            record, tag = known.get(blank.key), f"{hash_of(blank)}"
-            if record is None or tag not in samples:
-                record, samples[tag] = evaluate(bench, path, model, row, blank)
-                known[record.key] = record
-                save_tensors(pictures, samples, {})
-                records.write(results, list(known.values()))
-            shown.append((record, samples[tag]))
+    for path, model, row in planned:
+        blank = template(bench, path, model, row)
+        record, tag = known.get(blank.key), hash_of(blank)
+        if record is None or tag not in samples:
+            record, samples[tag] = evaluate(bench, path, model, row, blank)
+            known[record.key] = record
+            save_tensors(pictures, samples, {})
+            records.write(results, list(known.values()))
+        shown.append((record, samples[tag]))
     write_results(folder, shown, bench.dataset.train[:SHOWN])
     return [record for record, _ in shown]
 

@@ -61,7 +61,9 @@ def sample_rows(path: Path, records: list[Record], samples: list[Tensor], real: 
     width = 0.5 * rows[0].shape[0] + 2.4
     figure, axes = plt.subplots(len(rows), 1, figsize=(width, 0.54 * len(rows)), dpi=120)
     for axis, images, words in zip(axes, rows, titles, strict=True):
-        axis.imshow(grid(images, columns=len(images)).permute(1, 2, 0), interpolation="nearest")
+        axis.imshow(
+            grid(images, columns=len(images)).permute(1, 2, 0).numpy(), interpolation="nearest"
+        )
         axis.set_axis_off()
         axis.text(-0.01, 0.5, words, ha="right", va="center", fontsize=7, transform=axis.transAxes)
     figure.subplots_adjust(left=2.3 / width, right=0.995, top=0.995, bottom=0.005, hspace=0.04)

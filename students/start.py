@@ -50,7 +50,7 @@ def find_teacher(
             f"{options.teacher} makes images of shape {spec.shape}, "
             f"but {dataset.spec.name}'s are of shape {dataset.spec.shape}"
         )
-    dataset = replace(dataset, spec=spec)  # the student keeps the teacher's scale
+    dataset = replace(dataset, spec=replace(spec, name=dataset.spec.name))  # the teacher's scale
     home = options.teacher if options.teacher.is_dir() else options.teacher.parent
     return teacher, dataset, options.out or home.parent / method
 

@@ -31,6 +31,9 @@ def of(mean: torch.Tensor, covariance: torch.Tensor, count: int = 100) -> Moment
     return Moments(count, mean, covariance * (count - 1))
 
 
+@pytest.mark.filterwarnings(
+    "ignore:Matrix is singular"
+)  # scipy's square root finds one all the same
 @pytest.mark.parametrize(
     ("a", "b"), [("noisy", "digits"), ("held out", "digits"), ("noisy pixels", "noisy")]
 )

@@ -15,46 +15,49 @@ from eval import compare
 from students import generate
 from teachers import ddpm
 
-TINY = "--width 8 --multipliers 1 --blocks 1 --attention --iterations 2 --batch-size 8"
-HALVE = "--teacher runs/teacher --start-steps 4 --iterations 2 --batch-size 8"
-LEARN = "--teacher runs/teacher --num-angles 4 --iterations 2 --batch-size 8"
-RATE = "--num-images 80 --features random --precision fp32 --steps 1"
+BASE = {
+    ddpm: "--width 8 --multipliers 1 --blocks 1 --attention --iterations 2 --batch-size 8",
+    progressive: "--teacher runs/teacher --start-steps 4 --iterations 2 --batch-size 8",
+    consistency: "--teacher runs/teacher --num-angles 4 --iterations 2 --batch-size 8",
+    generate: "--num 2 --batch-size 2",
+    compare: "--num-images 80 --features random --precision fp32 --steps 1",
+}
 
-# (command, arguments, words of the message that name what came and what was expected)
+# (command, what is wrong after its usual arguments, words of the message that name what came and what was expected)
 MISTAKES = [
-    (ddpm, f"{TINY} --data no-such-data", ["no-such-data", "digits"]),
-    (ddpm, f"{TINY} --data empty", ["empty", ".png"]),
-    (ddpm, f"{TINY} --data pictures --channels 2", ["channels", "2"]),
-    (ddpm, f"{TINY} --out file/run", ["file"]),
-    (ddpm, f"{TINY} --iterations 0", ["--iterations", "0"]),
-    (ddpm, f"{TINY} --batch-size 0", ["--batch-size", "0"]),
-    (ddpm, f"{TINY} --log-every 0", ["--log-every", "0"]),
-    (ddpm, f"{TINY} --learning-rate -1", ["--learning-rate", "-1"]),
-    (ddpm, f"{TINY} --weight-decay -1", ["--weight-decay", "-1"]),
-    (ddpm, f"{TINY} --ema 1.5", ["--ema", "1.5"]),
-    (ddpm, f"{TINY} --dropout 2", ["--dropout", "2"]),
-    (ddpm, f"{TINY} --width 12", ["width", "12"]),
-    (ddpm, f"{TINY} --width 0", ["width", "0"]),
-    (ddpm, f"{TINY} --multipliers 0", ["multipliers", "0"]),
-    (ddpm, f"{TINY} --size 16", ["--size", "16", "8"]),
-    (ddpm, f"{TINY} --num-classes 3", ["--num-classes", "3", "10"]),
-    (ddpm, f"{TINY} --flip", ["--flip"]),
-    (progressive, f"{HALVE} --teacher missing", ["missing"]),
-    (progressive, f"{HALVE} --teacher runs", ["runs/model.safetensors"]),
-    (progressive, f"{HALVE} --teacher cut.safetensors", ["cut.safetensors"]),
-    (progressive, f"{HALVE} --teacher file", ["file"]),
-    (progressive, f"{HALVE} --data no-such-data", ["no-such-data"]),
-    (progressive, f"{HALVE} --data fashion-mnist --data-dir idx", ["(1, 8, 8)", "(1, 28, 28)"]),
-    (progressive, f"{HALVE} --out file/run", ["file"]),
-    (progressive, f"{HALVE} --factor 1", ["--factor", "1"]),
-    (progressive, f"{HALVE} --start-steps 9", ["steps", "8", "9"]),
-    (progressive, f"{HALVE} --end-steps 0", ["--end-steps", "0"]),
-    (progressive, f"{HALVE} --end-steps 4", ["--start-steps 4", "--end-steps 4"]),
-    (progressive, f"{HALVE} --end-steps 2 --last-rounds 0", ["--last-rounds", "0"]),
-    (consistency, f"{LEARN} --teacher missing", ["missing"]),
-    (consistency, f"{LEARN} --teacher cut.safetensors", ["cut.safetensors"]),
-    (consistency, f"{LEARN} --num-angles 1", ["--num-angles", "1"]),
-    (consistency, f"{LEARN} --target-ema 1", ["--target-ema", "1"]),
+    (ddpm, "--data no-such-data", ["no-such-data", "digits"]),
+    (ddpm, "--data empty", ["empty", ".png"]),
+    (ddpm, "--data pictures --channels 2", ["channels", "2"]),
+    (ddpm, "--out file/run", ["file"]),
+    (ddpm, "--iterations 0", ["--iterations", "0"]),
+    (ddpm, "--batch-size 0", ["--batch-size", "0"]),
+    (ddpm, "--log-every 0", ["--log-every", "0"]),
+    (ddpm, "--learning-rate -1", ["--learning-rate", "-1"]),
+    (ddpm, "--weight-decay -1", ["--weight-decay", "-1"]),
+    (ddpm, "--ema 1.5", ["--ema", "1.5"]),
+    (ddpm, "--dropout 2", ["--dropout", "2"]),
+    (ddpm, "--width 12", ["width", "12"]),
+    (ddpm, "--width 0", ["width", "0"]),
+    (ddpm, "--multipliers 0", ["multipliers", "0"]),
+    (ddpm, "--size 16", ["--size", "16", "8"]),
+    (ddpm, "--num-classes 3", ["--num-classes", "3", "10"]),
+    (ddpm, "--flip", ["--flip"]),
+    (progressive, "--teacher missing", ["missing"]),
+    (progressive, "--teacher runs", ["runs/model.safetensors"]),
+    (progressive, "--teacher cut.safetensors", ["cut.safetensors"]),
+    (progressive, "--teacher file", ["file"]),
+    (progressive, "--data no-such-data", ["no-such-data"]),
+    (progressive, "--data fashion-mnist --data-dir idx", ["(1, 8, 8)", "(1, 28, 28)"]),
+    (progressive, "--out file/run", ["file"]),
+    (progressive, "--factor 1", ["--factor", "1"]),
+    (progressive, "--start-steps 9", ["steps", "8", "9"]),
+    (progressive, "--end-steps 0", ["--end-steps", "0"]),
+    (progressive, "--end-steps 4", ["--start-steps 4", "--end-steps 4"]),
+    (progressive, "--end-steps 2 --last-rounds 0", ["--last-rounds", "0"]),
+    (consistency, "--teacher missing", ["missing"]),
+    (consistency, "--teacher cut.safetensors", ["cut.safetensors"]),
+    (consistency, "--num-angles 1", ["--num-angles", "1"]),
+    (consistency, "--target-ema 1", ["--target-ema", "1"]),
     (generate, "missing", ["missing"]),
     (generate, "cut.safetensors", ["cut.safetensors"]),
     (generate, "runs/student --steps 3", ["3", "4"]),
@@ -65,21 +68,21 @@ MISTAKES = [
     (generate, "runs/teacher --angles 0.5 1.0 --sampler ddim", ["--angles", "0.5"]),
     (generate, "runs/teacher --label 1", ["--label", "1"]),
     (generate, "runs/student --num 0", ["--num", "0"]),
-    (generate, "runs/student --num 2 --batch-size 0", ["--batch-size", "0"]),
-    (generate, "runs/student --num 2 --out a.jpg", [".png", "a.jpg"]),
-    (generate, "runs/student --num 2 --out file/a.png", ["file"]),
-    (compare, f"{RATE} missing", ["missing"]),
-    (compare, f"{RATE} empty", ["empty"]),
-    (compare, f"{RATE} cut.safetensors", ["cut.safetensors"]),
-    (compare, f"{RATE} runs other.safetensors", ["other.safetensors", "digits", "elsewhere"]),
-    (compare, f"{RATE} runs --steps 0", ["--steps", "0"]),
-    (compare, f"{RATE} runs --steps some", ["--steps", "some"]),
-    (compare, f"{RATE} runs --steps 9", ["8", "9"]),
-    (compare, f"{RATE} runs --num-images 64", ["--num-images", "64"]),
-    (compare, f"{RATE} runs --batch-size 0", ["--batch-size", "0"]),
-    (compare, f"{RATE} --seeds --out new runs", ["--seeds"]),
-    (compare, f"{RATE} runs --out file/new", ["file"]),
-    (compare, f"{RATE} learned.safetensors --steps 3 --out new", ["--steps", "3"]),
+    (generate, "runs/student --batch-size 0", ["--batch-size", "0"]),
+    (generate, "runs/student --out a.jpg", [".png", "a.jpg"]),
+    (generate, "runs/student --out file/a.png", ["file"]),
+    (compare, "missing", ["missing"]),
+    (compare, "empty", ["empty"]),
+    (compare, "cut.safetensors", ["cut.safetensors"]),
+    (compare, "runs other.safetensors", ["other.safetensors", "digits", "elsewhere"]),
+    (compare, "runs --steps 0", ["--steps", "0"]),
+    (compare, "runs --steps some", ["--steps", "some"]),
+    (compare, "runs --steps 9", ["8", "9"]),
+    (compare, "runs --num-images 64", ["--num-images", "64"]),
+    (compare, "runs --batch-size 0", ["--batch-size", "0"]),
+    (compare, "--seeds --out new runs", ["--seeds"]),
+    (compare, "runs --out file/new", ["file"]),
+    (compare, "learned.safetensors --steps 3 --out new", ["--steps", "3"]),
 ]
 
 
@@ -120,7 +123,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(
 ):
     monkeypatch.chdir(place)
     before = files(place)
-    outcome = command(module.main, *arguments.split())
+    outcome = command(module.main, *BASE[module].split(), *arguments.split())
     assert outcome.code == 2
     assert outcome.err.startswith("error: ")
     assert outcome.err.count("\n") == 1

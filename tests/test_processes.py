@@ -2,14 +2,19 @@
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
 
 from diffusion import checkpoint
+from diffusion.checkpoint import load_tensors
 
 ROOT = Path(__file__).parents[1]
 FIT = "--iterations 12 --batch-size 16 --warmup 4 --precision fp32 --log-every 1"
@@ -21,6 +26,8 @@ RUNS = {
     "progressive/0002": f"distill.progressive --teacher one/teacher {HALVING} {FIT}",
     "consistency": f"distill.consistency --teacher one/teacher --num-angles 4 {FIT}",
 }
+LAUNCH_TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
 # All in one launch: most of a launch's time is its imports.
 SCRIPT = f"""
 import runpy, sys
@@ -39,14 +46,11 @@ def runs(tmp_path_factory) -> Path:
     """A folder with all runs by one process in one/, by two processes in two/."""
     folder = tmp_path_factory.mktemp("processes")
     (folder / "script.py").write_text(SCRIPT)
-    alone = [sys.executable]
-    both = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    for launcher, home, count in ((alone, "one", 1), (both, "two", 2)):
+    for launcher, home, count in (([sys.executable], "one", 1), (LAUNCH_TWO, "two", 2)):
         process = subprocess.run(
             [*launcher, "script.py", home],
             cwd=folder,
-            env=environment,
+            env=ENVIRONMENT,
             capture_output=True,
             text=True,
             timeout=120,
@@ -74,3 +78,37 @@ def test_two_processes_train_what_one_trains(runs, run):
 def test_only_the_first_of_two_processes_writes(runs, run):
     one, two = (sorted(p.name for p in (runs / home / run).iterdir()) for home in ("one", "two"))
     assert one == two == ["log.jsonl", "model.safetensors", "samples.png"]
+
+
+LONG = f"""
+import os, runpy, sys
+open("pid" + os.environ["RANK"], "w").write(str(os.getpid()))
+sys.argv[1:] = "{NET} {FIT} --iterations 1000000 --log-every 50 --out run".split()
+runpy.run_module("teachers.ddpm", run_name="__main__", alter_sys=True)
+"""
+
+
+def test_two_processes_asked_to_stop_at_different_moments_stop_at_the_same_iteration(tmp_path):
+    (tmp_path / "long.py").write_text(LONG)
+    workers = []
+    process = subprocess.Popen(
+        [*LAUNCH_TWO, "long.py"], cwd=tmp_path, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        while not (tmp_path / "run" / "log.jsonl").exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        workers = [int((tmp_path / f"pid{rank}").read_text()) for rank in (1, 0)]
+        for worker in workers:
+            os.kill(worker, signal.SIGTERM)
+            time.sleep(0.1)
+        said = process.communicate(timeout=20)[1]
+    finally:
+        for pid in (*workers, process.pid):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+    stops = re.findall(r"stopped at iteration (\d+)", said)
+    assert len(stops) == 2
+    assert stops[0] == stops[1]
+    state, _ = load_tensors(tmp_path / "run" / "state" / "state.safetensors")
+    assert int(state["optimizer.0.step"]) == int(stops[0])

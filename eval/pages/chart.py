@@ -1,0 +1,157 @@
+"""Quality against a cost as inline SVG: log axes, a line per method, the floor, the Pareto front."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from html import escape
+from itertools import cycle
+
+from eval.records import Record
+from eval.table import short, title
+
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 460, 350, 48, 34, 24, 44
+COLOURS = 7  # --c0, the first teacher's, to --c6 in base.css
+SHAPES = (
+    "M4 0A4 4 0 1 1-4 0 4 4 0 1 1 4 0Z",
+    "M-3.6-3.6H3.6V3.6H-3.6Z",
+    "M0-5L5 0 0 5-5 0Z",
+    "M0-4.8L4.6 3.4H-4.6Z",
+    "M0 4.8L4.6-3.4H-4.6Z",
+    "M-4.6 0L-2.3-4H2.3L4.6 0 2.3 4H-2.3Z",
+)
+
+
+@dataclass(frozen=True)
+class Look:
+    """A method's colour and marker: the same in both charts, the legend and the table."""
+
+    own: bool
+    colour: str
+    shape: str
+
+    @property
+    def group(self) -> str:
+        """An opening tag; what is in it is drawn in this look."""
+        return f'<g class="series{"" if self.own else " free"}" style="--c:var(--{self.colour})">'
+
+    def mark(self) -> str:
+        line = '<path d="M-12 0H12"/>'
+        dot = f'<path class="dot" d="{self.shape}"/>'
+        return f'<svg class="mark" viewBox="-12 -7 24 14" aria-hidden="true">{self.group}{line}{dot}</g></svg>'
+
+
+def looks(rows: list[Record]) -> dict[str, Look]:
+    """By title. Students have the colours, teachers and solvers without training the greys."""
+    found, shapes = {}, {True: cycle(SHAPES), False: cycle(SHAPES)}
+    colours = cycle(f"c{i}" for i in range(1, COLOURS))
+    for row in rows:
+        if title(row) not in found:
+            grey = "muted" if not row.own else "c0" if row.parent is None else None
+            found[title(row)] = Look(row.own, grey or next(colours), next(shapes[row.own]))
+    return found
+
+
+def front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The (cost, score) pairs that no other beats in one and equals in the other, by rising cost."""
+    best: list[tuple[float, float]] = []
+    for point in sorted(points):
+        if not best or point[1] < best[-1][1]:
+            best.append(point)
+    return best
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A log axis from value `low` at pixel `start` to value `high` at pixel `end`."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+
+    @staticmethod
+    def over(values: list[float], start: float, end: float) -> "Axis":
+        """Around the values, and never so short that it has no tick."""
+        middle, pad = math.sqrt(min(values) * max(values)), 1.25
+        low, high = min(min(values) / pad, middle / 2), max(max(values) * pad, middle * 2)
+        return Axis(low, high, start, end)
+
+    def __call__(self, value: float) -> float:
+        value = min(max(value, self.low), self.high)
+        share = math.log(value / self.low) / math.log(self.high / self.low)
+        return round(self.start + share * (self.end - self.start), 2)
+
+    @property
+    def ticks(self) -> list[float]:
+        decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
+        digits = (1, 2, 5) if self.high / self.low < 5000 else (1,)
+        every = (digit * 10.0**decade for decade in decades for digit in digits)
+        return [value for value in every if self.low <= value <= self.high]
+
+
+def _text(x: float, y: float, words: str, anchor: str = "middle", more: str = "") -> str:
+    return f'<text x="{x}" y="{y}" text-anchor="{anchor}" {more}>{escape(words)}</text>'
+
+
+def draw(rows: list[Record], cost: Callable[[Record], float], xlabel: str, ylabel: str) -> str:
+    """One chart. A score at or below 0, which rounding can make of 0, is drawn at the bottom."""
+    rows = [r for r in rows if math.isfinite(r.score)]
+    floor = [value for value in rows[0].floor if value > 0] or [1e-9]
+    middle = sum(floor) / len(floor)
+    scores = [max(r.score, middle / 100) for r in rows]
+    x = Axis.over([cost(r) for r in rows], LEFT, WIDTH - RIGHT)
+    y = Axis.over([*scores, middle], HEIGHT - BOTTOM, TOP)
+    return (
+        f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(ylabel)} against {escape(xlabel)}">'
+        f"{_axes(x, y, xlabel, ylabel)}"
+        f'<rect class="band" x="{x.start}" width="{x.end - x.start}" y="{y(max(floor))}" height="{y(min(floor)) - y(max(floor)):.2f}"/>'
+        f'<path class="floor" d="M{x.start} {y(middle)}H{x.end}"/>{_text(x.end + 4, y(middle) + 4, "floor", "start")}'
+        f"{_staircase(front([(cost(r), r.score) for r in rows]), x, y)}"
+        f"{''.join(_series(rows, name, look, cost, x, y) for name, look in looks(rows).items())}</svg>"
+    )
+
+
+def _axes(x: Axis, y: Axis, xlabel: str, ylabel: str) -> str:
+    parts = [f'<path class="grid" d="M{x(v)} {y.start}V{y.end}"/>' for v in x.ticks]
+    parts += [f'<path class="grid" d="M{x.start} {y(v)}H{x.end}"/>' for v in y.ticks]
+    parts += [_text(x(v), y.start + 16, f"{v:,g}") for v in x.ticks]
+    parts += [_text(x.start - 6, y(v) + 4, f"{v:,g}", "end") for v in y.ticks]
+    parts.append(_text((x.start + x.end) / 2, HEIGHT - 8, xlabel))
+    parts.append(_text(8, 15, ylabel, "start"))
+    return "".join(parts)
+
+
+def _staircase(points: list[tuple[float, float]], x: Axis, y: Axis) -> str:
+    """The least score to be had at each cost: level from one point of the front to the next."""
+    first, *rest = points
+    path = f"M{x(first[0])} {y.end}V{y(first[1])}"
+    path += "".join(f"H{x(c)}V{y(score)}" for c, score in rest)
+    return f'<path class="front" d="{path}H{x.end}"/>'
+
+
+def _series(rows, name: str, look: Look, cost, x: Axis, y: Axis) -> str:
+    own = sorted((r for r in rows if title(r) == name), key=cost)
+    places = [(x(cost(r)), y(r.score)) for r in own]
+    parts = [look.group, f'<path d="M{"L".join(f"{px} {py}" for px, py in places)}"/>']
+    for r, (px, py) in zip(own, places, strict=True):
+        if r.spread:
+            parts.append(
+                f'<path class="bar" d="M{px} {y(r.score - r.spread)}V{y(r.score + r.spread)}"/>'
+            )
+        words = f"{name}, {r.steps:,} steps, {r.nfe:,} calls: {r.score:.3g} ± {r.spread:.2g}, {short(cost(r))}"
+        dot = f'<path class="dot" transform="translate({px} {py})" d="{look.shape}">'
+        parts.append(f"{dot}<title>{escape(words)}</title></path>")
+    return "".join([*parts, "</g>"])
+
+
+def legend(rows: list[Record]) -> str:
+    items = [f"{look.mark()}{escape(name)}" for name, look in looks(rows).items()]
+    small = '<svg class="mark" viewBox="-12 -7 24 14" aria-hidden="true">'
+    items.append(
+        f'{small}<path class="front" d="M-12 0H12"/></svg>Pareto front: none is both better and cheaper'
+    )
+    items.append(
+        f'{small}<rect class="band" x="-12" y="-6" width="24" height="12"/><path class="floor" d="M-12 0H12"/></svg>'
+        "floor: as many real images, least to greatest of the draws"
+    )  # fmt: skip
+    return "".join(f"<li>{item}</li>" for item in items)

@@ -1,0 +1,323 @@
+"""A comparison as one web page: `python -m eval.report runs/digits/compare`."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from statistics import mean, median
+
+import torch
+import tyro
+from torch import Tensor
+
+from diffusion import checkpoint
+from diffusion import data as datasets
+from diffusion.checkpoint import load_tensors, write_atomic
+from diffusion.console import UserError, out, run
+from diffusion.data import Dataset
+from eval import pages, records, table
+from eval.compare import hash_of
+from eval.pages import chart
+from eval.pages.chart import Look
+from eval.records import Record
+
+LIMITS = (1.2, 2.0)  # how much worse than the teacher a student that ships may be
+
+
+@dataclass(frozen=True)
+class Options:
+    """Write report.html: the table, quality against cost, the samples, and which student to ship."""
+
+    folder: tyro.conf.Positional[Path] = Path("runs/digits/compare")
+    """What eval.compare wrote: results.jsonl and samples.safetensors."""
+    data_dir: Path | None = None
+    """Where a named dataset's files are, for the nearest training images."""
+
+
+def comparable(found: list[Record]) -> list[Record]:
+    """Those measured as the last one was, the latest of each run's plans alone, teachers first."""
+
+    def setting(r: Record) -> tuple:
+        place = sorted(r.environment.items())
+        return r.metric, r.extractor["sha256"], r.num_images, r.seeds, r.batch_size, place
+
+    same = [r for r in found if setting(r) == setting(found[-1])]
+    latest = {(r.run, r.sampler, r.steps): r for r in same}
+    return sorted(latest.values(), key=lambda r: r.parent is not None)
+
+
+def milliseconds(record: Record) -> float:
+    """Per image at batch 1."""
+    return 1000 * median(record.single_seconds)
+
+
+def students(rows: list[Record]) -> list[Record]:
+    return [r for r in rows if r.own and r.parent is not None]
+
+
+def cheapest(rows: list[Record], teacher: Record | None, limit: float) -> Record | None:
+    """The fewest network calls within `limit` times the teacher; of equals, the best."""
+    within = [r for r in rows if teacher and table.ratio(r, teacher) <= limit]
+    return min(within, key=lambda r: (r.nfe, r.score), default=None)
+
+
+def choice(rows: list[Record]) -> Record | None:
+    """The student to ship: the cheapest within the first limit that any is within, else the best."""
+    made, teacher = students(rows), table.teacher_of(rows)
+    found = (cheapest(made, teacher, limit) for limit in LIMITS)
+    return next(filter(None, found), min(made, key=lambda r: r.score, default=None))
+
+
+def calls(number: int) -> str:
+    return f"{number:,} call" + "s" * (number != 1)
+
+
+def named(record: Record) -> str:
+    return f"<b>{escape(table.title(record))} at {calls(record.nfe)}</b>"
+
+
+def verdict(rows: list[Record]) -> str:
+    """What to ship, in sentences, and the best student of each number of calls."""
+    made, teacher, ship = students(rows), table.teacher_of(rows), choice(rows)
+    if ship is None:
+        return '<p class="lede">No student is among these rows, so there is none to ship.</p>'
+    if teacher is None:
+        words = f"The teacher is not among these rows. Of the students, {named(ship)} is the best."
+        return f'<p class="lede">{words}</p>'
+
+    def figures(r: Record) -> str:
+        times = table.images_per_second(r) / table.images_per_second(teacher)
+        return f"× teacher {table.ratio(r, teacher):.2f}, speed-up {table.short(times)}×"
+
+    near, far = (cheapest(made, teacher, limit) for limit in LIMITS)
+    words = f"the cheapest student within {LIMITS[0]:g}× of the teacher"
+    words += f", and within {LIMITS[1]:g}×" if far is near else ""
+    if near is None:
+        words = f"no student is within {LIMITS[0]:g}× of the teacher; it is the "
+        words += (
+            f"cheapest within {LIMITS[1]:g}×" if far else f"best, none being within {LIMITS[1]:g}×"
+        )
+    lines = []
+    if near and far is not near:
+        lines.append(f"If {LIMITS[1]:g}× will do: {named(far)} ({figures(far)}).")
+    free = cheapest([r for r in rows if not r.own], teacher, LIMITS[0])
+    lines.append(
+        f"Without any training, the cheapest within {LIMITS[0]:g}× is {named(free)}."
+        if free
+        else f"Without any training, nothing compared here is within {LIMITS[0]:g}×."
+    )
+    floor = mean(ship.floor)
+    tied = sum(r.score <= floor for r in rows)
+    if tied > 1:
+        lines.append(
+            f"{tied} rows are at or below the floor ({floor:.3g}), where {ship.num_images:,} images "
+            f"do not tell them from real ones: their order among themselves says little."
+        )
+    lede = f'<p class="lede">Ship {named(ship)}: {words} ({figures(ship)}).</p>'
+    return f"{lede}<p>{' '.join(lines)}</p>{best_per_count(rows, teacher, ship)}"
+
+
+def best_per_count(rows: list[Record], teacher: Record, ship: Record) -> str:
+    heads = ("calls", "best student", "distance", "× teacher", "best without training")
+    body = []
+    for nfe in sorted({r.nfe for r in students(rows)}):
+        best = min((r for r in students(rows) if r.nfe == nfe), key=lambda r: r.score)
+        free = [r for r in rows if not r.own and r.nfe <= nfe]
+        rival = min(free, key=lambda r: r.score, default=None)
+        cells = [f"{nfe:,}", escape(best.method), f"{best.score:.3g} ± {best.spread:.2g}"]
+        cells.append(f"{table.ratio(best, teacher):.2f}")
+        cells.append(f"{escape(rival.sampler)}: {rival.score:.3g}" if rival else "-")
+        body.append((cells, best is ship))
+    return f'<div class="wide best"><table>{_head(heads)}{_body(body)}</table></div>'
+
+
+def main_table(rows: list[Record], looks: dict[str, Look]) -> str:
+    """The cells of eval.table, each with the number that it is sorted by."""
+    rate, ship, teacher = table.images_per_second, choice(rows), table.teacher_of(rows)
+    heads = [f'<button type="button">{escape(name)}</button>' for name in table.COLUMNS]
+    lines = []
+    for record, cells in zip(rows, table.cells(rows), strict=True):
+        ratio = table.ratio(record, teacher) if teacher else 0
+        numbers = (record.steps, record.nfe, record.score, ratio, milliseconds(record))
+        values = (cells[0], *numbers, rate(record), rate(record), record.parameters)
+        pill = '<span class="pill">ship</span>' if record is ship else ""
+        shown = [looks[cells[0]].mark() + escape(cells[0]) + pill, *map(escape, cells[1:])]
+        tags = ["th scope=row", *["td"] * (len(cells) - 1)]
+        line = "".join(
+            f'<{tag} data-value="{escape(str(value))}">{cell}</{tag[:2]}>'
+            for tag, value, cell in zip(tags, values, shown, strict=True)
+        )
+        lines.append(f'<tr{" class=ship" * (record is ship)} data-tag="{hash_of(record)}">{line}')
+    return f"{_head(heads)}<tbody>{''.join(lines)}</tbody>"
+
+
+def _head(names) -> str:
+    return f"<thead><tr>{''.join(f'<th scope=col>{name}</th>' for name in names)}</tr></thead>"
+
+
+def _body(rows: list[tuple[list[str], bool]]) -> str:
+    """rows: cells, and whether it is the one to ship."""
+    lines = (
+        f"<tr{' class=ship' * ship}>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
+        for cells, ship in rows
+    )
+    return f"<tbody>{''.join(lines)}</tbody>"
+
+
+def strip(images: Tensor) -> str:
+    """(N, C, H, W) uint8 side by side in one picture, a clear pixel between each two."""
+    n, _, height, width = images.shape
+    film = torch.zeros(n, 4, height, width + 1, dtype=torch.uint8)
+    film[:, :3, :, :-1] = images
+    film[:, 3, :, :-1] = 255
+    picture = film.permute(1, 2, 0, 3).flatten(2)
+    return f'<div class="strip" style="--n:{n}"><img alt="{n} images" src="{pages.data_uri(picture)}"></div>'
+
+
+def sample_section(rows: list[Record], images: dict[str, Tensor]) -> str:
+    """A strip per row, those of one method below each other with falling numbers of steps."""
+    shown = [r for r in rows if hash_of(r) in images]
+    if not shown:
+        return ""
+    order = list(dict.fromkeys(map(table.title, shown)))
+    shown.sort(key=lambda r: (order.index(table.title(r)), -r.steps))
+    parts, last = [], None
+    for r in shown:
+        first = " first" * (table.title(r) != last)
+        last = table.title(r)
+        who = f"{escape(last)} <span>{calls(r.nfe)}, {r.score:.3g}</span>"
+        parts.append(f'<div class="who{first}">{who}</div>{strip(images[hash_of(r)])}')
+    return (
+        "<section><h2>The same noise through every row</h2>"
+        '<p class="note">A column begins from one noise. A sampler that draws more noise on its way may end '
+        f'elsewhere.</p><div class="strips">{"".join(parts)}</div></section>'
+    )
+
+
+def dataset_of(record: Record, data_dir: Path | None) -> Dataset | None:
+    """What the run was trained on, by its card, or by the metric's name where the run is gone."""
+    name, size, channels = "-".join(record.metric.split("-")[2:-1]), 32, 3
+    try:
+        card = checkpoint.load(Path(record.run))[1]
+        name, size, channels = (card.data[key] for key in ("name", "size", "channels"))
+    except UserError:
+        pass
+    try:
+        return datasets.load(name, data_dir, size, channels) if name else None
+    except UserError:
+        return None
+
+
+def nearest(images: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+    """The number of the closest real image to each, and the root mean square of their pixels' difference."""
+    flat, pool = images.flatten(1).double(), real.flatten(1).double()
+    distance, which = torch.cdist(flat, pool).min(1)
+    return which, distance / flat.shape[1] ** 0.5
+
+
+def nearest_section(record: Record | None, images: dict[str, Tensor], load: Callable) -> str:
+    made = images.get(hash_of(record)) if record else None
+    dataset = load(record) if made is not None else None
+    if dataset is None or dataset.train.shape[1:] != made.shape[1:]:
+        return ""
+    which, distance = nearest(made, dataset.train)
+    held_out = nearest(dataset.test[:256], dataset.train)[1] if len(dataset.test) else None
+    usual = f"; held-out real images lie {held_out.median():.0f} away" if len(dataset.test) else ""
+    return (
+        "<section><h2>Nearest training images</h2>"
+        f'<p class="note">Below each image of {named(record)}, the training image with the least difference of '
+        f"pixels: {distance.median():.0f} of 255 in the median (root mean square), at least "
+        f'{distance.min():.0f}{usual}. A copy would be 0 away.</p><div class="strips">'
+        f'<div class="who">made</div>{strip(made)}<div class="who">nearest</div>'
+        f"{strip(dataset.train[which])}</div></section>"
+    )
+
+
+def facts(rows: list[Record], left_out: int) -> str:
+    first = rows[0]
+    accuracy = first.extractor.get("accuracy")
+    place = ", ".join(f"{escape(str(k))} {escape(str(v))}" for k, v in first.environment.items())
+    pairs = {
+        "quality": f"{escape(first.metric)}, lower is better: mean ± spread over the noise seeds "
+        f"{', '.join(map(str, first.seeds))}, {first.num_images:,} images each",
+        "extractor": f"sha256 <code>{escape(str(first.extractor['sha256']))}</code>"
+        + (f", {accuracy:.2%} of held-out images classified rightly" if accuracy else ""),
+        "floor": f"{mean(first.floor):.3g}: the same metric of {first.num_images:,} real images, mean of "
+        f"{len(first.floor)} draws between {min(first.floor):.3g} and {max(first.floor):.3g}",
+        "NFE": "network calls per image, counted by a hook on the network",
+        "ms @1": "noise to uint8 of one image, device synchronised, warmed up; median of the repeats",
+        "images/s": f"the same for a batch of {min(first.batch_size, first.num_images)}",
+        "machine": place,
+        "not shown": f"{left_out} records that were measured otherwise or of runs since made anew",
+    }
+    pairs = {key: value for key, value in pairs.items() if key != "not shown" or left_out}
+    return "".join(f"<dt>{key}</dt><dd>{value}</dd>" for key, value in pairs.items())
+
+
+def lineage(record: Record, known: dict[str, Record]) -> list[str]:
+    """sha256 of the checkpoint, of its parent, and so on as far as the rows know."""
+    chain = [record.sha256]
+    while (parent := known[chain[-1]].parent if chain[-1] in known else None) not in (None, *chain):
+        chain.append(parent)
+    return chain
+
+
+def lines(rows: list[Record], found: list[Record]) -> str:
+    known = {r.sha256: r for r in found}
+    body = []
+    for r in rows:
+        seconds = [1000 * s for s in r.single_seconds]
+        ancestors = [
+            f"{escape(known[sha].method)} <code>{sha[:8]}</code>" if sha in known else f"<code>{sha[:8]}</code>"
+            for sha in lineage(r, known)[1:]
+        ]  # fmt: skip
+        cells = [
+            f"{escape(table.title(r))}, {r.steps} steps",
+            ", ".join(f"{q:.3g}" for q in r.quality),
+            f"{table.short(min(seconds))} to {table.short(max(seconds))} ({len(seconds)})",
+            f"{escape(r.sampler)}, {min(r.angles):.3g} to {max(r.angles):.3g}",
+            f"{escape(r.run)}<br><code>{escape(r.sha256)}</code>",
+            " ← ".join(ancestors) or "none",
+        ]
+        body.append((cells, False))
+    heads = ("row", "quality by seed", "ms @1 (repeats)", "sampler, angles", "checkpoint, sha256", "parents")  # fmt: skip
+    return (_head(heads) + _body(body)).replace("<td><code", "<td class=long><code")
+
+
+def write(folder: Path, data_dir: Path | None = None) -> Path:
+    """The page of a comparison's folder."""
+    found = records.read(folder / "results.jsonl")
+    if not found:
+        raise UserError(f"{folder} holds no results.jsonl with records: run eval.compare first")
+    rows = comparable(found)
+    pictures = folder / "samples.safetensors"
+    images = load_tensors(pictures)[0] if pictures.exists() else {}
+    looks = chart.looks(rows)
+    data = "-".join(rows[0].metric.split("-")[2:-1])
+    quality = f"{rows[0].metric} (lower is better)"
+    page = pages.fill(
+        "report",
+        title=escape(f"{data or 'Students'}: what fewer network calls cost"),
+        verdict=verdict(rows),
+        charts=chart.draw(rows, lambda r: r.nfe, "network calls per image (NFE)", quality)
+        + chart.draw(rows, milliseconds, "ms per image at batch 1", quality),
+        legend=chart.legend(rows),
+        rows=main_table(rows, looks),
+        caption=escape(table.caption(rows)),
+        samples=sample_section(rows, images),
+        nearest=nearest_section(choice(rows), images, lambda r: dataset_of(r, data_dir)),
+        facts=facts(rows, len(found) - len(rows)),
+        lines=lines(rows, found),
+    )
+    write_atomic(folder / "report.html", page)
+    return folder / "report.html"
+
+
+def main() -> None:
+    config = (tyro.conf.OmitArgPrefixes,)
+    options = tyro.cli(Options, prog="python -m eval.report", config=config)
+    out.print(str(write(options.folder, options.data_dir)), markup=False)
+
+
+if __name__ == "__main__":
+    run(main)

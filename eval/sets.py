@@ -1,0 +1,202 @@
+"""Further comparisons of a set of generated images with a set of real ones: pure functions.
+
+Both sets are on one device and are taken to float64 tile by tile, so memory grows with the
+sets and never with the product of their counts.
+"""
+
+from collections.abc import Iterator
+from itertools import product
+
+import numpy as np
+import torch
+from scipy.stats import mannwhitneyu
+from torch import Generator, Tensor
+
+from diffusion.console import UserError
+from eval.metrics import Moments, frechet_distance
+
+TILE = 4096  # rows of each set: 4096 x 4096 pairs are 128 MiB in float64
+
+
+def frechet_infinity(
+    features: Tensor, reference: Moments, generator: Generator, num_points: int = 15
+) -> float:
+    """The Fréchet distance that infinitely many images would have (Chong & Forsyth 2020, FID-inf).
+
+    The distance of N images is too high by c / N to first order, and c differs from model to
+    model. A line in 1 / N through the distances of num_points random subsets, their sizes evenly
+    spaced from N / 10 (but at least 2 D, below which the bias is no line) to N, ends at the
+    result. The reference's own count is not extrapolated. The price is a wider spread over seeds than
+    the plain distance's, and near zero it may be negative.
+
+    features: (N, D), N >= 4 D.
+    """
+    count, dim = features.shape
+    if count < 4 * dim:
+        raise UserError(
+            f"a Fréchet distance in {dim} dimensions can be extrapolated from {4 * dim} images "
+            f"on, got {count}: generate more, or use an extractor of fewer dimensions"
+        )
+    sizes = np.linspace(max(count // 10, 2 * dim), count, num_points).astype(int)
+    distances = []
+    for size in sizes:
+        which = torch.randperm(count, generator=generator)[:size].to(features.device)
+        parts = [Moments.of(features[part]) for part in which.split(TILE)]
+        distances.append(frechet_distance(sum(parts[1:], parts[0]), reference))
+    _, intercept = np.polyfit(1 / sizes, distances, 1)
+    return float(intercept)
+
+
+def kid(a: Tensor, b: Tensor) -> float:
+    """Unbiased MMD^2 with the kernel k(x, y) = (x . y / D + 1)^3 (Bińkowski et al. 2018, eq. 4).
+
+    Over all pairs, where the paper averages over subsets: the same expectation and less variance,
+    and nothing is drawn. Unbiased, so near zero it may be negative. a: (N, D), b: (M, D).
+    """
+
+    def kernel(dots: Tensor) -> Tensor:
+        return dots.div_(a.shape[1]).add_(1).pow_(3)
+
+    def total(a: Tensor, b: Tensor) -> float:
+        return sum(float(kernel(x @ y.T).sum()) for *_, x, y in _tiles(a, b))
+
+    def own(a: Tensor) -> float:
+        """The mean over pairs of different vectors of one set."""
+        diagonal = float(kernel(a.double().square().sum(1)).sum())
+        return (total(a, a) - diagonal) / (len(a) * (len(a) - 1))
+
+    return own(a) + own(b) - 2 * total(a, b) / (len(a) * len(b))
+
+
+def inception_score(probabilities: Tensor) -> float:
+    """exp(mean_x KL(p(y|x) || p(y))), from 1 to K (Salimans et al. 2016, sec. 4).
+
+    KL's mean is the entropy of the mean less the mean of the entropies. Over the whole set, not
+    ten splits. The name is the Inception network's: of another classifier say which.
+
+    probabilities: (N, K), rows sum to 1.
+    """
+    p = probabilities.double()
+    return float((torch.special.entr(p.mean(0)).sum() - torch.special.entr(p).sum(1).mean()).exp())
+
+
+def precision_recall_density_coverage(real: Tensor, fake: Tensor, k: int = 5) -> dict[str, float]:
+    """Four shares that part fidelity from diversity; a set against itself has all four at 1.
+
+    An image's ball reaches to its k-th nearest other image of its own set, edge excluded.
+    precision: of fake images in some real image's ball; recall: of real images in some fake
+    image's ball (Kynkäänniemi et al. 2019, eqs. 1-2). density: real balls around a fake image,
+    over k, may exceed 1; coverage: of real images with a fake one in their ball (Naeem et al.
+    2020). All four depend on the counts and on k: compare at equal ones.
+
+    real: (N, D), fake: (M, D), both of more than k.
+    """
+    if min(len(real), len(fake)) <= k:
+        raise UserError(
+            f"a ball of {k} neighbours takes more than {k} images, "
+            f"got {len(real)} real and {len(fake)} fake: add images or lower k"
+        )
+    real_radius, fake_radius = (_nearest(x, x, k + 1)[0][:, -1] for x in (real, fake))
+    balls = real_radius.new_zeros(len(fake))  # real ones, around each fake image
+    recalled, covered = (torch.zeros_like(real_radius, dtype=torch.bool) for _ in range(2))
+    for rows, columns, x, y in _tiles(real, fake):
+        distance = _distances(x, y)
+        inside = distance < real_radius[rows, None]
+        balls[columns] += inside.sum(0)
+        covered[rows] |= inside.any(1)
+        recalled[rows] |= (distance < fake_radius[columns]).any(1)
+    return {
+        "precision": float((balls > 0).double().mean()),
+        "recall": float(recalled.double().mean()),
+        "density": float(balls.mean()) / k,
+        "coverage": float(covered.double().mean()),
+    }
+
+
+def sliced_wasserstein(a: Tensor, b: Tensor, num_slices: int, generator: Generator) -> float:
+    """The mean over random directions of the squared W2 of the projections (Bonneel et al. 2015).
+
+    In one dimension W2^2 = integral over u of (F^-1(u) - G^-1(u))^2. Both quantile functions are
+    steps, so the sum over the stretches between steps is exact, whatever the two counts; for
+    equal counts it pairs the sorted values. A shift by s gives |s|^2 / D in expectation.
+
+    a: (N, D), b: (M, D).
+    """
+    n, m, dim = len(a), len(b), a.shape[1]
+    directions = torch.randn(dim, num_slices, generator=generator, dtype=torch.float64)
+    directions = (directions / directions.norm(dim=0)).to(a.device)
+    # in units of 1 / (n m) the steps are whole numbers: no rounding tears two equal ones apart
+    ends = torch.cat([torch.arange(1, n + 1) * m, torch.arange(1, m + 1) * n]).unique()
+    widths = ends.diff(prepend=ends.new_zeros(1))
+    in_a, in_b = ((ends - 1) // m).to(a.device), ((ends - 1) // n).to(a.device)
+    weights = (widths.double() / (n * m)).to(a.device)
+    total = 0.0
+    for part in directions.split(max(1, TILE**2 // (n + m)), dim=1):
+        x, y = (torch.cat([rows.double() @ part for rows in z.split(TILE)]) for z in (a, b))
+        gap = x.sort(0).values[in_a] - y.sort(0).values[in_b]
+        total += float((weights @ gap.square()).sum())
+    return total / num_slices
+
+
+def nearest(images: Tensor, bank: Tensor) -> tuple[Tensor, Tensor]:
+    """RMS grey levels to the nearest image of the bank (N,) float64, and its index (N,).
+
+    Exact: squared distances of uint8 images are whole numbers far below 2^53.
+    images: (N, C, H, W) uint8, bank: (M, C, H, W) uint8.
+    """
+    distance, index = _nearest(images.flatten(1), bank.flatten(1), 1)
+    return distance[:, 0] / images[0].numel() ** 0.5, index[:, 0]
+
+
+def memorisation(images: Tensor, train: Tensor, test: Tensor) -> dict[str, float]:
+    """Whether generated images lie nearer to the training images than held-out images do.
+
+    ratio: median distance to the nearest training image, of generated over held-out images;
+    1 for fresh images, 0 for copies. nearer: the probability that a generated image is nearer
+    than a held-out one, a half for fresh images, and p_value of so high a one by Mann-Whitney's
+    test (Meehan et al. 2020, in one cell). These three see the bulk, and smoothness can bring it
+    near without a copy: flat grey is nearer to noisy images than they are to each other.
+    copied sees single images: the share at most a third as far from the nearest training image
+    as from the second (Yoon et al. 2023), beside the held-out images' share, copied_floor. It
+    misses copies of an image that the training set holds twice in slightly different form.
+
+    All (N, C, H, W) uint8, in pixel space.
+    """
+    (ours, second), (held_out, held_out_second) = (
+        _nearest(x.flatten(1), train.flatten(1), 2)[0].T.cpu() for x in (images, test)
+    )
+    farther, p_value = mannwhitneyu(
+        ours.numpy(), held_out.numpy(), alternative="less", method="asymptotic"
+    )
+    return {
+        "ratio": float(ours.quantile(0.5) / held_out.quantile(0.5)),
+        "nearer": 1 - float(farther) / (len(ours) * len(held_out)),
+        "p_value": float(p_value),
+        "copied": float((ours <= second / 3).double().mean()),
+        "copied_floor": float((held_out <= held_out_second / 3).double().mean()),
+    }
+
+
+def _tiles(a: Tensor, b: Tensor) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
+    """(rows, columns, a[rows], b[columns]) in float64, over all pairs of tiles, row by row."""
+    for i, j in product(range(0, len(a), TILE), range(0, len(b), TILE)):
+        rows, columns = slice(i, i + TILE), slice(j, j + TILE)
+        yield rows, columns, a[rows].double(), b[columns].double()
+
+
+def _distances(x: Tensor, y: Tensor) -> Tensor:
+    """Euclidean, by the product of matrices; of whole numbers exact to the last root."""
+    return torch.cdist(x, y, compute_mode="use_mm_for_euclid_dist")
+
+
+def _nearest(a: Tensor, b: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Distances (N, k), ascending, and indices (N, k) of the k vectors of b nearest to each of a."""
+    distance = torch.full((len(a), k), torch.inf, dtype=torch.float64, device=a.device)
+    index = torch.zeros((len(a), k), dtype=torch.long, device=a.device)
+    for rows, columns, x, y in _tiles(a, b):
+        found, where = _distances(x, y).topk(min(k, len(y)), largest=False)
+        best = torch.cat([distance[rows], found], 1)
+        number = torch.cat([index[rows], where + columns.start], 1)
+        distance[rows], kept = best.topk(k, largest=False)
+        index[rows] = number.gather(1, kept)
+    return distance, index
