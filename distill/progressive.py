@@ -76,7 +76,7 @@ class Options(StudentOptions):
     """Steps merged into one in each round."""
     weighting: Literal["truncated", "v"] = "truncated"
     """max(SNR, 1) or SNR + 1, as weights of x0's squared error."""
-    last_rounds: float = 2.0
+    last_rounds: float = 2.5
     """Rounds that end at 2 steps or fewer train this many times as long."""
     fit: FitConfig = field(default_factory=FitConfig)
 

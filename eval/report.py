@@ -118,17 +118,16 @@ def verdict(rows: list[Record]) -> str:
 
 
 def best_per_count(rows: list[Record], teacher: Record, ship: Record) -> str:
-    heads = ("calls", "best student", "distance", "× teacher", "best without training")
     body = []
     for nfe in sorted({r.nfe for r in students(rows)}):
         best = min((r for r in students(rows) if r.nfe == nfe), key=lambda r: r.score)
         free = [r for r in rows if not r.own and r.nfe <= nfe]
         rival = min(free, key=lambda r: r.score, default=None)
-        cells = [f"{nfe:,}", escape(best.method), f"{best.score:.3g} ± {best.spread:.2g}"]
-        cells.append(f"{table.ratio(best, teacher):.2f}")
-        cells.append(f"{escape(rival.sampler)}: {rival.score:.3g}" if rival else "-")
-        body.append((cells, best is ship))
-    return f'<div class="wide best"><table>{_head(heads)}{_body(body)}</table></div>'
+        other = f"{table.ratio(rival, teacher):.2f} by {escape(rival.sampler)}" if rival else "-"
+        ratio = f"{table.ratio(best, teacher):.2f}"
+        body.append(("ship" * (best is ship), nfe, escape(best.method), ratio, other))
+    heads = ("calls", "best student", "× teacher", "without training")
+    return f'<div class="wide best">{pages.table(heads, body)}</div>'
 
 
 def main_table(rows: list[Record], looks: dict[str, Look]) -> str:
@@ -148,30 +147,8 @@ def main_table(rows: list[Record], looks: dict[str, Look]) -> str:
             for tag, value, cell in zip(tags, values, shown, strict=True)
         )
         lines.append(f'<tr{" class=ship" * (record is ship)} data-tag="{hash_of(record)}">{line}')
-    return f"{_head(heads)}<tbody>{''.join(lines)}</tbody>"
-
-
-def _head(names) -> str:
-    return f"<thead><tr>{''.join(f'<th scope=col>{name}</th>' for name in names)}</tr></thead>"
-
-
-def _body(rows: list[tuple[list[str], bool]]) -> str:
-    """rows: cells, and whether it is the one to ship."""
-    lines = (
-        f"<tr{' class=ship' * ship}>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
-        for cells, ship in rows
-    )
-    return f"<tbody>{''.join(lines)}</tbody>"
-
-
-def strip(images: Tensor) -> str:
-    """(N, C, H, W) uint8 side by side in one picture, a clear pixel between each two."""
-    n, _, height, width = images.shape
-    film = torch.zeros(n, 4, height, width + 1, dtype=torch.uint8)
-    film[:, :3, :, :-1] = images
-    film[:, 3, :, :-1] = 255
-    picture = film.permute(1, 2, 0, 3).flatten(2)
-    return f'<div class="strip" style="--n:{n}"><img alt="{n} images" src="{pages.data_uri(picture)}"></div>'
+    head = "".join(f'<th scope="col">{name}</th>' for name in heads)
+    return f"<thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody>"
 
 
 def sample_section(rows: list[Record], images: dict[str, Tensor]) -> str:
@@ -186,11 +163,12 @@ def sample_section(rows: list[Record], images: dict[str, Tensor]) -> str:
         first = " first" * (table.title(r) != last)
         last = table.title(r)
         who = f"{escape(last)} <span>{calls(r.nfe)}, {r.score:.3g}</span>"
-        parts.append(f'<div class="who{first}">{who}</div>{strip(images[hash_of(r)])}')
+        parts.append(f'<div class="who{first}">{who}</div>{pages.strip(images[hash_of(r)])}')
     return (
         "<section><h2>The same noise through every row</h2>"
-        '<p class="note">A column begins from one noise. A sampler that draws more noise on its way may end '
-        f'elsewhere.</p><div class="strips">{"".join(parts)}</div></section>'
+        '<p class="note">A column begins from one noise; the last figure is the quality. A sampler that draws '
+        f'more noise on its way may end elsewhere.</p><div class="scroll"><div class="strips">{"".join(parts)}'
+        "</div></div></section>"
     )
 
 
@@ -227,9 +205,9 @@ def nearest_section(record: Record | None, images: dict[str, Tensor], load: Call
         "<section><h2>Nearest training images</h2>"
         f'<p class="note">Below each image of {named(record)}, the training image with the least difference of '
         f"pixels: {distance.median():.0f} of 255 in the median (root mean square), at least "
-        f'{distance.min():.0f}{usual}. A copy would be 0 away.</p><div class="strips">'
-        f'<div class="who">made</div>{strip(made)}<div class="who">nearest</div>'
-        f"{strip(dataset.train[which])}</div></section>"
+        f'{distance.min():.0f}{usual}. A copy would be 0 away.</p><div class="scroll"><div class="strips">'
+        f'<div class="who">made</div>{pages.strip(made)}<div class="who">nearest</div>'
+        f"{pages.strip(dataset.train[which])}</div></div></section>"
     )
 
 
@@ -262,26 +240,32 @@ def lineage(record: Record, known: dict[str, Record]) -> list[str]:
     return chain
 
 
-def lines(rows: list[Record], found: list[Record]) -> str:
-    known = {r.sha256: r for r in found}
+def measured(rows: list[Record]) -> str:
+    """What each row's figures are the mean and the median of."""
     body = []
     for r in rows:
         seconds = [1000 * s for s in r.single_seconds]
-        ancestors = [
-            f"{escape(known[sha].method)} <code>{sha[:8]}</code>" if sha in known else f"<code>{sha[:8]}</code>"
+        times = f"{table.short(min(seconds))} to {table.short(max(seconds))} in {len(seconds)}"
+        angles = f"{max(r.angles):.3g} to {min(r.angles):.3g}"
+        quality = ", ".join(f"{q:.3g}" for q in r.quality)
+        body.append(
+            ("", escape(table.title(r)), r.steps, escape(r.sampler), angles, quality, times)
+        )
+    heads = ("row", "steps", "sampler", "angles, rad", "quality by seed", "ms @1, repeats")
+    return pages.table(heads, body)
+
+
+def checkpoints(rows: list[Record], found: list[Record]) -> str:
+    known, body = {r.sha256: r for r in found}, []
+    for r in {r.sha256: r for r in rows}.values():
+        names = [
+            (escape(known[sha].method) if sha in known else "not measured")
+            + f" <code>{sha[:8]}</code>"
             for sha in lineage(r, known)[1:]
-        ]  # fmt: skip
-        cells = [
-            f"{escape(table.title(r))}, {r.steps} steps",
-            ", ".join(f"{q:.3g}" for q in r.quality),
-            f"{table.short(min(seconds))} to {table.short(max(seconds))} ({len(seconds)})",
-            f"{escape(r.sampler)}, {min(r.angles):.3g} to {max(r.angles):.3g}",
-            f"{escape(r.run)}<br><code>{escape(r.sha256)}</code>",
-            " ← ".join(ancestors) or "none",
         ]
-        body.append((cells, False))
-    heads = ("row", "quality by seed", "ms @1 (repeats)", "sampler, angles", "checkpoint, sha256", "parents")  # fmt: skip
-    return (_head(heads) + _body(body)).replace("<td><code", "<td class=long><code")
+        where = f"{escape(r.run)}<br><code>{r.sha256}</code>"
+        body.append(("", escape(r.method), where, " ← ".join(names) or "none"))
+    return pages.table(("checkpoint", "file, sha256 of the weights", "parents"), body)
 
 
 def write(folder: Path, data_dir: Path | None = None) -> Path:
@@ -307,7 +291,8 @@ def write(folder: Path, data_dir: Path | None = None) -> Path:
         samples=sample_section(rows, images),
         nearest=nearest_section(choice(rows), images, lambda r: dataset_of(r, data_dir)),
         facts=facts(rows, len(found) - len(rows)),
-        lines=lines(rows, found),
+        measured=measured(rows),
+        checkpoints=checkpoints(rows, found),
     )
     write_atomic(folder / "report.html", page)
     return folder / "report.html"

@@ -163,8 +163,10 @@ def gap(number: int) -> torch.Tensor:
     return 1 - s.tan() / t.tan()
 
 
-def test_tightening_begins_as_diffusion_training():
-    assert stage(1)[1].max() == 0
+def test_tightening_begins_as_diffusion_training_but_near_noise():
+    t, s = stage(1)
+    assert s[t.tan() < 3.85].max() == 0
+    assert s[t.tan() > 3.95].min() > 0
 
 
 @pytest.mark.parametrize("progress", [0.0, 0.124, 0.125, 0.5, 0.9999])

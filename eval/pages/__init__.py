@@ -1,9 +1,11 @@
 """Self-contained web pages: templates filled here, with style, script and pictures inside."""
 
 import base64
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from string import Template
 
+import torch
 from torch import Tensor
 
 from diffusion.pictures import png
@@ -25,3 +27,23 @@ def fill(name: str, **values: str) -> str:
 def data_uri(image: Tensor) -> str:
     """(C, H, W) uint8, one, three or four channels (RGBA), as a PNG that needs no file."""
     return "data:image/png;base64," + base64.b64encode(png(image)).decode()
+
+
+def strip(images: Tensor) -> str:
+    """(N, C, H, W) uint8 side by side in one picture, a clear pixel to the right of each."""
+    n, _, height, width = images.shape
+    film = torch.zeros(n, 4, height, width + 1, dtype=torch.uint8)
+    film[:, :3, :, :-1] = images
+    film[:, 3, :, :-1] = 255
+    picture = data_uri(film.permute(1, 2, 0, 3).flatten(2))
+    return f'<div class="strip" style="--n:{n}"><img alt="{n} images" src="{picture}"></div>'
+
+
+def table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """rows: the row's class, or "", and then its cells."""
+    head = "".join(f'<th scope="col">{name}</th>' for name in heads)
+    body = "".join(
+        f'<tr class="{kind}">{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>'
+        for kind, *cells in rows
+    )
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"

@@ -114,11 +114,15 @@ def draw(rows: list[Record], cost: Callable[[Record], float], xlabel: str, ylabe
 def _axes(x: Axis, y: Axis, xlabel: str, ylabel: str) -> str:
     parts = [f'<path class="grid" d="M{x(v)} {y.start}V{y.end}"/>' for v in x.ticks]
     parts += [f'<path class="grid" d="M{x.start} {y(v)}H{x.end}"/>' for v in y.ticks]
-    parts += [_text(x(v), y.start + 16, f"{v:,g}") for v in x.ticks]
-    parts += [_text(x.start - 6, y(v) + 4, f"{v:,g}", "end") for v in y.ticks]
+    parts += [_text(x(v), y.start + 16, _tick(v)) for v in x.ticks]
+    parts += [_text(x.start - 6, y(v) + 4, _tick(v), "end") for v in y.ticks]
     parts.append(_text((x.start + x.end) / 2, HEIGHT - 8, xlabel))
     parts.append(_text(8, 15, ylabel, "start"))
     return "".join(parts)
+
+
+def _tick(value: float) -> str:
+    return f"{value / 1000:g}k" if value >= 1000 else f"{value:g}"
 
 
 def _staircase(points: list[tuple[float, float]], x: Axis, y: Axis) -> str:
