@@ -32,7 +32,7 @@ def cosine(num_steps: int = 1000, offset: float = 0.008) -> Tensor:
     i = torch.arange(1, num_steps + 1, dtype=torch.float64)
     first = offset / (1 + offset) * math.pi / 2
     turned = i / num_steps / (1 + offset) * math.pi / 2
-    phi = first + turned
+    phi = (i / num_steps + offset) / (1 + offset) * math.pi / 2
     # sin^2 t = 1 - cos^2(phi) / cos^2(first), without the subtraction
     sigma = (turned.sin() * (phi + first).sin()).sqrt()
     return _from_zero(torch.atan2(sigma, phi.cos()).clamp(max=math.pi / 2))

@@ -18,7 +18,6 @@ from diffusion.data import Dataset
 from eval import pages, records, table
 from eval.compare import hash_of
 from eval.pages import chart
-from eval.pages.chart import Look
 from eval.records import Record
 
 LIMITS = (1.2, 2.0)  # how much worse than the teacher a student that ships may be
@@ -91,14 +90,14 @@ def verdict(rows: list[Record]) -> str:
 
     near, far = (cheapest(made, teacher, limit) for limit in LIMITS)
     words = f"the cheapest student within {LIMITS[0]:g}× of the teacher"
-    words += f", and within {LIMITS[1]:g}×" if far is near else ""
-    if near is None:
-        words = f"no student is within {LIMITS[0]:g}× of the teacher; it is the "
-        words += (
-            f"cheapest within {LIMITS[1]:g}×" if far else f"best, none being within {LIMITS[1]:g}×"
-        )
     lines = []
-    if near and far is not near:
+    if far is None:
+        words = f"the best student, though none is within {LIMITS[1]:g}× of the teacher"
+    elif near is None:
+        words = f"the cheapest student within {LIMITS[1]:g}× of the teacher; none is within {LIMITS[0]:g}×"
+    elif near is far:
+        words += f", and within {LIMITS[1]:g}×"
+    else:
         lines.append(f"If {LIMITS[1]:g}× will do: {named(far)} ({figures(far)}).")
     free = cheapest([r for r in rows if not r.own], teacher, LIMITS[0])
     lines.append(
@@ -130,9 +129,10 @@ def best_per_count(rows: list[Record], teacher: Record, ship: Record) -> str:
     return f'<div class="wide best">{pages.table(heads, body)}</div>'
 
 
-def main_table(rows: list[Record], looks: dict[str, Look]) -> str:
+def main_table(rows: list[Record]) -> str:
     """The cells of eval.table, each with the number that it is sorted by."""
     rate, ship, teacher = table.images_per_second, choice(rows), table.teacher_of(rows)
+    looks = chart.looks(rows)
     heads = [f'<button type="button">{escape(name)}</button>' for name in table.COLUMNS]
     lines = []
     for record, cells in zip(rows, table.cells(rows), strict=True):
@@ -152,23 +152,19 @@ def main_table(rows: list[Record], looks: dict[str, Look]) -> str:
 
 
 def sample_section(rows: list[Record], images: dict[str, Tensor]) -> str:
-    """A strip per row, those of one method below each other with falling numbers of steps."""
+    """A strip per row, a group per method, with falling numbers of steps."""
     shown = [r for r in rows if hash_of(r) in images]
     if not shown:
         return ""
-    order = list(dict.fromkeys(map(table.title, shown)))
-    shown.sort(key=lambda r: (order.index(table.title(r)), -r.steps))
-    parts, last = [], None
-    for r in shown:
-        first = " first" * (table.title(r) != last)
-        last = table.title(r)
-        who = f"{escape(last)} <span>{calls(r.nfe)}, {r.score:.3g}</span>"
-        parts.append(f'<div class="who{first}">{who}</div>{pages.strip(images[hash_of(r)])}')
+    groups = []
+    for title in dict.fromkeys(map(table.title, shown)):
+        own = sorted((r for r in shown if table.title(r) == title), key=lambda r: -r.steps)
+        labels = [f"{escape(title)} <span>{calls(r.nfe)}, {r.score:.3g}</span>" for r in own]
+        groups.append(list(zip(labels, (images[hash_of(r)] for r in own), strict=True)))
     return (
         "<section><h2>The same noise through every row</h2>"
         '<p class="note">A column begins from one noise; the last figure is the quality. A sampler that draws '
-        f'more noise on its way may end elsewhere.</p><div class="scroll"><div class="strips">{"".join(parts)}'
-        "</div></div></section>"
+        f"more noise on its way may end elsewhere.</p>{pages.strips(groups)}</section>"
     )
 
 
@@ -178,7 +174,7 @@ def dataset_of(record: Record, data_dir: Path | None) -> Dataset | None:
     try:
         card = checkpoint.load(Path(record.run))[1]
         name, size, channels = (card.data[key] for key in ("name", "size", "channels"))
-    except UserError:
+    except (UserError, OSError, KeyError):
         pass
     try:
         return datasets.load(name, data_dir, size, channels) if name else None
@@ -188,8 +184,9 @@ def dataset_of(record: Record, data_dir: Path | None) -> Dataset | None:
 
 def nearest(images: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
     """The number of the closest real image to each, and the root mean square of their pixels' difference."""
-    flat, pool = images.flatten(1).double(), real.flatten(1).double()
-    distance, which = torch.cdist(flat, pool).min(1)
+    flat = images.flatten(1).double()
+    pool = (part.flatten(1).double() for part in real.split(4096))
+    distance, which = torch.cat([torch.cdist(flat, part) for part in pool], 1).min(1)
     return which, distance / flat.shape[1] ** 0.5
 
 
@@ -199,22 +196,22 @@ def nearest_section(record: Record | None, images: dict[str, Tensor], load: Call
     if dataset is None or dataset.train.shape[1:] != made.shape[1:]:
         return ""
     which, distance = nearest(made, dataset.train)
-    held_out = nearest(dataset.test[:256], dataset.train)[1] if len(dataset.test) else None
-    usual = f"; held-out real images lie {held_out.median():.0f} away" if len(dataset.test) else ""
+    usual = ""
+    if len(dataset.test):
+        held_out = nearest(dataset.test[:256], dataset.train)[1]
+        usual = f"; held-out real images lie {held_out.median():.0f} away"
     return (
         "<section><h2>Nearest training images</h2>"
-        f'<p class="note">Below each image of {named(record)}, the training image with the least difference of '
-        f"pixels: {distance.median():.0f} of 255 in the median (root mean square), at least "
-        f'{distance.min():.0f}{usual}. A copy would be 0 away.</p><div class="scroll"><div class="strips">'
-        f'<div class="who">made</div>{pages.strip(made)}<div class="who">nearest</div>'
-        f"{pages.strip(dataset.train[which])}</div></div></section>"
+        f'<p class="note">Below each image of {named(record)}, the training image nearest to it in root mean '
+        f"square of the pixels' differences: {distance.median():.0f} of 255 in the median, at least "
+        f"{distance.min():.0f}{usual}. A copy would be 0 away.</p>"
+        f"{pages.strips([[('made', made), ('nearest', dataset.train[which])]])}</section>"
     )
 
 
 def facts(rows: list[Record], left_out: int) -> str:
     first = rows[0]
     accuracy = first.extractor.get("accuracy")
-    place = ", ".join(f"{escape(str(k))} {escape(str(v))}" for k, v in first.environment.items())
     pairs = {
         "quality": f"{escape(first.metric)}, lower is better: mean ± spread over the noise seeds "
         f"{', '.join(map(str, first.seeds))}, {first.num_images:,} images each",
@@ -225,19 +222,11 @@ def facts(rows: list[Record], left_out: int) -> str:
         "NFE": "network calls per image, counted by a hook on the network",
         "ms @1": "noise to uint8 of one image, device synchronised, warmed up; median of the repeats",
         "images/s": f"the same for a batch of {min(first.batch_size, first.num_images)}",
-        "machine": place,
-        "not shown": f"{left_out} records that were measured otherwise or of runs since made anew",
+        "machine": escape(", ".join(f"{k} {v}" for k, v in first.environment.items())),
     }
-    pairs = {key: value for key, value in pairs.items() if key != "not shown" or left_out}
+    if left_out:
+        pairs["not shown"] = f"{left_out} records measured otherwise, or of runs since made anew"
     return "".join(f"<dt>{key}</dt><dd>{value}</dd>" for key, value in pairs.items())
-
-
-def lineage(record: Record, known: dict[str, Record]) -> list[str]:
-    """sha256 of the checkpoint, of its parent, and so on as far as the rows know."""
-    chain = [record.sha256]
-    while (parent := known[chain[-1]].parent if chain[-1] in known else None) not in (None, *chain):
-        chain.append(parent)
-    return chain
 
 
 def measured(rows: list[Record]) -> str:
@@ -247,24 +236,29 @@ def measured(rows: list[Record]) -> str:
         seconds = [1000 * s for s in r.single_seconds]
         times = f"{table.short(min(seconds))} to {table.short(max(seconds))} in {len(seconds)}"
         angles = f"{max(r.angles):.3g} to {min(r.angles):.3g}"
-        quality = ", ".join(f"{q:.3g}" for q in r.quality)
-        body.append(
-            ("", escape(table.title(r)), r.steps, escape(r.sampler), angles, quality, times)
-        )
+        by_seed = ", ".join(f"{q:.3g}" for q in r.quality)
+        name = escape(table.title(r))
+        body.append(("", name, r.steps, escape(r.sampler), angles, by_seed, times))
     heads = ("row", "steps", "sampler", "angles, rad", "quality by seed", "ms @1, repeats")
     return pages.table(heads, body)
 
 
+def parents(record: Record, known: dict[str, Record]) -> str:
+    """What it was distilled from, and that in turn, as far back as the records know."""
+    names = []
+    while record and record.parent and len(names) <= len(known):
+        sha256, record = record.parent, known.get(record.parent)
+        method = record.method if record else "not measured"
+        names.append(f"{escape(method)} <code>{sha256[:8]}</code>")
+    return " ← ".join(names) or "none"
+
+
 def checkpoints(rows: list[Record], found: list[Record]) -> str:
-    known, body = {r.sha256: r for r in found}, []
-    for r in {r.sha256: r for r in rows}.values():
-        names = [
-            (escape(known[sha].method) if sha in known else "not measured")
-            + f" <code>{sha[:8]}</code>"
-            for sha in lineage(r, known)[1:]
-        ]
-        where = f"{escape(r.run)}<br><code>{r.sha256}</code>"
-        body.append(("", escape(r.method), where, " ← ".join(names) or "none"))
+    known = {r.sha256: r for r in found}
+    body = [
+        ("", escape(r.method), f"{escape(r.run)}<br><code>{r.sha256}</code>", parents(r, known))
+        for r in {r.sha256: r for r in rows}.values()
+    ]
     return pages.table(("checkpoint", "file, sha256 of the weights", "parents"), body)
 
 
@@ -276,7 +270,6 @@ def write(folder: Path, data_dir: Path | None = None) -> Path:
     rows = comparable(found)
     pictures = folder / "samples.safetensors"
     images = load_tensors(pictures)[0] if pictures.exists() else {}
-    looks = chart.looks(rows)
     data = "-".join(rows[0].metric.split("-")[2:-1])
     quality = f"{rows[0].metric} (lower is better)"
     page = pages.fill(
@@ -286,7 +279,7 @@ def write(folder: Path, data_dir: Path | None = None) -> Path:
         charts=chart.draw(rows, lambda r: r.nfe, "network calls per image (NFE)", quality)
         + chart.draw(rows, milliseconds, "ms per image at batch 1", quality),
         legend=chart.legend(rows),
-        rows=main_table(rows, looks),
+        rows=main_table(rows),
         caption=escape(table.caption(rows)),
         samples=sample_section(rows, images),
         nearest=nearest_section(choice(rows), images, lambda r: dataset_of(r, data_dir)),

@@ -26,8 +26,8 @@ def frechet_infinity(
     The distance of N images is too high by c / N to first order, and c differs from model to
     model. A line in 1 / N through the distances of num_points random subsets, their sizes evenly
     spaced from N / 10 (but at least 2 D, below which the bias is no line) to N, ends at the
-    result. The reference's own count is not extrapolated. The price is a wider spread over seeds than
-    the plain distance's, and near zero it may be negative.
+    result. The reference's count stays as it is. The spread over seeds is wider than the plain
+    distance's, and near zero the result may be negative.
 
     features: (N, D), N >= 4 D.
     """

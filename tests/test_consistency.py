@@ -192,8 +192,9 @@ def test_tightening_keeps_the_gap_in_proportion_to_n_of_t():
 
 
 def test_tightening_draws_tan_t_log_normally():
-    z = (stage(1)[0].tan().log() + 0.4) / 1.6
-    close(torch.special.ndtr(z), LEVELS, rtol=0, atol=1e-4)
+    z = (stage(1)[0].tan().log() + 0.4) / 2.0
+    inside = (LEVELS > 0.01) & (LEVELS < 0.99)  # beyond, clipped
+    close(torch.special.ndtr(z)[inside], LEVELS[inside], rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", DISTANCES)

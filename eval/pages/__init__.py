@@ -29,14 +29,21 @@ def data_uri(image: Tensor) -> str:
     return "data:image/png;base64," + base64.b64encode(png(image)).decode()
 
 
-def strip(images: Tensor) -> str:
-    """(N, C, H, W) uint8 side by side in one picture, a clear pixel to the right of each."""
-    n, _, height, width = images.shape
-    film = torch.zeros(n, 4, height, width + 1, dtype=torch.uint8)
-    film[:, :3, :, :-1] = images
-    film[:, 3, :, :-1] = 255
-    picture = data_uri(film.permute(1, 2, 0, 3).flatten(2))
-    return f'<div class="strip" style="--n:{n}"><img alt="{n} images" src="{picture}"></div>'
+def strips(groups: Iterable[Sequence[tuple[str, Tensor]]]) -> str:
+    """Groups of (label, images (N, C, H, W) uint8), each a picture with a clear pixel between two images."""
+    parts = []
+    for group in groups:
+        for i, (label, images) in enumerate(group):
+            n, _, height, width = images.shape
+            film = torch.zeros(n, 4, height, width + 1, dtype=torch.uint8)
+            film[:, :3, :, :-1] = images
+            film[:, 3, :, :-1] = 255
+            picture = data_uri(film.permute(1, 2, 0, 3).flatten(2))
+            parts.append(
+                f'<div class="who{"" if i else " first"}">{label}</div><div class="strip" '
+                f'style="--n:{n}"><img alt="{n} images" src="{picture}"></div>'
+            )
+    return f'<div class="scroll"><div class="strips">{"".join(parts)}</div></div>'
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
