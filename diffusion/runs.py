@@ -40,7 +40,7 @@ def train_model(
     if not processes.is_main_process:
         silence()
     if "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:  # accelerate launch --cpu
-        say("accelerate launch starts one process on a CPU; torchrun --nproc_per_node N starts N")
+        say("accelerate launch --cpu starts one process; --multi_gpu starts several, CPUs or GPUs")
     settings = {**card.training, **settings_of(config), "parent": card.parent, "net": card.net}
     plans = hashlib.sha256(json.dumps(card.plans).encode()).hexdigest()[:8]
     settings = json.loads(

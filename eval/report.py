@@ -6,7 +6,6 @@ from html import escape
 from pathlib import Path
 from statistics import mean, median
 
-import torch
 import tyro
 from torch import Tensor
 
@@ -15,7 +14,7 @@ from diffusion import data as datasets
 from diffusion.checkpoint import load_tensors, write_atomic
 from diffusion.console import UserError, out, run
 from diffusion.data import Dataset
-from eval import pages, records, table
+from eval import pages, records, sets, table
 from eval.compare import hash_of
 from eval.pages import chart
 from eval.records import Record
@@ -132,9 +131,7 @@ def best_per_count(rows: list[Record], teacher: Record, ship: Record) -> str:
 def main_table(rows: list[Record]) -> str:
     """The cells of eval.table, each with the number that it is sorted by."""
     rate, ship, teacher = table.images_per_second, choice(rows), table.teacher_of(rows)
-    looks = chart.looks(rows)
-    heads = [f'<button type="button">{escape(name)}</button>' for name in table.COLUMNS]
-    lines = []
+    looks, lines = chart.looks(rows), []
     for record, cells in zip(rows, table.cells(rows), strict=True):
         ratio = table.ratio(record, teacher) if teacher else 0
         numbers = (record.steps, record.nfe, record.score, ratio, milliseconds(record))
@@ -147,7 +144,10 @@ def main_table(rows: list[Record]) -> str:
             for tag, value, cell in zip(tags, values, shown, strict=True)
         )
         lines.append(f'<tr{" class=ship" * (record is ship)} data-tag="{hash_of(record)}">{line}')
-    head = "".join(f'<th scope="col">{name}</th>' for name in heads)
+    head = "".join(
+        f'<th scope="col"><button type="button">{escape(name)}</button></th>'
+        for name in table.COLUMNS
+    )
     return f"<thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody>"
 
 
@@ -182,23 +182,15 @@ def dataset_of(record: Record, data_dir: Path | None) -> Dataset | None:
         return None
 
 
-def nearest(images: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
-    """The number of the closest real image to each, and the root mean square of their pixels' difference."""
-    flat = images.flatten(1).double()
-    pool = (part.flatten(1).double() for part in real.split(4096))
-    distance, which = torch.cat([torch.cdist(flat, part) for part in pool], 1).min(1)
-    return which, distance / flat.shape[1] ** 0.5
-
-
 def nearest_section(record: Record | None, images: dict[str, Tensor], load: Callable) -> str:
     made = images.get(hash_of(record)) if record else None
     dataset = load(record) if made is not None else None
     if dataset is None or dataset.train.shape[1:] != made.shape[1:]:
         return ""
-    which, distance = nearest(made, dataset.train)
+    distance, which = sets.nearest(made, dataset.train)
     usual = ""
     if len(dataset.test):
-        held_out = nearest(dataset.test[:256], dataset.train)[1]
+        held_out, _ = sets.nearest(dataset.test[:256], dataset.train)
         usual = f"; held-out real images lie {held_out.median():.0f} away"
     return (
         "<section><h2>Nearest training images</h2>"

@@ -185,12 +185,12 @@ def _tiles(a: Tensor, b: Tensor) -> Iterator[tuple[slice, slice, Tensor, Tensor]
 
 
 def _distances(x: Tensor, y: Tensor) -> Tensor:
-    """Euclidean, by the product of matrices; of whole numbers exact to the last root."""
+    """Euclidean, by the product of matrices; of whole numbers exact but for the root."""
     return torch.cdist(x, y, compute_mode="use_mm_for_euclid_dist")
 
 
 def _nearest(a: Tensor, b: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Distances (N, k), ascending, and indices (N, k) of the k vectors of b nearest to each of a."""
+    """The k vectors of b nearest to each of a: distances (N, k), ascending, and indices (N, k)."""
     distance = torch.full((len(a), k), torch.inf, dtype=torch.float64, device=a.device)
     index = torch.zeros((len(a), k), dtype=torch.long, device=a.device)
     for rows, columns, x, y in _tiles(a, b):
