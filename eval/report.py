@@ -241,14 +241,19 @@ def parents(record: Record, known: dict[str, Record]) -> str:
     while record and record.parent and len(names) <= len(known):
         sha256, record = record.parent, known.get(record.parent)
         method = record.method if record else "not measured"
-        names.append(f"{escape(method)} <code>{sha256[:8]}</code>")
+        names.append(f"{escape(method)} <code>{escape(sha256[:8])}</code>")
     return " ← ".join(names) or "none"
 
 
 def checkpoints(rows: list[Record], found: list[Record]) -> str:
     known = {r.sha256: r for r in found}
     body = [
-        ("", escape(r.method), f"{escape(r.run)}<br><code>{r.sha256}</code>", parents(r, known))
+        (
+            "",
+            escape(r.method),
+            f"{escape(r.run)}<br><code>{escape(r.sha256)}</code>",
+            parents(r, known),
+        )
         for r in {r.sha256: r for r in rows}.values()
     ]
     return pages.table(("checkpoint", "file, sha256 of the weights", "parents"), body)

@@ -345,6 +345,6 @@ def test_what_each_harm_takes_away_falls_at_each_step(ladders, worse, falls):
     for name in falls:
         shares = [step[name] for step in steps]
         assert all(a >= b for a, b in pairwise(shares)), (name, shares)
-        assert shares[-1] < 0.65 * shares[0]
+        assert shares[-1] < 0.75 * shares[0]
     if worse == "collapse":
-        assert all(step["precision"] > 0.94 for step in steps)
+        assert all(step["precision"] > 0.9 for step in steps)

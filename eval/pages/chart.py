@@ -95,7 +95,6 @@ def _text(x: float, y: float, words: str, anchor: str = "middle", more: str = ""
 
 def draw(rows: list[Record], cost: Callable[[Record], float], xlabel: str, ylabel: str) -> str:
     """One chart. A score at or below 0, which rounding can make of 0, is drawn at the bottom."""
-    rows = [r for r in rows if math.isfinite(r.score)]
     floor = [value for value in rows[0].floor if value > 0] or [1e-9]
     middle = sum(floor) / len(floor)
     scores = [max(r.score, middle / 100) for r in rows]
