@@ -9,6 +9,7 @@ demo: .venv/ready
 	$(BIN)/python -m distill.progressive
 	$(BIN)/python -m distill.consistency
 	$(BIN)/python -m eval.compare runs/digits
+	$(BIN)/python -m eval.report runs/digits/compare
 
 test: .venv/ready-test
 	$(BIN)/ruff check

@@ -50,6 +50,8 @@ class FitConfig:
     """Of the network's passes; weights, sums and losses stay float32."""
     compile: bool = False
     """torch.compile the network; pays after a minute or two on a GPU."""
+    label_dropout: float = 0.1
+    """Share of labels that a conditional model sees as its null class."""
     flip: bool = False
     """Mirror half of the images; only where that keeps their class."""
     seed: int = 0
@@ -68,6 +70,7 @@ LIMITS = {
     "weight_decay": ("at least 0", lambda decay: decay >= 0),
     "clip": ("above 0", lambda norm: norm > 0),
     "ema": ("in [0, 1)", lambda decay: 0 <= decay < 1),
+    "label_dropout": ("in [0, 1]", lambda share: 0 <= share <= 1),
 }
 
 
@@ -248,7 +251,11 @@ class Batches:
         x0 = self.spec.to_unit(self.images[which].to(device, non_blocking=True))
         if self.config.flip:
             x0 = torch.where(mirrored[:, None, None, None], x0.flip(-1), x0)
-        label = None if self.labels is None else self.labels[which].to(device, non_blocking=True)
+        label = None
+        if self.labels is not None:
+            known = self.labels[which].to(device, non_blocking=True)
+            dropped = torch.rand(size, generator=random, device=device)[share]
+            label = known.where(dropped >= self.config.label_dropout, self.spec.num_classes)
         seed += self.rank << 24
         torch.manual_seed(seed)
         return Batch(x0, eps, level, label, seed)

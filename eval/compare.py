@@ -12,12 +12,11 @@ from torch import Tensor
 from diffusion import data as datasets
 from diffusion.checkpoint import load_tensors, save_tensors, write_atomic
 from diffusion.console import UserError, out, run, track
-from diffusion.data import Dataset
 from diffusion.model import Model, load, require_same_images, this_device
 from diffusion.samplers import SOLVERS
-from eval import measure, plots, records, table
-from eval.features import EXTRACTORS, Extractor
-from eval.metrics import Moments, frechet_distance
+from eval import measure, plots, quality, records, table
+from eval.features import EXTRACTORS
+from eval.quality import Judge
 from eval.records import Record
 
 OWN_CLASSIFIER = ("digits", "fashion-mnist")  # where it is the default extractor; elsewhere, fid
@@ -54,11 +53,9 @@ class Bench:
     """What all rows are measured with."""
 
     options: Options
-    dataset: Dataset
-    extractor: Extractor
-    real: Moments
+    judge: Judge
     floor: list[float]
-    device: torch.device
+    held_out: dict[str, float]
 
 
 def find_runs(paths: tuple[Path, ...]) -> list[Path]:
@@ -93,42 +90,40 @@ def evaluate(bench: Bench, path: Path, model: Model, row: tuple, template: Recor
     options, plan = bench.options, (sampler, angles)
     nfe = measure.count_calls(model, plan)
     single = measure.single_seconds(model, plan)
-    quality, seconds, first = [], [], None
+    judge, seconds, done, made = bench.judge, [], 0, []
     total = len(options.seeds) * options.num_images
     title = f"{template.method} {sampler} {len(angles) - 1}"
 
-    def generated():
-        done = 0
+    def generated() -> Iterator[tuple[Tensor, float]]:
         for seed in options.seeds:
-            made = None
-            for images, took in measure.batches(
-                model, plan, seed, options.num_images, options.batch_size
-            ):
-                part = Moments.of(bench.extractor.extract(images))
-                made = part if made is None else made + part
-                done += len(images)
-                yield images, took, done
-            quality.append(frechet_distance(made, bench.real))
+            yield from measure.batches(model, plan, seed, options.num_images, options.batch_size)
+
+    def describe(batch: tuple[Tensor, float]) -> tuple[int, int, str]:
+        return done + len(batch[0]), total, "images"
 
     full = min(options.batch_size, options.num_images)
-    for images, took, _ in track(generated(), title, lambda item: (item[2], total, "images")):
-        first = images[:SHOWN].cpu() if first is None else first
+    for images, took in track(generated(), title, describe):
+        made.append(images)
+        done += len(images)
         if len(images) == full:
             seconds.append(took)
+    sets = torch.cat(made).split(options.num_images)  # one a seed
+    others = [judge.others(images) for images in sets]
     record = replace(
         template,
         nfe=nfe,
-        quality=quality,
+        quality=[judge.distance(images) for images in sets],
+        others={name: [figures[name] for figures in others] for name in others[0]},
         single_seconds=single,
         batch_seconds=seconds[1:] if len(seconds) > 3 else seconds,  # the first warmed up
     )
-    return record, first
+    return record, sets[0][:SHOWN].cpu()
 
 
 def template(bench: Bench, path: Path, model: Model, row: tuple) -> Record:
     """The record of a row before it is measured."""
     sampler, angles, own = row
-    options, extractor = bench.options, bench.extractor
+    options, extractor = bench.options, bench.judge.extractor
     return Record(
         run=str(path),
         method=model.card.method,
@@ -149,7 +144,8 @@ def template(bench: Bench, path: Path, model: Model, row: tuple) -> Record:
         batch_seconds=[],
         single_seconds=[],
         parameters=sum(p.numel() for p in model.denoiser.parameters()),
-        environment=records.environment(bench.device, options.precision),
+        environment=records.environment(bench.judge.device, options.precision),
+        held_out=bench.held_out,
     )
 
 
@@ -178,14 +174,14 @@ def compare(options: Options) -> list[Record]:
     shown: list[tuple[Record, Tensor]] = []
     for path, model, row in planned:
         blank = template(bench, path, model, row)
-        record, tag = known.get(blank.key), hash_of(blank)
+        record, tag = known.get(blank.key), blank.tag
         if record is None or tag not in samples:
             record, samples[tag] = evaluate(bench, path, model, row, blank)
             known[record.key] = record
             save_tensors(pictures, samples, {})
             records.write(results, list(known.values()))
         shown.append((record, samples[tag]))
-    write_results(folder, shown, bench.dataset.train[:SHOWN])
+    write_results(folder, shown, bench.judge.dataset.train[:SHOWN])
     return [record for record, _ in shown]
 
 
@@ -199,9 +195,11 @@ def prepare(options: Options, model: Model, device: torch.device) -> Bench:
             f"--num-images must be more than the {extractor.dim} dimensions of the features, "
             f"got {options.num_images}"
         )
-    real = measure.reference(dataset, extractor, device)
-    lowest = measure.floor(dataset, extractor, real, options.num_images, device)
-    return Bench(options, dataset, extractor, real, lowest, device)
+    judge = Judge.of(dataset, extractor, EXTRACTORS["random"](dataset, device), device)
+    draws = quality.real_draws(dataset, options.num_images, draws=8)
+    unseen = quality.held_out(dataset, options.num_images)
+    others = judge.others(unseen) if unseen is not None else {}
+    return Bench(options, judge, [judge.distance(images) for images in draws], others)
 
 
 def write_results(folder: Path, shown: list[tuple[Record, Tensor]], real: Tensor) -> None:
@@ -213,12 +211,6 @@ def write_results(folder: Path, shown: list[tuple[Record, Tensor]], real: Tensor
     plots.sample_rows(folder / "samples.png", *map(list, zip(*pictured, strict=True)), real)
     out.print(table.rich_table(measured))
     out.print(f"{folder}: results.jsonl, table.md, quality_nfe.png, quality_ms.png, samples.png")
-
-
-def hash_of(record: Record) -> str:
-    import hashlib
-
-    return hashlib.sha256(repr(record.key).encode()).hexdigest()[:16]
 
 
 def _counts(options: Options) -> list[int] | None:

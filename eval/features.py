@@ -32,6 +32,8 @@ class Extractor:
     """uint8 (B, C, H, W) on its device -> float32 (B, dim)."""
     accuracy: float | None = None
     """Of the classifier, on held-out images."""
+    probabilities: Callable[[Tensor], Tensor] | None = None
+    """A classifier's: uint8 (B, C, H, W) -> (B, classes)."""
 
 
 class Classifier(nn.Module):
@@ -72,7 +74,14 @@ def classifier(dataset: Dataset, device: torch.device, cache: Path = CACHE) -> E
     sha256 = weights_sha256(model.state_dict())
     say(f"features: classifier of {name}, accuracy {accuracy:.2%} on held-out images, {sha256[:8]}")
     model = model.to(device).eval().requires_grad_(False)
-    return Extractor(f"fd-cnn-{name}-{sha256[:8]}", sha256, 64, model.features, accuracy)
+    return Extractor(
+        name=f"fd-cnn-{name}-{sha256[:8]}",
+        sha256=sha256,
+        dim=model.hidden.out_features,
+        extract=model.features,
+        accuracy=accuracy,
+        probabilities=lambda images: model(images).softmax(1),
+    )
 
 
 def _train(model: Classifier, dataset: Dataset, device: torch.device) -> float:

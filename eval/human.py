@@ -14,6 +14,7 @@ import torch
 import tyro
 from PIL import Image
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
@@ -232,25 +233,22 @@ def read(options: Read) -> Table:
     """A line per file, and one for all files of the same two."""
     if not options.files:
         raise UserError("read takes the files that the page's Download button saved, got none")
-    tallies: dict[str, Tally] = {}
+    found = [(path, tally(path)) for path in options.files]
     seen: dict[str, Path] = {}
-    for path in options.files:
-        found = tally(path)
-        if found.session in seen:
-            raise UserError(f"{path} and {seen[found.session]} are of one session: give only one")
-        seen[found.session] = path
-        tallies[str(path)] = found
     groups: dict[tuple, list[Tally]] = {}
-    for found in tallies.values():
-        groups.setdefault((found.first, found.second), []).append(found)
+    for path, each in found:
+        if each.session in seen:
+            raise UserError(f"{path} and {seen[each.session]} are of one session: give only one")
+        seen[each.session] = path
+        groups.setdefault((each.first, each.second), []).append(each)
     table = Table(box=box.SIMPLE_HEAD, caption_justify="left", caption=(
         "rate: of the judgements that chose a side, with Wilson's 95 % interval, every judgement "
         "counted as independent; taken for real at 50 % means not to be told from real"
     ))  # fmt: skip
     for i, column in enumerate(("file", "question", "rate", "95 %", "chose", "cannot say")):
         table.add_column(column, justify="right" if i > 1 else "left", overflow="fold")
-    for name, found in tallies.items():
-        table.add_row(*_cells(name, found))
+    for path, each in found:
+        table.add_row(*_cells(str(path), each))
     for same in groups.values():
         if len(same) > 1:
             table.add_row(*_cells(f"{len(same)} files together", sum(same[1:], same[0])))
@@ -258,12 +256,13 @@ def read(options: Read) -> Table:
 
 
 def _cells(name: str, found: Tally) -> tuple[str, ...]:
-    real = found.second.startswith(REAL)
+    real = found.second.startswith(REAL) and not found.first.startswith(REAL)
     question = f"{found.first} {'taken for real' if real else f'over {found.second}'}"
     low, high = wilson(found.wins, found.decided)
     rate = f"{found.wins / found.decided:.1%}" if found.decided else "-"
     between = f"{low:.1%} to {high:.1%}"
-    return name, question, rate, between, f"{found.wins} of {found.decided}", str(found.neither)
+    chose = f"{found.wins} of {found.decided}"
+    return escape(name), escape(question), rate, between, chose, str(found.neither)
 
 
 def main() -> None:

@@ -6,11 +6,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from diffusion.data import Dataset
 from diffusion.model import Model
 from diffusion.runs import some_labels
-from eval.features import Extractor
-from eval.metrics import Moments, frechet_distance
 
 Plan = tuple[str, Tensor]
 
@@ -57,36 +54,6 @@ def batches(
         end = min(start + batch_size, num_images)
         indices, label = _indices(model, start, end), labels(model, start, end)
         yield timed(lambda: model.sample(plan, seed, indices, label), indices.device)  # noqa: B023
-
-
-def reference(dataset: Dataset, extractor: Extractor, device: torch.device) -> Moments:
-    return moments(dataset.train, extractor, device)
-
-
-def moments(images: Tensor, extractor: Extractor, device: torch.device) -> Moments:
-    parts = [Moments.of(extractor.extract(part.to(device))) for part in images.split(1000)]
-    return sum(parts[1:], parts[0])
-
-
-def floor(
-    dataset: Dataset, extractor: Extractor, real: Moments, num_images: int, device: torch.device
-) -> list[float]:
-    """The distance of as many real images, 8 times drawn anew.
-
-    From the held-out images where they are enough, else from the training images with
-    replacement, which is the stricter floor.
-    """
-    held_out = len(dataset.test) >= num_images
-    images = dataset.test if held_out else dataset.train
-    distances = []
-    for seed in range(8):
-        random = torch.Generator().manual_seed(seed)
-        if held_out:
-            which = torch.randperm(len(images), generator=random)[:num_images]
-        else:
-            which = torch.randint(len(images), (num_images,), generator=random)
-        distances.append(frechet_distance(moments(images[which], extractor, device), real))
-    return distances
 
 
 def labels(model: Model, start: int, end: int) -> Tensor | None:

@@ -1,9 +1,10 @@
 """One record per row of the table: what was measured, of what, on what; JSON lines on disk."""
 
+import hashlib
 import json
 import os
 import platform
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -47,6 +48,10 @@ class Record:
     """The same at batch 1."""
     parameters: int
     environment: dict
+    others: dict[str, list[float]] = field(default_factory=dict)
+    """Further figures, one per seed."""
+    held_out: dict[str, float] = field(default_factory=dict)
+    """The same figures of held-out real images: what a good model should come near to."""
     format: int = FORMAT
 
     @property
@@ -55,6 +60,16 @@ class Record:
         place = json.dumps(self.environment, sort_keys=True)
         what = (self.sha256, self.sampler, tuple(self.angles), self.metric, self.num_images)
         return *what, tuple(self.seeds), self.batch_size, place
+
+    @property
+    def tag(self) -> str:
+        """The key's name in samples.safetensors."""
+        return hashlib.sha256(repr(self.key).encode()).hexdigest()[:16]
+
+    @property
+    def further(self) -> dict[str, float]:
+        """Means of the further figures over the seeds."""
+        return {name: mean(figures) for name, figures in self.others.items()}
 
     @property
     def score(self) -> float:

@@ -15,8 +15,7 @@ from diffusion.checkpoint import load_tensors, write_atomic
 from diffusion.console import UserError, out, run
 from diffusion.data import Dataset
 from eval import pages, records, sets, table
-from eval.compare import hash_of
-from eval.pages import chart
+from eval.pages import chart, provenance
 from eval.records import Record
 
 LIMITS = (1.2, 2.0)  # how much worse than the teacher a student that ships may be
@@ -54,8 +53,9 @@ def students(rows: list[Record]) -> list[Record]:
 
 
 def cheapest(rows: list[Record], teacher: Record | None, limit: float) -> Record | None:
-    """The fewest network calls within `limit` times the teacher; of equals, the best."""
-    within = [r for r in rows if teacher and table.ratio(r, teacher) <= limit]
+    """The fewest network calls within `limit` times the teacher; of equals, the best. None with a warning."""
+    sound = [r for r in rows if teacher and not table.warned(r)]
+    within = [r for r in sound if table.ratio(r, teacher) <= limit]
     return min(within, key=lambda r: (r.nfe, r.score), default=None)
 
 
@@ -63,7 +63,12 @@ def choice(rows: list[Record]) -> Record | None:
     """The student to ship: the cheapest within the first limit that any is within, else the best."""
     made, teacher = students(rows), table.teacher_of(rows)
     found = (cheapest(made, teacher, limit) for limit in LIMITS)
-    return next(filter(None, found), min(made, key=lambda r: r.score, default=None))
+    return next(filter(None, found), best(made))
+
+
+def best(rows: list[Record]) -> Record | None:
+    """The least score of those without a warning, or where all have one, of all."""
+    return min(rows, key=lambda r: (bool(table.warned(r)), r.score), default=None)
 
 
 def calls(number: int) -> str:
@@ -71,7 +76,11 @@ def calls(number: int) -> str:
 
 
 def named(record: Record) -> str:
-    return f"<b>{escape(table.title(record))} at {calls(record.nfe)}</b>"
+    return f"<b>{full_title(record)} at {calls(record.nfe)}</b>"
+
+
+def full_title(record: Record) -> str:
+    return escape(" ".join([table.title(record), *table.warned(record)]))
 
 
 def verdict(rows: list[Record]) -> str:
@@ -85,13 +94,14 @@ def verdict(rows: list[Record]) -> str:
 
     def figures(r: Record) -> str:
         times = table.images_per_second(r) / table.images_per_second(teacher)
-        return f"× teacher {table.ratio(r, teacher):.2f}, speed-up {table.short(times)}×"
+        return f"×&nbsp;teacher {table.ratio(r, teacher):.2f}, speed-up {table.short(times)}×"
 
     near, far = (cheapest(made, teacher, limit) for limit in LIMITS)
     words = f"the cheapest student within {LIMITS[0]:g}× of the teacher"
     lines = []
     if far is None:
-        words = f"the best student, though none is within {LIMITS[1]:g}× of the teacher"
+        sound = "sound student" if table.warned(ship) else "student"
+        words = f"the best, though no {sound} is within {LIMITS[1]:g}× of the teacher"
     elif near is None:
         words = f"the cheapest student within {LIMITS[1]:g}× of the teacher; none is within {LIMITS[0]:g}×"
     elif near is far:
@@ -118,12 +128,11 @@ def verdict(rows: list[Record]) -> str:
 def best_per_count(rows: list[Record], teacher: Record, ship: Record) -> str:
     body = []
     for nfe in sorted({r.nfe for r in students(rows)}):
-        best = min((r for r in students(rows) if r.nfe == nfe), key=lambda r: r.score)
-        free = [r for r in rows if not r.own and r.nfe <= nfe]
-        rival = min(free, key=lambda r: r.score, default=None)
+        first = best([r for r in students(rows) if r.nfe == nfe])
+        rival = best([r for r in rows if not r.own and r.nfe <= nfe])
         other = f"{table.ratio(rival, teacher):.2f} by {escape(rival.sampler)}" if rival else "-"
-        ratio = f"{table.ratio(best, teacher):.2f}"
-        body.append(("ship" * (best is ship), nfe, escape(best.method), ratio, other))
+        ratio = f"{table.ratio(first, teacher):.2f}"
+        body.append(("ship" * (first is ship), nfe, full_title(first), ratio, other))
     heads = ("calls", "best student", "× teacher", "without training")
     return f'<div class="wide best">{pages.table(heads, body)}</div>'
 
@@ -137,13 +146,16 @@ def main_table(rows: list[Record]) -> str:
         numbers = (record.steps, record.nfe, record.score, ratio, milliseconds(record))
         values = (cells[0], *numbers, rate(record), rate(record), record.parameters)
         pill = '<span class="pill">ship</span>' if record is ship else ""
-        shown = [looks[cells[0]].mark() + escape(cells[0]) + pill, *map(escape, cells[1:])]
+        shown = [
+            looks[table.title(record)].mark() + escape(cells[0]) + pill,
+            *map(escape, cells[1:]),
+        ]
         tags = ["th scope=row", *["td"] * (len(cells) - 1)]
         line = "".join(
             f'<{tag} data-value="{escape(str(value))}">{cell}</{tag[:2]}>'
             for tag, value, cell in zip(tags, values, shown, strict=True)
         )
-        lines.append(f'<tr{" class=ship" * (record is ship)} data-tag="{hash_of(record)}">{line}')
+        lines.append(f'<tr{" class=ship" * (record is ship)} data-tag="{record.tag}">{line}')
     head = "".join(
         f'<th scope="col"><button type="button">{escape(name)}</button></th>'
         for name in table.COLUMNS
@@ -153,14 +165,14 @@ def main_table(rows: list[Record]) -> str:
 
 def sample_section(rows: list[Record], images: dict[str, Tensor]) -> str:
     """A strip per row, a group per method, with falling numbers of steps."""
-    shown = [r for r in rows if hash_of(r) in images]
+    shown = [r for r in rows if r.tag in images]
     if not shown:
         return ""
     groups = []
     for title in dict.fromkeys(map(table.title, shown)):
         own = sorted((r for r in shown if table.title(r) == title), key=lambda r: -r.steps)
         labels = [f"{escape(title)} <span>{calls(r.nfe)}, {r.score:.3g}</span>" for r in own]
-        groups.append(list(zip(labels, (images[hash_of(r)] for r in own), strict=True)))
+        groups.append(list(zip(labels, (images[r.tag] for r in own), strict=True)))
     return (
         "<section><h2>The same noise through every row</h2>"
         '<p class="note">A column begins from one noise; the last figure is the quality. A sampler that draws '
@@ -183,7 +195,7 @@ def dataset_of(record: Record, data_dir: Path | None) -> Dataset | None:
 
 
 def nearest_section(record: Record | None, images: dict[str, Tensor], load: Callable) -> str:
-    made = images.get(hash_of(record)) if record else None
+    made = images.get(record.tag) if record else None
     dataset = load(record) if made is not None else None
     if dataset is None or dataset.train.shape[1:] != made.shape[1:]:
         return ""
@@ -199,64 +211,6 @@ def nearest_section(record: Record | None, images: dict[str, Tensor], load: Call
         f"{distance.min():.0f}{usual}. A copy would be 0 away.</p>"
         f"{pages.strips([[('made', made), ('nearest', dataset.train[which])]])}</section>"
     )
-
-
-def facts(rows: list[Record], left_out: int) -> str:
-    first = rows[0]
-    accuracy = first.extractor.get("accuracy")
-    pairs = {
-        "quality": f"{escape(first.metric)}, lower is better: mean ± spread over the noise seeds "
-        f"{', '.join(map(str, first.seeds))}, {first.num_images:,} images each",
-        "extractor": f"sha256 <code>{escape(str(first.extractor['sha256']))}</code>"
-        + (f", {accuracy:.2%} of held-out images classified rightly" if accuracy else ""),
-        "floor": f"{mean(first.floor):.3g}: the same metric of {first.num_images:,} real images, mean of "
-        f"{len(first.floor)} draws between {min(first.floor):.3g} and {max(first.floor):.3g}",
-        "NFE": "network calls per image, counted by a hook on the network",
-        "ms @1": "noise to uint8 of one image, device synchronised, warmed up; median of the repeats",
-        "images/s": f"the same for a batch of {min(first.batch_size, first.num_images)}",
-        "machine": escape(", ".join(f"{k} {v}" for k, v in first.environment.items())),
-    }
-    if left_out:
-        pairs["not shown"] = f"{left_out} records measured otherwise, or of runs since made anew"
-    return "".join(f"<dt>{key}</dt><dd>{value}</dd>" for key, value in pairs.items())
-
-
-def measured(rows: list[Record]) -> str:
-    """What each row's figures are the mean and the median of."""
-    body = []
-    for r in rows:
-        seconds = [1000 * s for s in r.single_seconds]
-        times = f"{table.short(min(seconds))} to {table.short(max(seconds))} in {len(seconds)}"
-        angles = f"{max(r.angles):.3g} to {min(r.angles):.3g}"
-        by_seed = ", ".join(f"{q:.3g}" for q in r.quality)
-        name = escape(table.title(r))
-        body.append(("", name, r.steps, escape(r.sampler), angles, by_seed, times))
-    heads = ("row", "steps", "sampler", "angles, rad", "quality by seed", "ms @1, repeats")
-    return pages.table(heads, body)
-
-
-def parents(record: Record, known: dict[str, Record]) -> str:
-    """What it was distilled from, and that in turn, as far back as the records know."""
-    names = []
-    while record and record.parent and len(names) <= len(known):
-        sha256, record = record.parent, known.get(record.parent)
-        method = record.method if record else "not measured"
-        names.append(f"{escape(method)} <code>{escape(sha256[:8])}</code>")
-    return " ← ".join(names) or "none"
-
-
-def checkpoints(rows: list[Record], found: list[Record]) -> str:
-    known = {r.sha256: r for r in found}
-    body = [
-        (
-            "",
-            escape(r.method),
-            f"{escape(r.run)}<br><code>{escape(r.sha256)}</code>",
-            parents(r, known),
-        )
-        for r in {r.sha256: r for r in rows}.values()
-    ]
-    return pages.table(("checkpoint", "file, sha256 of the weights", "parents"), body)
 
 
 def write(folder: Path, data_dir: Path | None = None) -> Path:
@@ -280,9 +234,10 @@ def write(folder: Path, data_dir: Path | None = None) -> Path:
         caption=escape(table.caption(rows)),
         samples=sample_section(rows, images),
         nearest=nearest_section(choice(rows), images, lambda r: dataset_of(r, data_dir)),
-        facts=facts(rows, len(found) - len(rows)),
-        measured=measured(rows),
-        checkpoints=checkpoints(rows, found),
+        further=provenance.further(rows),
+        facts=provenance.facts(rows, len(found) - len(rows)),
+        measured=provenance.measured(rows),
+        checkpoints=provenance.checkpoints(rows, found),
     )
     write_atomic(folder / "report.html", page)
     return folder / "report.html"

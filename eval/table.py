@@ -5,6 +5,7 @@ from statistics import mean, median
 from rich import box
 from rich.table import Table
 
+from eval.quality import warnings
 from eval.records import Record
 
 COLUMNS = (
@@ -42,7 +43,7 @@ def cells(records: list[Record]) -> list[tuple[str, ...]]:
         times = images_per_second(record) / images_per_second(teacher) if teacher else None
         rows.append(
             (
-                title(record),
+                " ".join([title(record), *warned(record)]),
                 str(record.steps),
                 str(record.nfe),
                 f"{record.score:.3g} ± {record.spread:.2g}",
@@ -58,6 +59,10 @@ def cells(records: list[Record]) -> list[tuple[str, ...]]:
 
 def title(record: Record) -> str:
     return record.method if record.own else f"{record.method}, {record.sampler}"
+
+
+def warned(record: Record) -> list[str]:
+    return [f"({word})" for word in warnings(record.further, record.held_out)]
 
 
 def short(number: float) -> str:
@@ -88,6 +93,15 @@ def rich_table(records: list[Record]) -> Table:
 
 
 def markdown(records: list[Record]) -> str:
-    lines = [COLUMNS, tuple("--:" if i else "---" for i in range(len(COLUMNS)))]
-    lines += cells(records)
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{caption(records)}\n"
+    """The table, and one of the further figures."""
+    further = [("method", "steps", *records[0].held_out)]
+    for record in records:
+        figures = (f"{record.further[name]:.3g}" for name in further[0][2:])
+        further.append((title(record), str(record.steps), *figures))
+    further.append(("held-out images", "", *(f"{v:.3g}" for v in records[0].held_out.values())))
+    return f"{_grid([COLUMNS, *cells(records)])}\n{caption(records)}\n\n{_grid(further)}"
+
+
+def _grid(lines: list[tuple[str, ...]]) -> str:
+    rule = tuple("--:" if i else "---" for i in range(len(lines[0])))
+    return "".join(f"| {' | '.join(line)} |\n" for line in [lines[0], rule, *lines[1:]])

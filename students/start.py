@@ -31,7 +31,7 @@ class StudentOptions:
     def parse(options: type[Self], prog: str) -> Self:
         """Options from the command line; their defaults are those measured for the teacher's data."""
         teacher = Path(ddpm.peek("--teacher", str(StudentOptions.teacher)))
-        data = load(teacher).spec.name if teacher.exists() else "digits"
+        data = load(teacher).spec.name if _trained(teacher) else "digits"
         config = (tyro.conf.OmitArgPrefixes,)
         return tyro.cli(options, prog=prog, default=options.default(data), config=config)
 
@@ -40,7 +40,7 @@ def find_teacher(
     options: StudentOptions, method: str, fit: FitConfig
 ) -> tuple[Model, Dataset, Path]:
     """The teacher on its device, its data, and the folder for the run."""
-    if not options.teacher.exists() and options.teacher == StudentOptions.teacher:
+    if not _trained(options.teacher) and options.teacher == StudentOptions.teacher:
         ddpm.train_teacher(ddpm.Options.default("digits"))
     teacher = load(options.teacher, fit.precision)
     spec = teacher.spec
@@ -53,6 +53,10 @@ def find_teacher(
     dataset = replace(dataset, spec=replace(spec, name=dataset.spec.name))  # the teacher's scale
     home = options.teacher if options.teacher.is_dir() else options.teacher.parent
     return teacher, dataset, options.out or home.parent / method
+
+
+def _trained(teacher: Path) -> bool:
+    return teacher.is_file() or (teacher / "model.safetensors").exists()
 
 
 def student_card(teacher: Model) -> dict:

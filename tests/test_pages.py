@@ -2,6 +2,7 @@
 
 import html
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -18,9 +19,8 @@ from PIL import Image
 from diffusion.checkpoint import save_tensors
 from diffusion.console import UserError
 from eval import human, records, report, table
-from eval.compare import hash_of
 from eval.human import Make, Read
-from eval.pages import chart
+from eval.pages import chart, provenance
 from eval.records import Record
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -47,7 +47,8 @@ def browse(tmp_path) -> Callable[..., Opened]:
         copy.write_text(path.read_text().replace("</body>", f"<script>{script}</script></body>"))
         command = [browser, *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", f"file://{copy}"]
         command[-1] += address
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+        home = os.environ | {"HOME": str(tmp_path)}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=home)
         return Opened(done.stdout, [x for x in done.stderr.splitlines() if ":CONSOLE" in x])
 
     return open_page
@@ -82,9 +83,7 @@ ROWS = [
 def write_report(folder: Path, rows: list[Record], size: int = 8) -> Path:
     records.write(folder / "results.jsonl", rows)
     random = torch.Generator().manual_seed(0)
-    images = {
-        hash_of(r): torch.randint(256, (16, 1, size, size), generator=random).byte() for r in rows
-    }
+    images = {r.tag: torch.randint(256, (16, 1, size, size), generator=random).byte() for r in rows}
     save_tensors(folder / "samples.safetensors", images, {})
     return report.write(folder)
 
@@ -128,7 +127,7 @@ def test_the_report_has_every_row_of_the_records_with_the_tables_cells(tmp_path)
     page = write_report(tmp_path, ROWS).read_text()
     shown = [[cell.removesuffix("ship") for cell in row] for row in body_rows(page)]
     assert shown == [list(cells) for cells in table.cells(ROWS)]
-    assert [r for r in ROWS if f'data-tag="{hash_of(r)}"' not in page] == []
+    assert [r for r in ROWS if f'data-tag="{r.tag}"' not in page] == []
     assert page.count('<div class="strip"') == len(ROWS) + 2  # and the nearest training images
     assert "consistency <b>" not in page
 
@@ -140,12 +139,12 @@ def test_a_report_names_what_its_numbers_were_made_of(tmp_path):
     words += [html.escape(r.sha256) for r in ROWS]
     assert [word for word in words if word not in page] == []
     known = {r.sha256: r for r in ROWS}
-    chain = [re.sub(r"<.*?>", "", report.parents(r, known)) for r in ROWS]
+    chain = [re.sub(r"<.*?>", "", provenance.parents(r, known)) for r in ROWS]
     assert chain[0] == chain[1] == "none"
     assert chain[2] == "teacher teacher-"
     assert chain[3] == "progressive progress ← teacher teacher-"
     orphan = record("orphan", parent="f" * 64)
-    assert "not measured" in report.parents(orphan, known)
+    assert "not measured" in provenance.parents(orphan, known)
 
 
 def test_the_student_to_ship_is_the_cheapest_within_the_nearest_limit_that_any_keeps():
@@ -161,8 +160,21 @@ def test_the_student_to_ship_is_the_cheapest_within_the_nearest_limit_that_any_k
     assert "Ship <b>student at 4 calls</b>: the cheapest student within 1.2×" in text
     assert "If 2× will do: <b>student at 2 calls</b>" in text
     assert "none is within 1.2×" in report.verdict([TEACHER, one, two])
-    assert "though none is within 2×" in report.verdict([TEACHER, one])
+    assert "though no student is within 2×" in report.verdict([TEACHER, one])
     assert "not among these rows" in report.verdict([four])
+
+
+def test_a_student_with_a_warning_does_not_ship_while_another_is_sound(tmp_path):
+    collapsed = record(
+        "narrow", 1, 4.0, parent=TEACHER.sha256,
+        others={"coverage": [0.1, 0.1]}, held_out={"coverage": 0.9},
+    )  # fmt: skip
+    assert report.choice([*ROWS, collapsed]) is ROWS[2]
+    assert report.choice([TEACHER, collapsed]) is collapsed
+    page = write_report(tmp_path, [*ROWS, collapsed]).read_text()
+    assert "Further figures" in page
+    assert "narrow (collapsed)" in page
+    assert "Further figures" not in write_report(tmp_path, ROWS).read_text()
 
 
 def test_the_pareto_front_holds_just_the_points_that_none_dominates():
@@ -335,10 +347,23 @@ def test_a_judge_who_always_prefers_the_bright_ones_is_read_back_as_such(
     assert check["done"]
     assert check["seen"] == ["5 of 12"]
     assert check["kept"]["answers"] == check["results"]["answers"]
+    assert len(check["results"]["milliseconds"]) == 12
     (tmp_path / "results.json").write_text(json.dumps(check["results"]))
     found = human.tally(tmp_path / "results.json")
     assert (found.first, found.second) == (bright, dark)
     assert (found.wins, found.losses, found.neither) == (11, 0, 1)
+
+
+def test_a_page_that_is_opened_again_goes_on_where_the_judge_left_it(two_sets, browse, tmp_path):
+    path = tmp_path / "human.html"
+    path.write_text(human.page(Make(*two_sets, pairs=12)))
+    keys = "['ArrowLeft', 'ArrowRight', 'ArrowDown'].forEach((key) => press(key));"
+    press = "const press = (key) => dispatchEvent(new KeyboardEvent('keydown', { key }));"
+    show = "document.title = $('count').textContent + ' ' + session.answers;"
+    browse(path, press + keys)
+    opened = browse(path, show)
+    assert opened.console == []
+    assert "<title>4 of 12 left,right,neither</title>" in opened.dom
 
 
 def test_files_are_reported_one_by_one_and_together(two_sets, tmp_path, command):
