@@ -20,9 +20,9 @@ class Preset:
 # 2 CPU cores: teacher, students and comparison in about 12 minutes.
 DIGITS = Preset(
     net=UNetConfig(channels=1, size=8, width=32, multipliers=(1, 1), blocks=1, attention=()),
-    teacher=FitConfig(iterations=2000, learning_rate=2e-3, ema=0.998),
-    halving=FitConfig(iterations=250, learning_rate=1e-3, warmup=20, anneal="linear", ema=0.98),
-    consistency=FitConfig(iterations=1500, learning_rate=2e-3, warmup=20, ema=0.99),
+    teacher=FitConfig(iterations=1600, learning_rate=2e-3, ema=0.998),
+    halving=FitConfig(iterations=200, learning_rate=1e-3, warmup=20, anneal="linear", ema=0.98),
+    consistency=FitConfig(iterations=1000, learning_rate=2e-3, warmup=20, ema=0.99),
     start_steps=32,
 )
 
