@@ -13,12 +13,13 @@ from accelerate import PartialState
 
 from diffusion import checkpoint
 from diffusion.checkpoint import Card, write_atomic
+from diffusion.config import FitConfig, check, settings_of
 from diffusion.console import UserError, say, silence, track
 from diffusion.data import Dataset
 from diffusion.denoiser import Denoiser
 from diffusion.model import Model, load, this_device
 from diffusion.pictures import save_grid
-from diffusion.training import FitConfig, Objective, Progress, check, fit, settings_of
+from diffusion.training import Objective, Progress, fit
 
 
 def train_model(

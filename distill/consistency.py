@@ -9,13 +9,15 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from diffusion.batches import Batch
 from diffusion.checkpoint import Card
 from diffusion.circle import add_noise, rotate
+from diffusion.config import FitConfig
 from diffusion.console import UserError, run
 from diffusion.model import Model, build
 from diffusion.runs import train_model
 from diffusion.schedules import even
-from diffusion.training import Average, Batch, FitConfig, frozen_copy
+from diffusion.training import Average, frozen_copy
 from students.start import StudentOptions, find_teacher, student_card
 from teachers.presets import preset
 

@@ -9,13 +9,15 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from diffusion.batches import Batch
 from diffusion.checkpoint import Card
 from diffusion.circle import add_noise, merge_steps, rotate, x0_loss
+from diffusion.config import FitConfig
 from diffusion.console import UserError, run, say
 from diffusion.model import Model
 from diffusion.runs import train_model
 from diffusion.schedules import halve, respace
-from diffusion.training import Average, Batch, FitConfig
+from diffusion.training import Average
 from students.start import StudentOptions, find_teacher, student_card
 from teachers.presets import preset
 

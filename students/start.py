@@ -7,10 +7,10 @@ from typing import Self
 import tyro
 
 from diffusion import data as datasets
+from diffusion.config import FitConfig
 from diffusion.console import UserError
 from diffusion.data import Dataset
 from diffusion.model import Model, load
-from diffusion.training import FitConfig
 from teachers import ddpm
 
 

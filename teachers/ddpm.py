@@ -11,15 +11,17 @@ import tyro
 from torch import Tensor
 
 from diffusion import data as datasets
+from diffusion.batches import Batch
 from diffusion.checkpoint import Card
 from diffusion.circle import add_noise, x0_loss
+from diffusion.config import FitConfig
 from diffusion.console import UserError, run
 from diffusion.data import Dataset
 from diffusion.model import Model, build, this_device
 from diffusion.networks import UNetConfig
 from diffusion.runs import train_model
 from diffusion.schedules import SCHEDULES
-from diffusion.training import Average, Batch, FitConfig
+from diffusion.training import Average
 from teachers.presets import preset
 
 SOLVERS = ("ddim", "heun", "dpm-solver++", "ancestral")
@@ -50,7 +52,7 @@ class Options:
     """Where a named dataset's files are, or are to be downloaded to."""
     out: Path | None = None
     """The run's folder; runs/DATA/teacher unless told."""
-    schedule: Literal["linear", "cosine", "sigmoid"] = "cosine"
+    schedule: Literal["linear", "cosine", "sigmoid", "karras"] = "cosine"
     """The 1000 noise levels."""
     weighting: Literal["v", "truncated", "eps"] = "v"
     """Of the loss: SNR + 1, max(SNR, 1), or SNR as in DDPM's simple loss (all as weights of x0's)."""

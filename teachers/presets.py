@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass, replace
 
+from diffusion.config import FitConfig
 from diffusion.networks import UNetConfig
-from diffusion.training import FitConfig
 
 
 @dataclass(frozen=True)

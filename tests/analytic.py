@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from diffusion.batches import Batch
 from diffusion.networks import UNet, UNetConfig
-from diffusion.training import Batch
 
 
 def normals(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> Iterator[Tensor]:

@@ -18,12 +18,12 @@ import torch
 
 from diffusion import console, data
 from diffusion.checkpoint import Card
+from diffusion.config import FitConfig
 from diffusion.data import Dataset
 from diffusion.model import build, this_device
 from diffusion.networks import UNetConfig
 from diffusion.runs import train_model
 from diffusion.schedules import cosine
-from diffusion.training import FitConfig
 from distill import progressive
 from teachers.ddpm import SOLVERS, Denoising
 

@@ -1,0 +1,76 @@
+"""Training batches: batch i is a function of (seed, i), so nothing random needs to be saved."""
+
+from typing import NamedTuple
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from diffusion.config import FitConfig
+from diffusion.console import UserError
+from diffusion.data import Dataset
+
+
+class Batch(NamedTuple):
+    """All that is random in a training step, so that an objective is a function of its inputs."""
+
+    x0: Tensor
+    """(B, C, H, W) float32, zero mean and unit variance."""
+    eps: Tensor
+    """(B, C, H, W) standard normal."""
+    level: Tensor
+    """(B,) float64 in [0, 1), stratified over the global batch (Kingma et al. 2021, app. I.1)."""
+    label: Tensor | None
+    """(B,) int64."""
+    seed: int
+    """torch.manual_seed(seed) before a second network pass repeats the first's dropout mask."""
+
+
+class Batches:
+    """Batch i as a function of (seed, i): each process draws it whole and takes its share."""
+
+    def __init__(self, dataset: Dataset, config: FitConfig, worker: Accelerator):
+        if config.batch_size % worker.num_processes:
+            raise UserError(
+                f"the batch size {config.batch_size} does not divide among "
+                f"{worker.num_processes} processes"
+            )
+        self.config, self.spec, self.device = config, dataset.spec, worker.device
+        self.rank, self.world = worker.process_index, worker.num_processes
+        self.generator = torch.Generator(worker.device)
+        home = worker.device if _fits(dataset.train, worker.device) else torch.device("cpu")
+        self.images = dataset.train.to(home)
+        self.labels = None
+        if dataset.spec.num_classes and dataset.train_labels is not None:
+            self.labels = dataset.train_labels.to(home)
+
+    def draw(self, i: int) -> Batch:
+        size, device, share = (
+            self.config.batch_size,
+            self.device,
+            slice(self.rank, None, self.world),
+        )
+        seed = (self.config.seed << 32) + i
+        random = self.generator.manual_seed(seed)
+        which = torch.randint(len(self.images), (size,), generator=random, device=device)[share]
+        eps = torch.randn(size, *self.spec.shape, generator=random, device=device)[share]
+        offset = torch.rand((), generator=random, device=device, dtype=torch.float64)
+        level = (torch.arange(size, device=device, dtype=torch.float64)[share] + offset) / size
+        level = level.clamp(max=1 - 2**-53)  # the last may round to 1
+        mirrored = torch.rand(size, generator=random, device=device)[share] < 0.5
+        which = which.to(self.images.device)
+        x0 = self.spec.to_unit(self.images[which].to(device, non_blocking=True))
+        if self.config.flip:
+            x0 = torch.where(mirrored[:, None, None, None], x0.flip(-1), x0)
+        label = None
+        if self.labels is not None:
+            known = self.labels[which].to(device, non_blocking=True)
+            dropped = torch.rand(size, generator=random, device=device)[share]
+            label = known.where(dropped >= self.config.label_dropout, self.spec.num_classes)
+        seed += self.rank << 24
+        torch.manual_seed(seed)
+        return Batch(x0, eps, level, label, seed)
+
+
+def _fits(images: Tensor, device: torch.device) -> bool:
+    return device.type != "cuda" or images.nbytes < torch.cuda.mem_get_info(device)[0] / 4
