@@ -54,12 +54,14 @@ def main() -> None:
         for sampler in ("ddim", "dpm-solver++", "ancestral"):
             plan = model.plan(steps, sampler)
             bare(steps), model.sample(plan, 0, indices)
-            pairs = [
-                (timed(partial(model.sample, plan, 0, indices)), timed(partial(bare, steps)))
-                for _ in range(options.repeats)
-            ]
-            ratio = median(ours / theirs for ours, theirs in pairs)
-            network = median(theirs for _, theirs in pairs)
+            ours, network = partial(model.sample, plan, 0, indices), partial(bare, steps)
+            ratios, seconds = [], []
+            for i in range(options.repeats):
+                first, second = (ours, network) if i % 2 else (network, ours)
+                took = {first: timed(first), second: timed(second)}
+                ratios.append(took[ours] / took[network])
+                seconds.append(took[network])
+            ratio, network = median(ratios), median(seconds)
             out.print(
                 f"{sampler:13} {steps:3} steps  network {1000 * network:8.2f} ms  "
                 f"sampler / network {ratio:.3f}"

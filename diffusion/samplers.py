@@ -2,7 +2,7 @@
 
 denoise: (x_t, t scalar) -> x0. noise: an iterator over standard normal images; its first is
 where sampling starts. angles: (N + 1,) float64, descending, ends at 0. Every solver here is
-a rotation towards some x0; they differ in which x0.
+a rotation towards some x0; they differ in which x0. The last, to s = 0, ends at that x0 itself.
 """
 
 from collections.abc import Callable, Iterator
@@ -26,7 +26,7 @@ def ddim(denoise: Denoise, noise: Iterator[Tensor], angles: Tensor, eta: float =
     posterior variance, Ho et al. 2020, eq. 7, is eta = 1).
     """
     x = next(noise)
-    for t, s in pairwise(angles):
+    for t, s in pairwise(angles[:-1]):
         x0 = denoise(x, t)
         if eta == 0:
             x = rotate(x, x0, t, s)
@@ -35,7 +35,7 @@ def ddim(denoise: Denoise, noise: Iterator[Tensor], angles: Tensor, eta: float =
         kept = (1 - fresh.square()).clamp(min=0).sqrt()
         eps = broadcast(kept, x) * FROM_X0["eps"](x, x0, t) + broadcast(fresh, x) * next(noise)
         x = add_noise(x0, eps, s)
-    return x
+    return denoise(x, angles[-2])
 
 
 def heun(denoise: Denoise, noise: Iterator[Tensor], angles: Tensor) -> Tensor:
@@ -43,8 +43,8 @@ def heun(denoise: Denoise, noise: Iterator[Tensor], angles: Tensor) -> Tensor:
 
     Their trapezoid rule is in sigma = tan t; here it is in cot t, where a rotation's x0 is the
     plain mean of D at both ends. That is finite at t = pi/2, and at few calls far better (on
-    8x8 digits at 7 calls, a Frechet distance of 1.3 where theirs gives 3.5 to 7). The last step,
-    to s = 0, needs no second call: D(x, 0) = x.
+    8x8 digits at 7 calls, a Frechet distance of 1.3 where theirs gives 3.5 to 7). The last step
+    needs no second call: D(x, 0) = x.
     """
     x = next(noise)
     for t, s in pairwise(angles[:-1]):
@@ -60,13 +60,13 @@ def dpm_solver(denoise: Denoise, noise: Iterator[Tensor], angles: Tensor) -> Ten
     The x0 is extrapolated linearly in lambda = -log tan t from this call and the one before.
     """
     x, previous, lambdas = next(noise), None, -angles.tan().log()
-    for i, (t, s) in enumerate(pairwise(angles)):
+    for i, (t, s) in enumerate(pairwise(angles[:-1])):
         x0 = towards = denoise(x, t)
-        if previous is not None and i < len(angles) - 2:
+        if previous is not None:
             ratio = (lambdas[i + 1] - lambdas[i]) / (lambdas[i] - lambdas[i - 1])
             towards = x0 + (x0 - previous) * broadcast(ratio / 2, x0)
         x, previous = rotate(x, towards, t, s), x0
-    return x
+    return denoise(x, angles[-2])
 
 
 def consistency(denoise: Denoise, noise: Iterator[Tensor], angles: Tensor) -> Tensor:
