@@ -125,7 +125,8 @@ DISTANCES = {
 }
 WEIGHTS = {
     "one": lambda t, s: torch.ones_like(t),
-    "gap": lambda t, s: 1 / (t - s),  # Song & Dhariwal 2023, section 3.5
+    "gap": lambda t, s: 1 / (t - s),  # Song & Dhariwal 2023, section 3.5, in angles
+    "sigma-gap": lambda t, s: 1 / (t.tan() - s.tan()),  # theirs, light where noise is heavy
 }
 
 
@@ -145,9 +146,10 @@ class Options(StudentOptions):
     0.95 for cd, else 0, unless told."""
     distance: Literal["l2", "pseudo-huber", "squared"] | None = None
     """l2 for cd, pseudo-huber else, unless told."""
-    weight: Literal["one", "gap"] | None = None
-    """Of a pair's loss; gap is 1 / (t - s). one for cd, else gap, unless told."""
-    stages: int = 8
+    weight: Literal["one", "gap", "sigma-gap"] | None = None
+    """Of a pair's loss: 1, 1 / (t - s) or 1 / (tan t - tan s); one for cd, gap for ct, sigma-gap
+    for ect, unless told."""
+    stages: int = 4
     """ect: stages of equal length; the gap between t and s halves from each to the next."""
     fit: FitConfig = field(default_factory=FitConfig)
 
@@ -201,7 +203,7 @@ MODES = {
         pairs=lambda options, schedule: tightening(float(schedule[-1]), options.stages),
         target_ema=0.0,
         distance="pseudo-huber",
-        weight="gap",
+        weight="sigma-gap",
     ),
 }
 
