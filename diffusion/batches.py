@@ -9,6 +9,7 @@ from torch import Tensor
 from diffusion.config import FitConfig
 from diffusion.console import UserError
 from diffusion.data import Dataset
+from diffusion.denoiser import Condition
 
 
 class Batch(NamedTuple):
@@ -20,16 +21,25 @@ class Batch(NamedTuple):
     """(B, C, H, W) standard normal."""
     level: Tensor
     """(B,) float64 in [0, 1), stratified over the global batch (Kingma et al. 2021, app. I.1)."""
-    label: Tensor | None
-    """(B,) int64."""
+    label: Tensor | Condition | None
+    """(B,) int64; with a guidance weight for a network that takes one. Objectives pass it on."""
     seed: int
     """torch.manual_seed(seed) before a second network pass repeats the first's dropout mask."""
 
 
 class Batches:
-    """Batch i as a function of (seed, i): each process draws it whole and takes its share."""
+    """Batch i as a function of (seed, i): each process draws it whole and takes its share.
 
-    def __init__(self, dataset: Dataset, config: FitConfig, worker: Accelerator):
+    guidance: the range that the network's guidance weights are drawn from, uniformly.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        config: FitConfig,
+        worker: Accelerator,
+        guidance: tuple[float, float] | None = None,
+    ):
         if config.batch_size % worker.num_processes:
             raise UserError(
                 f"the batch size {config.batch_size} does not divide among "
@@ -43,6 +53,9 @@ class Batches:
         self.labels = None
         if dataset.spec.num_classes and dataset.train_labels is not None:
             self.labels = dataset.train_labels.to(home)
+        self.guidance = guidance
+        if guidance and self.labels is None:
+            raise UserError(f"guidance is towards a class, but {dataset.spec.name} has none")
 
     def draw(self, i: int) -> Batch:
         size, device, share = (
@@ -67,6 +80,10 @@ class Batches:
             known = self.labels[which].to(device, non_blocking=True)
             dropped = torch.rand(size, generator=random, device=device)[share]
             label = known.where(dropped >= self.config.label_dropout, self.spec.num_classes)
+        if self.guidance:
+            low, high = self.guidance
+            share_of_range = torch.rand(size, generator=random, device=device)[share]
+            label = Condition(label, low + (high - low) * share_of_range)
         seed += self.rank << 24
         torch.manual_seed(seed)
         return Batch(x0, eps, level, label, seed)

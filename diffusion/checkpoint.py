@@ -80,6 +80,8 @@ class Card:
     """The network's configuration."""
     data: dict
     """The images' name, shape and scale."""
+    guidance: float | None = None
+    """The guidance weight that it samples with unless told another; None for none."""
     parent: str | None = None
     """sha256 of the weights that it was distilled from."""
     training: dict = field(default_factory=dict)

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 T = TypeVar("T")
-_quiet = False
+_shown, _quiet = out, False
 
 
 class UserError(Exception):
@@ -33,9 +33,15 @@ def silence() -> None:
     _quiet = True
 
 
+def divert() -> None:
+    """Show progress and plain lines on stderr from now on: stdout is a file's content."""
+    global _shown
+    _shown = err
+
+
 def say(line: str) -> None:
     if not _quiet:
-        out.print(line, markup=False)
+        _shown.print(line, markup=False)
 
 
 def run(main: Callable[[], None]) -> None:
@@ -71,7 +77,7 @@ def track(
     """
     if _quiet:
         yield from items
-    elif out.is_terminal:
+    elif _shown.is_terminal:
         yield from _bar(items, title, describe)
     else:
         yield from _lines(items, title, describe)
@@ -84,7 +90,7 @@ def _bar(items, title, describe):
         TextColumn("{task.percentage:>3.0f}%"),
     ]
     columns += [TextColumn("{task.fields[words]}"), TimeElapsedColumn(), TimeRemainingColumn()]
-    with Progress(*columns, console=out) as bar:
+    with Progress(*columns, console=_shown) as bar:
         task = bar.add_task(title, words="", total=None)
         for item in items:
             done, total, words = describe(item)

@@ -1,18 +1,38 @@
-"""Denoiser: a network that predicts a velocity, read as an x0. Precision is decided here."""
+"""Denoiser: a network that predicts v, x0 or eps, read as an x0. Precision is decided here."""
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from diffusion.circle import TO_X0
+from diffusion.circle import TO_X0, broadcast
+from diffusion.console import UserError
+from diffusion.networks import UNetConfig
+
+
+class Condition(NamedTuple):
+    """A class with a guidance weight; it travels wherever a label may."""
+
+    label: Tensor
+    """(B,) int64."""
+    guidance: Tensor
+    """(B,) float32. 1 is none; where a paper writes (1 + w) eps_cond - w eps, this is 1 + w."""
 
 
 class Denoiser(nn.Module):
-    """D(x_t, t) = cos(t) x_t - sin(t) v(x_t, t), so D(x, 0) = x holds exactly.
+    """D(x_t, t) = cos(t) x_t - sin(t) v(x_t, t), or what TO_X0 makes of a prediction of x0 or eps.
 
-    At unit variance this is the preconditioning of Karras et al. 2022, table 1, and the
-    boundary condition of a consistency model (Song et al. 2023, section 3) at no cost.
+    With v, D(x, 0) = x holds exactly. At unit variance this is the preconditioning of Karras et
+    al. 2022, table 1, and the boundary condition of a consistency model (Song et al. 2023, section
+    3) at no cost. With x0, D is the network itself: it leaves D(x, 0) = x to be learnt. With eps,
+    D = (x_t - sin(t) eps) / cos(t): an error of eps counts tan(t) times, and at t = pi/2 the
+    network says nothing of x0. Nothing is clamped: `check_prediction` refuses such a schedule.
 
-    net: (x_t (B, C, H, W), t (B,) float32, label (B,) int64 or None) -> velocity (B, C, H, W)
+    Told a Condition, D is the guided x0 (`guide`): a network with a guidance input makes it in
+    one call, any other in two, as one call of twice the batch. Told a label alone, guidance is 1.
+
+    net: (x_t (B, C, H, W), t (B,) float32, label (B,) int64 or None) -> prediction (B, C, H, W);
+        with a guidance input it is given that (B,) too. Its `config` says which of these it is.
     precision: "fp32" or "bf16" (autocast of the network alone; angles and sums stay float32).
     layout: of weights and activations; channels_last is the fast one on GPUs with tensor cores,
     while on CPUs group norm makes it the slow one (1.3 times at 8x8).
@@ -27,11 +47,43 @@ class Denoiser(nn.Module):
         super().__init__()
         self.net = net.to(memory_format=layout)
         self.precision, self.layout = precision, layout
+        config = getattr(net, "config", UNetConfig())
+        self.prediction, self.guidance = config.prediction, config.guidance
+        self.unknown = config.num_classes
 
-    def forward(self, x_t: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+    def forward(self, x_t: Tensor, t: Tensor, label: Tensor | Condition | None = None) -> Tensor:
         """x0 (B, C, H, W) float32. t: (B,) or scalar radians; label: (B,), None without classes."""
         t = t.expand(len(x_t))
+        if not isinstance(label, Condition):
+            return self._x0(x_t, t, label)
+        if self.guidance:
+            return self._x0(x_t, t, *label)
+        label, weight = label
+        both = torch.cat([label, torch.full_like(label, self.unknown)])
+        return guide(*self._x0(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2), weight)
+
+    def _x0(self, x_t: Tensor, t: Tensor, *condition: Tensor | None) -> Tensor:
         with torch.autocast(x_t.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             x = x_t.contiguous(memory_format=self.layout)
-            velocity = self.net(x, t.float(), label)
-        return TO_X0["v"](x_t, velocity.float(), t)
+            prediction = self.net(x, t.float(), *condition)
+        return TO_X0[self.prediction](x_t, prediction.float(), t)
+
+
+def guide(conditional: Tensor, unconditional: Tensor, weight: Tensor) -> Tensor:
+    """unconditional + weight (conditional - unconditional): Ho & Salimans 2022, eq. 6, in x0.
+
+    x0, eps and v are affine in each other, with the same coefficients for both terms, so this is
+    their guidance of eps, at w = weight - 1. Exact at weights 0 and 1. weight: (B,).
+    """
+    return torch.lerp(unconditional, conditional, broadcast(weight, conditional))
+
+
+def check_prediction(prediction: str, angles: Tensor) -> None:
+    """UserError for a schedule (ascending angles) whose noisy end says nothing of such a network's x0."""
+    signal = float(angles[-1].cos())
+    if prediction == "eps" and signal < 1e-3:
+        raise UserError(
+            "--prediction eps needs a schedule that ends before pure noise, where eps says nothing "
+            f"of x0 (cos t at least 0.001), got an end of cos t = {signal:.1g}: take --schedule "
+            "linear or karras, or --prediction v"
+        )

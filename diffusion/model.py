@@ -1,5 +1,6 @@
 """A trained model: a denoiser and the card that says how to sample from it."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from diffusion import checkpoint
 from diffusion.checkpoint import Card
 from diffusion.console import UserError
 from diffusion.data import ImageSpec
-from diffusion.denoiser import Denoiser
+from diffusion.denoiser import Condition, Denoiser
 from diffusion.networks import UNet, UNetConfig
 from diffusion.noise import Noise
 from diffusion.samplers import SOLVERS, sample
@@ -59,15 +60,56 @@ class Model:
             f"not by {sampler or card.sampler} in {num_steps}"
         )
 
-    def sample(self, plan: tuple[str, Tensor], seed: int, indices: Tensor, label=None) -> Tensor:
-        """Images number `indices` (B,) of the seed: (B, C, H, W) uint8 on the indices' device.
+    def calls_per_step(self, guidance: float | None = None) -> int:
+        """2 where guidance is made of two network calls, else 1."""
+        weight = self.card.guidance if guidance is None else guidance
+        return 1 if self.denoiser.guidance or weight in (None, 1) else 2
 
-        label: (B,) classes, None for unconditional.
+    def condition(
+        self, label: Tensor | None, guidance: float | None = None
+    ) -> Tensor | Condition | None:
+        """What the denoiser is told of classes (B,) and a guidance weight, the card's unless told.
+
+        Raises UserError for a weight that the model cannot be guided by.
+        """
+        if guidance is not None and label is None:
+            raise UserError("--guidance is towards a class, and there is none here: leave it out")
+        weight = self.card.guidance if guidance is None else guidance
+        if weight is None or label is None:
+            return label
+        low, high = self.denoiser.guidance or (0, math.inf)
+        if not low <= weight <= high or weight == math.inf:
+            raise UserError(f"--guidance must be from {low:g} to {high:g}, got {weight:g}")
+        if weight == 1:  # the denoiser's own, in one call
+            return label
+        return Condition(label, torch.full(label.shape, float(weight), device=label.device))
+
+    def x0(
+        self,
+        plan: tuple[str, Tensor],
+        seed: int,
+        indices: Tensor,
+        label: Tensor | None = None,
+        guidance: float | None = None,
+    ) -> Tensor:
+        """Images number `indices` (B,) of the seed: (B, C, H, W) float32 on the indices' device.
+
+        label: (B,) classes, None for unconditional. guidance: its weight, the card's unless told.
         """
         sampler, angles = plan
-        noise = Noise(seed, indices, self.spec.shape)
-        x0 = sample(self.denoiser, noise, sampler, angles.to(indices.device), label)
-        return self.spec.to_uint8(x0)
+        noise, condition = Noise(seed, indices, self.spec.shape), self.condition(label, guidance)
+        return sample(self.denoiser, noise, sampler, angles.to(indices.device), condition)
+
+    def sample(
+        self,
+        plan: tuple[str, Tensor],
+        seed: int,
+        indices: Tensor,
+        label: Tensor | None = None,
+        guidance: float | None = None,
+    ) -> Tensor:
+        """The same as uint8."""
+        return self.spec.to_uint8(self.x0(plan, seed, indices, label, guidance))
 
 
 def build(net: dict | UNetConfig, precision: str) -> Denoiser:

@@ -14,27 +14,17 @@ import torch
 from torch import Tensor
 
 from diffusion.circle import FROM_X0, add_noise, broadcast, rotate
-from diffusion.schedules import even, respace
+from diffusion.schedules import even, respace, truncated
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
 
 
 def ddim(denoise: Denoise, noise: Iterator[Tensor], angles: Tensor, eta: float = 0.0) -> Tensor:
-    """Song et al. 2021, eq. 12 and 16: N calls. eta = 0 is deterministic, eta = 1 ancestral DDPM.
-
-    At each step the share `fresh` of the noise's amplitude is drawn anew (ancestral with the
-    posterior variance, Ho et al. 2020, eq. 7, is eta = 1).
-    """
+    """Song et al. 2021, eq. 12 and 16: N calls. eta = 0 is deterministic, eta = 1 ancestral DDPM."""
     x = next(noise)
     for t, s in pairwise(angles[:-1]):
         x0 = denoise(x, t)
-        if eta == 0:
-            x = rotate(x, x0, t, s)
-            continue
-        fresh = eta * ((t - s).sin() * (t + s).sin()).sqrt() / (t.sin() * s.cos())
-        kept = (1 - fresh.square()).clamp(min=0).sqrt()
-        eps = broadcast(kept, x) * FROM_X0["eps"](x, x0, t) + broadcast(fresh, x) * next(noise)
-        x = add_noise(x0, eps, s)
+        x = renewing_step(x, x0, t, s, next(noise), eta) if eta else rotate(x, x0, t, s)
     return denoise(x, angles[-2])
 
 
@@ -59,13 +49,84 @@ def dpm_solver(denoise: Denoise, noise: Iterator[Tensor], angles: Tensor) -> Ten
 
     The x0 is extrapolated linearly in lambda = -log tan t from this call and the one before.
     """
-    x, previous, lambdas = next(noise), None, -angles.tan().log()
+    x, lambdas, calls = next(noise), -angles.tan().log(), []
     for i, (t, s) in enumerate(pairwise(angles[:-1])):
-        x0 = towards = denoise(x, t)
-        if previous is not None:
-            ratio = (lambdas[i + 1] - lambdas[i]) / (lambdas[i] - lambdas[i - 1])
-            towards = x0 + (x0 - previous) * broadcast(ratio / 2, x0)
-        x, previous = rotate(x, towards, t, s), x0
+        calls = [*calls[-1:], denoise(x, t)]
+        x = rotate(x, _predicted(calls, lambdas[: i + 2]), t, s)
+    return denoise(x, angles[-2])
+
+
+def unipc(denoise: Denoise, noise: Iterator[Tensor], angles: Tensor) -> Tensor:
+    """UniPC-2 (B2, data prediction), Zhao et al. 2023, algorithms 5 and 6: N calls, third order.
+
+    Its predictor is DPM-Solver++(2M). Each call but the last also corrects the step that led to
+    it, which is made again with the parabola through three calls; the first step has two, and
+    takes their mean as heun does.
+    """
+    start = x = next(noise)
+    lambdas, calls = -angles.tan().log(), []
+    for i, (t, s) in enumerate(pairwise(angles[:-1])):
+        calls = [*calls[-2:], denoise(x, t)]
+        if i > 0:
+            start = rotate(start, _corrected(calls, lambdas[: i + 1]), angles[i - 1], t)
+        x = rotate(start, _predicted(calls, lambdas[: i + 2]), t, s)
+    return denoise(x, angles[-2])
+
+
+def _predicted(calls: list[Tensor], lambdas: Tensor) -> Tensor:
+    """The x0 half a step on, on the line in lambda through the last two calls.
+
+    lambdas: of all calls, then of the step's end.
+    """
+    if len(calls) < 2:
+        return calls[-1]
+    before, now, then = lambdas[-3:]
+    ratio = (then - now) / (now - before)
+    return torch.lerp(calls[-2], calls[-1], broadcast(1 + ratio / 2, calls[-1]))
+
+
+def _corrected(calls: list[Tensor], lambdas: Tensor) -> Tensor:
+    """The mean x0 of a step made, weighted by e^lambda, on the parabola through three calls.
+
+    The last two were made at the step's ends, u = 0 and 1; the first before it, at u < 0.
+    """
+    if len(calls) < 3:
+        return (calls[0] + calls[1]) / 2
+    before, now, then = lambdas[-3:]
+    h = then - now
+    u = (before - now) / h
+    mean = -1 / torch.expm1(-h) - 1 / h
+    mean_square = -1 / torch.expm1(-h) - 2 * mean / h
+    rise = calls[2] - calls[1]
+    bend = broadcast(1 / u, rise) * (calls[0] - calls[1]) - rise
+    curved = (mean_square - mean) / (u - 1)
+    return calls[1] + broadcast(mean, rise) * rise + broadcast(curved, rise) * bend
+
+
+def predictor_corrector(
+    denoise: Denoise, noise: Iterator[Tensor], angles: Tensor, ratio: float = 0.16
+) -> Tensor:
+    """Song et al. 2021b, algorithms 3 and 5: ancestral steps, each followed by a Langevin step.
+
+    2 N - 1 calls. Their factor alpha_i of the Langevin step's length, 0.98 to 1 on their 1000
+    steps, is left out: on few steps it would leave out the corrector.
+    """
+    x = next(noise)
+    for t, s in pairwise(angles[:-1]):
+        x = renewing_step(x, denoise(x, t), t, s, next(noise))
+        x = langevin_step(x, FROM_X0["score"](x, denoise(x, s), s), next(noise), ratio)
+    return denoise(x, angles[-2])
+
+
+def stochastic(denoise: Denoise, noise: Iterator[Tensor], angles: Tensor) -> Tensor:
+    """Two steps down the list in one rotation, one back up by fresh noise: N calls.
+
+    The sampler of Salimans & Ho 2022 and Meng et al. 2023, section 3.3, for models distilled to
+    deterministic steps twice as long as the list's.
+    """
+    x = next(noise)
+    for t, u, s in zip(angles, angles[1:], angles[2:], strict=False):
+        x = diffuse(rotate(x, denoise(x, t), t, s), next(noise), s, u)
     return denoise(x, angles[-2])
 
 
@@ -77,11 +138,43 @@ def consistency(denoise: Denoise, noise: Iterator[Tensor], angles: Tensor) -> Te
     return x0
 
 
+def renewing_step(
+    x: Tensor, x0: Tensor, t: Tensor, s: Tensor, z: Tensor, eta: float = 1.0
+) -> Tensor:
+    """A rotation t -> s on which a share of the noise's amplitude is drawn anew.
+
+    Song et al. 2021, eq. 16; eta = 1 samples DDPM's posterior (Ho et al. 2020, eq. 7).
+    """
+    fresh = eta * ((t - s).sin() * (t + s).sin()).sqrt() / (t.sin() * s.cos())
+    kept = (1 - fresh.square()).clamp(min=0).sqrt()
+    eps = broadcast(kept, x) * FROM_X0["eps"](x, x0, t) + broadcast(fresh, x) * z
+    return add_noise(x0, eps, s)
+
+
+def diffuse(x_s: Tensor, z: Tensor, s: Tensor, t: Tensor) -> Tensor:
+    """A sample of x_t given x_s, s <= t: the forward process (Ho et al. 2020, eq. 2)."""
+    added = ((t - s).sin() * (t + s).sin()).sqrt() / s.cos()
+    return broadcast(t.cos() / s.cos(), x_s) * x_s + broadcast(added, z) * z
+
+
+def langevin_step(x: Tensor, score: Tensor, z: Tensor, ratio: float) -> Tensor:
+    """x + e score + sqrt(2 e) z, e = 2 (ratio |z| / |score|)^2 (Song et al. 2021b, algorithm 5).
+
+    The norms are each image's own, where theirs are the batch's means: no image depends on others.
+    """
+    size = 2 * (ratio * z.flatten(1).norm(dim=1) / score.flatten(1).norm(dim=1)).square()
+    return x + broadcast(size, x) * score + broadcast((2 * size).sqrt(), x) * z
+
+
 SAMPLERS = {
     "ancestral": partial(ddim, eta=1.0),
     "ddim": ddim,
     "heun": heun,
     "dpm-solver++": dpm_solver,
+    "unipc": unipc,
+    "truncated": ddim,
+    "predictor-corrector": predictor_corrector,
+    "stochastic": stochastic,
     "consistency": consistency,
 }
 
@@ -90,22 +183,40 @@ SAMPLERS = {
 class Solver:
     """How a sampler spends a budget of network calls on a schedule."""
 
-    steps: Callable[[int], int]
-    """Network calls -> sampler steps, the most that the budget pays for."""
+    calls: Callable[[int], int]
+    """Sampler steps -> the network calls that it claims."""
     space: Callable[[Tensor, int], Tensor]
     """(schedule, number of steps) -> angles."""
+
+    def steps(self, nfe: int) -> int:
+        """The most sampler steps, but at least 1, that so many network calls pay for."""
+        affordable = (steps for steps in range(nfe, 1, -1) if self.calls(steps) <= nfe)
+        return next(affordable, 1)
 
     def angles(self, schedule: Tensor, nfe: int) -> Tensor:
         return self.space(schedule, self.steps(nfe))
 
 
+def one_call(steps: int) -> int:
+    return steps
+
+
+def two_calls(steps: int) -> int:
+    """A step's, but the last has one."""
+    return 2 * steps - 1
+
+
 # What may sample any trained denoiser without further training.
 SOLVERS = {
-    "ancestral": Solver(lambda nfe: nfe, respace),
-    "ddim": Solver(lambda nfe: nfe, respace),
-    "heun": Solver(lambda nfe: (nfe + 1) // 2, respace),
-    "dpm-solver++": Solver(lambda nfe: nfe, respace),
-    "consistency": Solver(lambda nfe: nfe, even),
+    "ancestral": Solver(one_call, respace),
+    "ddim": Solver(one_call, respace),
+    "heun": Solver(two_calls, respace),
+    "dpm-solver++": Solver(one_call, respace),
+    "unipc": Solver(one_call, respace),
+    "truncated": Solver(one_call, truncated),
+    "predictor-corrector": Solver(two_calls, respace),
+    "stochastic": Solver(one_call, respace),
+    "consistency": Solver(one_call, even),
 }
 
 

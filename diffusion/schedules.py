@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from diffusion.console import UserError
+from diffusion.sde import PROCESSES
 
 
 def linear_beta(num_steps: int = 1000, beta_min: float = 1e-4, beta_max: float = 0.02) -> Tensor:
@@ -68,6 +69,7 @@ def karras(
 
 
 SCHEDULES = {"linear": linear_beta, "cosine": cosine, "sigmoid": sigmoid, "karras": karras}
+SCHEDULES |= {name: process.angles for name, process in PROCESSES.items()}
 
 
 def halve(angles: Tensor, factor: int = 2) -> Tensor:
@@ -96,6 +98,17 @@ def even(angles: Tensor, num_steps: int) -> Tensor:
     angles crowd close to noise.
     """
     return torch.linspace(0, float(angles[-1]), num_steps + 1, dtype=torch.float64)
+
+
+def truncated(angles: Tensor, num_steps: int, stop: float = 0.2) -> Tensor:
+    """Equal steps from the list's end to the angle `stop`, then all the rest in one: early stopping.
+
+    The last call's x0 is the image, however many calls there are: those that finer steps near the
+    data would take go where noise is heavy. The default was best on 8x8 digits at 8 calls.
+    """
+    called = torch.linspace(stop, float(angles[-1]), num_steps, dtype=torch.float64)
+    called[-1] = angles[-1]  # for a single step too
+    return _from_zero(called)
 
 
 def _from_zero(angles: Tensor) -> Tensor:

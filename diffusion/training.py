@@ -22,24 +22,34 @@ from diffusion.console import Interrupted, UserError
 from diffusion.data import Dataset
 
 
+class Follower(Protocol):
+    """What moves on after each step, and is saved and resumed with the student."""
+
+    module: nn.Module
+    """Its state: parameters and buffers."""
+
+    def follow(self, student: nn.Module, done: int) -> None:
+        """done: optimizer steps. Called in every process, whose states stay the same."""
+
+
 @dataclass(frozen=True)
 class Average:
     """A denoiser that follows the student: w <- decay w + (1 - decay) student, after each step."""
 
-    denoiser: nn.Module
+    module: nn.Module
     decay: Callable[[int], float]
     """Optimizer steps done -> decay."""
 
     @torch.no_grad()
     def follow(self, student: nn.Module, done: int) -> None:
         torch._foreach_lerp_(
-            list(self.denoiser.parameters()), list(student.parameters()), 1 - self.decay(done)
+            list(self.module.parameters()), list(student.parameters()), 1 - self.decay(done)
         )
 
 
 class Objective(Protocol):
-    averages: Sequence[Average]
-    """Averages of the student that the objective reads."""
+    averages: Sequence[Follower]
+    """Averages, of the student or of its losses, that the objective reads."""
 
     def __call__(self, student: nn.Module, batch: Batch, progress: float) -> Tensor:
         """Loss per image (B,). progress: the share of the training that is done, in [0, 1)."""
@@ -72,7 +82,7 @@ def fit(
     check(config)
     # precision is the denoiser's own affair
     worker = Accelerator(mixed_precision="no", cpu=not torch.cuda.is_available())
-    batches = Batches(dataset, config, worker)
+    batches = Batches(dataset, config, worker, denoiser.guidance)
     denoiser.to(worker.device).train()
     ramp = Average(frozen_copy(denoiser), lambda done: min(config.ema, done / (done + 9)))
     averages = [ramp, *objective.averages]
@@ -129,7 +139,7 @@ def fit(
             sums.zero_()
             counted, logged = 0, now
             yield line
-    denoiser.load_state_dict(ramp.denoiser.state_dict())
+    denoiser.load_state_dict(ramp.module.state_dict())
     denoiser.eval()
 
 
@@ -153,7 +163,7 @@ def _stop_requests() -> Iterator[list[int]]:
 def _save(path: Path, denoiser, averages, optimizer, line: Progress) -> None:
     tensors = {f"student.{k}": v for k, v in denoiser.state_dict().items()}
     for i, average in enumerate(averages):
-        tensors |= {f"average{i}.{k}": v for k, v in average.denoiser.state_dict().items()}
+        tensors |= {f"average{i}.{k}": v for k, v in average.module.state_dict().items()}
     for i, slots in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{i}.{k}": v for k, v in slots.items()}
     save_tensors(path, tensors, {"line": json.dumps(line._asdict())})
@@ -170,7 +180,7 @@ def _restore(path: Path, denoiser, averages, optimizer) -> Progress | None:
 
     denoiser.load_state_dict(part("student."))
     for i, average in enumerate(averages):
-        average.denoiser.load_state_dict(part(f"average{i}."))
+        average.module.load_state_dict(part(f"average{i}."))
     slots: dict[int, dict[str, Tensor]] = {}
     for name, value in part("optimizer.").items():
         i, key = name.split(".")

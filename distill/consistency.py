@@ -1,156 +1,77 @@
-"""Consistency distillation and training: `python -m distill.consistency --mode cd|ct|ect`."""
+"""Consistency models: `python -m distill.consistency --mode cd|ct|ict|ect|scm`."""
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from diffusion.batches import Batch
 from diffusion.checkpoint import Card
-from diffusion.circle import add_noise, rotate
 from diffusion.config import FitConfig
 from diffusion.console import UserError, run
-from diffusion.model import Model, build
+from diffusion.denoiser import Denoiser
+from diffusion.model import Model, build, load
 from diffusion.runs import train_model
 from diffusion.schedules import even
-from diffusion.training import Average, frozen_copy
+from diffusion.training import Average, Objective, frozen_copy
+from distill.continuous import ContinuousConsistency, LogWeight, unit
+from distill.discrete import DISTANCES, STEPS, WEIGHTS, Consistency
+from distill.pairs import (
+    CURRICULA,
+    Curriculum,
+    LogNormal,
+    Pairs,
+    Share,
+    even_lists,
+    fixed,
+    growing,
+    target_decay,
+    tightening,
+    uniform,
+)
 from students.start import StudentOptions, find_teacher, student_card
 from teachers.presets import preset
 
-Step = Callable[[Batch, Tensor, Tensor, Tensor], Tensor]  # (batch, x_t, t, s) -> x_s
-Pairs = Callable[[Tensor, float], tuple[Tensor, Tensor]]  # (level, progress) -> t, s
-
-
-@dataclass(frozen=True)
-class Consistency:
-    """f(x_t, t) = f(x_s, s), where `step` goes from x_t to x_s (Song et al. 2023, eq. 7 and 10).
-
-    s = 0 needs no case: there f is the identity, and the target is x_s itself.
-    """
-
-    step: Step
-    pairs: Pairs
-    distance: Callable[[Tensor], Tensor]
-    """Difference (B, C, H, W) -> (B,)."""
-    weight: Callable[[Tensor, Tensor], Tensor]
-    """(t, s) -> (B,)."""
-    target: nn.Module | None = None
-    """What judges x_s: an average of the student, or None for the student itself."""
-    averages: Sequence[Average] = ()
-
-    def __call__(self, student, batch: Batch, progress: float) -> Tensor:
-        t, s = self.pairs(batch.level, progress)
-        x_t = add_noise(batch.x0, batch.eps, t)
-        with torch.no_grad():
-            x_s = self.step(batch, x_t, t, s)
-            torch.manual_seed(batch.seed)
-            target = (self.target or student)(x_s, s, batch.label)
-        torch.manual_seed(batch.seed)  # the same dropout mask for both passes
-        loss = self.distance(student(x_t, t, batch.label) - target)
-        return loss * self.weight(t, s).float()
-
-
-def euler_step(teacher) -> Step:
-    """One DDIM step of the teacher."""
-    return lambda batch, x_t, t, s: rotate(x_t, teacher(x_t, t, batch.label), t, s)
-
-
-def heun_step(teacher) -> Step:
-    """One second-order step of the teacher: the trapezoid rule in cot t, diffusion.samplers.heun."""
-
-    def step(batch: Batch, x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
-        x0 = teacher(x_t, t, batch.label)
-        x0_s = teacher(rotate(x_t, x0, t, s), s, batch.label)
-        return rotate(x_t, (x0 + x0_s) / 2, t, s)
-
-    return step
-
-
-def data_step(batch: Batch, x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
-    """The true x0 in the teacher's place: consistency training."""
-    return rotate(x_t, batch.x0, t, s)
-
-
-def neighbours(angles: Tensor) -> Pairs:
-    """Neighbouring angles of one list, uniformly (Song et al. 2023, algorithm 2)."""
-
-    def pairs(level: Tensor, progress: float) -> tuple[Tensor, Tensor]:
-        i = (level * (len(angles) - 1)).long()
-        return angles[i + 1], angles[i]
-
-    return pairs
-
-
-def growing(lists: list[Tensor]) -> Pairs:
-    """Neighbouring angles of ever longer lists, each for an equal share of the training."""
-
-    def pairs(level: Tensor, progress: float) -> tuple[Tensor, Tensor]:
-        return neighbours(lists[int(progress * len(lists))])(level, progress)
-
-    return pairs
-
-
-def tightening(top: float, stages: int, mean: float = -0.4, std: float = 2.0) -> Pairs:
-    """Geng et al. 2024, section 4: tan t log-normal, s approaching t stage by stage.
-
-    tan s / tan t = 1 - n(t) / 2^stage, at least 0, stage = 1, 2, ..., with
-    n(t) = 1 + 8 sigmoid(-tan t / 2) (their sigma is tan t / 2). The first stage has s = 0
-    wherever tan t < 3.9: there it is diffusion training.
-    """
-
-    def pairs(level: Tensor, progress: float) -> tuple[Tensor, Tensor]:
-        ratio = (mean + std * math.sqrt(2) * torch.erfinv(2 * level - 1)).exp()
-        ratio = ratio.clamp(1e-3, math.tan(top))
-        gap = (1 + 8 * torch.sigmoid(-ratio / 2)) / 2 ** int(1 + progress * stages)
-        return ratio.atan(), (ratio * (1 - gap).clamp(min=0)).atan()
-
-    return pairs
-
-
-def _pseudo_huber(difference: Tensor) -> Tensor:
-    """sqrt(|d|^2 + c^2) - c with c = 0.00054 sqrt(dimensions) (Song & Dhariwal 2023, section 3.3)."""
-    flat = difference.flatten(1)
-    c = 0.00054 * math.sqrt(flat.shape[1])
-    return (flat.square().sum(1) + c * c).sqrt() - c
-
-
-DISTANCES = {
-    "l2": lambda difference: (difference.flatten(1).square().sum(1) + 1e-12).sqrt(),
-    "pseudo-huber": _pseudo_huber,
-    "squared": lambda difference: difference.flatten(1).square().mean(1),
-}
-WEIGHTS = {
-    "one": lambda t, s: torch.ones_like(t),
-    "gap": lambda t, s: 1 / (t - s),  # Song & Dhariwal 2023, section 3.5, in angles
-    "sigma-gap": lambda t, s: 1 / (t.tan() - s.tan()),  # theirs, light where noise is heavy
+TOWARDS = {
+    "euler": lambda teacher: lambda batch, x_t, t: teacher(x_t, t, batch.label),
+    "data": lambda teacher: lambda batch, x_t, t: batch.x0,
 }
 
 
 @dataclass(frozen=True)
 class Options(StudentOptions):
-    """Distil a teacher into a model that maps any noise level straight to x0, or train one."""
+    """Distil a teacher into a model that maps any noise level straight to x0, or train one.
 
-    mode: Literal["cd", "ct", "ect"] = "cd"
-    """cd: against the teacher's ODE steps. ct: from scratch, against the data. ect: from the
-    teacher's weights, against the data, in stages."""
-    solver: Literal["heun", "euler"] = "heun"
-    """cd: the teacher's step."""
-    num_angles: int = 16
-    """cd: equal steps of the discretisation. ct: of its last stage, after 10, 20, 40, ..."""
+    What is not told is the mode's, as it was measured or as its paper has it (MODES).
+    """
+
+    mode: Literal["cd", "ct", "ict", "ect", "scm"] = "cd"
+    """cd: against the teacher's ODE. ct, ict: from scratch, against the data (Song et al. 2023; Song
+    & Dhariwal 2023). ect: from the teacher's weights, in stages (Geng et al. 2024). scm: in
+    continuous time (Lu & Song 2024)."""
+    start: Path | None = None
+    """A run or checkpoint whose weights the student starts from, of the teacher's network."""
+    solver: Literal["heun", "euler", "data"] | None = None
+    """From one angle to the next: the teacher's step, or the data in its place."""
+    curriculum: Literal["fixed", "root", "doubling"] | None = None
+    """cd, ct, ict: how the number of steps grows."""
+    num_angles: int | None = None
+    """cd, ct, ict: equal steps of the discretisation, or of the finest that it grows to."""
     target_ema: float | None = None
-    """Decay of the student's average that gives the target; 0 for the student itself.
-    0.95 for cd, else 0, unless told."""
+    """All but scm: decay of the student's average that gives the target, at first where the steps
+    grow; 0 for the student itself."""
     distance: Literal["l2", "pseudo-huber", "squared"] | None = None
-    """l2 for cd, pseudo-huber else, unless told."""
+    """All but scm."""
     weight: Literal["one", "gap", "sigma-gap"] | None = None
-    """Of a pair's loss: 1, 1 / (t - s) or 1 / (tan t - tan s); one for cd, gap for ct, sigma-gap
-    for ect, unless told."""
-    stages: int = 4
+    """All but scm: of a pair's loss, 1, 1 / (t - s) or 1 / (tan t - tan s)."""
+    stages: int | None = None
     """ect: stages of equal length; the gap between t and s halves from each to the next."""
+    tangent_warmup: float | None = None
+    """scm: the share of the training over which the student's derivatives gain their full weight."""
     fit: FitConfig = field(default_factory=FitConfig)
 
     @staticmethod
@@ -160,93 +81,183 @@ class Options(StudentOptions):
 
 @dataclass(frozen=True)
 class Mode:
-    """What a mode fills in: where its student begins, its steps and pairs, its measured defaults."""
-
     from_teacher: bool
-    step: Callable[[Options, nn.Module], Step]
-    pairs: Callable[[Options, Tensor], Pairs]
-    target_ema: float
-    distance: str
-    weight: str
+    """Where the student begins unless told: the teacher's weights, or none."""
+    objective: Callable[[Options, Model, nn.Module], Objective]
+    defaults: dict
+    """The mode's own options and their values unless told; the other modes' are refused."""
 
 
-STEPS = {"euler": euler_step, "heun": heun_step}
+def matching(
+    options: Options, teacher: Model, student: nn.Module, pairs: Pairs, curriculum: Curriculum
+) -> Consistency:
+    # in training mode, so that its dropout mask is the student's
+    target = frozen_copy(student).to(teacher.device).train() if options.target_ema else None
+
+    def decay(done: int) -> float:
+        progress = (done - 1) / options.fit.iterations
+        return target_decay(options.target_ema, curriculum, progress)
+
+    return Consistency(
+        step=STEPS[options.solver](teacher.denoiser),
+        pairs=pairs,
+        distance=DISTANCES[options.distance],
+        weight=WEIGHTS[options.weight],
+        target=target,
+        averages=(Average(target, decay),) if target else (),
+    )
 
 
-def _doubling(options: Options, schedule: Tensor) -> Pairs:
-    counts = [min(10, options.num_angles)]
-    while counts[-1] < options.num_angles:
-        counts.append(min(2 * counts[-1], options.num_angles))
-    return growing([even(schedule, count) for count in counts])
+def discrete(options: Options, teacher: Model, student: nn.Module, share: Share) -> Consistency:
+    curriculum = CURRICULA[options.curriculum](options.num_angles)
+    lists = even_lists(teacher.schedule.to(teacher.device), curriculum)
+    return matching(options, teacher, student, growing(lists, share), curriculum)
 
+
+def staged(options: Options, teacher: Model, student: nn.Module) -> Consistency:
+    pairs = tightening(float(teacher.schedule[-1]), options.stages, ICT)
+    return matching(options, teacher, student, pairs, fixed(1))
+
+
+def continuous(options: Options, teacher: Model, student: nn.Module) -> ContinuousConsistency:
+    if options.solver not in TOWARDS:
+        raise UserError(
+            f"--solver must be {' or '.join(TOWARDS)} in continuous time, where every solver's step "
+            f"is Euler's, got {options.solver}"
+        )
+    top = float(teacher.schedule[-1])
+    student.log_weight = LogWeight()  # trained with the student
+    return ContinuousConsistency(
+        towards=TOWARDS[options.solver](teacher.denoiser),
+        angles=lambda level: SCM.tan(level, top).atan(),
+        warmup=options.tangent_warmup,
+        normalise=unit,
+        log_weight=student.log_weight,
+    )
+
+
+# The papers' P_mean and P_std at their sigma_data = 1/2: tan t is twice their sigma.
+ICT = LogNormal(mean=-0.4, std=2.0)
+SCM = LogNormal(mean=-0.3, std=1.4)
 
 MODES = {
     "cd": Mode(
         from_teacher=True,
-        step=lambda options, teacher: STEPS[options.solver](teacher),
-        pairs=lambda options, schedule: neighbours(even(schedule, options.num_angles)),
-        target_ema=0.95,
-        distance="l2",
-        weight="one",
+        objective=partial(discrete, share=uniform),
+        defaults={
+            "solver": "heun",
+            "curriculum": "fixed",
+            "num_angles": 16,
+            "target_ema": 0.95,
+            "distance": "l2",
+            "weight": "one",
+        },
     ),
     "ct": Mode(
         from_teacher=False,
-        step=lambda options, teacher: data_step,
-        pairs=_doubling,
-        target_ema=0.0,
-        distance="pseudo-huber",
-        weight="gap",
+        objective=partial(discrete, share=uniform),
+        defaults={
+            "solver": "data",
+            "curriculum": "root",
+            "num_angles": 150,
+            "target_ema": 0.9,
+            "distance": "l2",
+            "weight": "one",
+        },
+    ),
+    "ict": Mode(
+        from_teacher=False,
+        objective=partial(discrete, share=ICT.share),
+        defaults={
+            "solver": "data",
+            "curriculum": "doubling",
+            "num_angles": 1280,
+            "target_ema": 0.0,
+            "distance": "pseudo-huber",
+            "weight": "sigma-gap",
+        },
     ),
     "ect": Mode(
         from_teacher=True,
-        step=lambda options, teacher: data_step,
-        pairs=lambda options, schedule: tightening(float(schedule[-1]), options.stages),
-        target_ema=0.0,
-        distance="pseudo-huber",
-        weight="sigma-gap",
+        objective=staged,
+        defaults={
+            "solver": "data",
+            "stages": 4,
+            "target_ema": 0.0,
+            "distance": "pseudo-huber",
+            "weight": "sigma-gap",
+        },
+    ),
+    "scm": Mode(
+        from_teacher=True,
+        objective=continuous,
+        defaults={"solver": "euler", "tangent_warmup": 0.1},
     ),
 }
 
 
-def objective(options: Options, teacher: Model, student: nn.Module) -> Consistency:
-    """The objective of these options; what the mode measured best fills in what they leave open."""
-    mode = MODES[options.mode]
-    decay = mode.target_ema if options.target_ema is None else options.target_ema
-    # in training mode, so that its dropout mask is the student's
-    target = frozen_copy(student).to(teacher.device).train() if decay else None
-    return Consistency(
-        step=mode.step(options, teacher.denoiser),
-        pairs=mode.pairs(options, teacher.schedule.to(teacher.device)),
-        distance=DISTANCES[options.distance or mode.distance],
-        weight=WEIGHTS[options.weight or mode.weight],
-        target=target,
-        averages=(Average(target, lambda done: decay),) if target else (),
-    )
+def settings(options: Options) -> dict:
+    """The mode's options, each as told or else its default. UserError for what it cannot take."""
+    defaults = MODES[options.mode].defaults
+    optional = {name for mode in MODES.values() for name in mode.defaults}
+    told = {name: getattr(options, name) for name in optional}
+    told = {name: value for name, value in told.items() if value is not None}
+    for name in sorted(told.keys() - defaults.keys()):
+        takes = ", ".join(f"--{name.replace('_', '-')}" for name in defaults)
+        raise UserError(
+            f"--mode {options.mode} has no --{name.replace('_', '-')}: it takes {takes}"
+        )
+    chosen = defaults | told
+    for name, (words, holds) in LIMITS.items():
+        if name in chosen and not holds(chosen[name]):
+            flag = name.replace("_", "-")
+            raise UserError(f"--{flag} must be {words}, got {chosen[name]}")
+    return chosen
+
+
+LIMITS = {
+    "num_angles": ("at least 2", lambda n: n >= 2),
+    "target_ema": ("in [0, 1)", lambda decay: 0 <= decay < 1),
+    "stages": ("at least 1", lambda n: n >= 1),
+    "tangent_warmup": ("in [0, 1]", lambda share: 0 <= share <= 1),
+}
+
+
+def beginning(options: Options, teacher: Model) -> tuple[Denoiser, str | None]:
+    """The student before its training, and the sha256 of the weights of --start."""
+    if options.start:
+        start = load(options.start, options.fit.precision)
+        if (start.card.net, start.card.data) != (teacher.card.net, teacher.card.data):
+            raise UserError(
+                f"--start {options.start} is of another network or other images than the teacher"
+            )
+        return start.denoiser.requires_grad_(True), start.sha256
+    if MODES[options.mode].from_teacher:
+        return deepcopy(teacher.denoiser).requires_grad_(True), None
+    torch.manual_seed(options.fit.seed)
+    return build(teacher.card.net, options.fit.precision), None
 
 
 def distill(options: Options) -> Model:
     """The consistency student of these options: loaded where it is finished, else trained."""
-    if options.num_angles < 2:
-        raise UserError(f"--num-angles must be at least 2, got {options.num_angles}")
-    if not 0 <= (options.target_ema or 0) < 1:
-        raise UserError(f"--target-ema must be in [0, 1), got {options.target_ema}")
+    chosen = settings(options)
+    options = replace(options, **chosen)
     teacher, dataset, out = find_teacher(options, "consistency", options.fit)
-    plans = {n: even(teacher.schedule, n).tolist() for n in (1, 2, 4, 8)}
-    chosen = ("mode", "solver", "num_angles", "target_ema", "distance", "weight", "stages")
+    if teacher.denoiser.prediction == "x0":
+        raise UserError(
+            f"{options.teacher} predicts x0, and nothing holds it to f(x, 0) = x, which consistency "
+            "rests on: train a teacher with --prediction v"
+        )
+    student, start = beginning(options, teacher)
     card = Card(
         method=f"consistency-{options.mode}",
         sampler="consistency",
-        plans=plans,
+        plans={n: even(teacher.schedule, n).tolist() for n in (1, 2, 4, 8)},
         solvers=("consistency",),
-        training={name: getattr(options, name) for name in chosen},
+        training={"mode": options.mode, "start": start, **chosen},
         **student_card(teacher),
     )
-    if MODES[options.mode].from_teacher:
-        student = deepcopy(teacher.denoiser).requires_grad_(True)
-    else:
-        torch.manual_seed(options.fit.seed)
-        student = build(teacher.card.net, options.fit.precision)
-    aim = objective(options, teacher, student)
+    aim = MODES[options.mode].objective(options, teacher, student)
     return train_model(out, student, aim, dataset, options.fit, card)
 
 

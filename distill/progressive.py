@@ -1,5 +1,6 @@
 """Progressive distillation (Salimans & Ho 2022): `python -m distill.progressive`."""
 
+import math
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
@@ -7,30 +8,30 @@ from itertools import pairwise
 from typing import Literal
 
 import torch
+from accelerate import PartialState
 from torch import Tensor, nn
 
+from diffusion import checkpoint
 from diffusion.batches import Batch
 from diffusion.checkpoint import Card
 from diffusion.circle import add_noise, merge_steps, rotate, x0_loss
 from diffusion.config import FitConfig
 from diffusion.console import UserError, run, say
-from diffusion.model import Model
+from diffusion.model import Model, load
 from diffusion.runs import train_model
 from diffusion.schedules import halve, respace
-from diffusion.training import Average
+from diffusion.training import Average, frozen_copy
 from students.start import StudentOptions, find_teacher, student_card
 from teachers.presets import preset
 
 
 @dataclass(frozen=True)
 class Halving:
-    """The student's one rotation over `factor` steps of the list = the teacher's `factor` rotations.
-
-    table: (n, factor + 1) float64 from steps_table: the teacher's angles in each student step.
-    """
+    """The student's one rotation over some steps of the teacher's list = the teacher's rotations."""
 
     teacher: nn.Module
     table: Tensor
+    """(n, k + 1) float64 from steps_table: the teacher's angles in each student step."""
     weighting: str = "truncated"
     averages: Sequence[Average] = ()
 
@@ -53,22 +54,30 @@ def merged_target(teacher, x_t: Tensor, angles: list[Tensor], label=None) -> Ten
     return merge_steps(predictions, angles)
 
 
-def steps_table(angles: Tensor, factor: int) -> Tensor:
-    """(n, factor + 1): the angles, descending, that each step of halve(angles, factor) spans.
+def merged(angles: Tensor, num_steps: int) -> Tensor:
+    """A student's list of `num_steps` out of its teacher's.
 
-    The shorter step at the data end is filled up with steps of length zero at its noisy side,
-    which weigh nothing.
+    Every k-th angle, as halve keeps them, where that makes so many; else evenly spread ones.
     """
-    last = len(angles) - 1
-    start = torch.arange(last, 0, -factor).flip(0)[:, None]
-    end = (start - factor).clamp(min=0)
-    within = torch.arange(factor, -1, -1)
+    kept = halve(angles, math.ceil((len(angles) - 1) / num_steps))
+    return kept if len(kept) - 1 == num_steps else respace(angles, num_steps)
+
+
+def steps_table(angles: Tensor, kept: Tensor) -> Tensor:
+    """(n, k + 1): the angles, descending, that each step of `kept`, a part of the list, spans.
+
+    k is the most steps that one of them merges. A shorter one is filled up with steps of length
+    zero at its noisy side, which weigh nothing.
+    """
+    at = torch.searchsorted(angles, kept)
+    start, end = at[1:, None], at[:-1, None]
+    within = torch.arange(int((start - end).max()), -1, -1)
     return angles[torch.minimum(start, end + within)]
 
 
 @dataclass(frozen=True)
 class Options(StudentOptions):
-    """Halve a teacher's sampling steps, round after round, down to one."""
+    """Merge a teacher's sampling steps, round after round, down to one."""
 
     start_steps: int = 1000
     """Steps that the first round's teacher takes; at most the teacher's own 1000."""
@@ -76,10 +85,16 @@ class Options(StudentOptions):
     """Where to stop."""
     factor: int = 2
     """Steps merged into one in each round."""
+    rounds: tuple[int, ...] = ()
+    """The students' step counts, such as 16 4 1, in place of --factor and --end-steps."""
+    round_iterations: tuple[int, ...] = ()
+    """Each round's own --iterations, in place of --last-rounds."""
+    last_rounds: float = 2.5
+    """Rounds that end at 2 steps or fewer train this many times --iterations."""
     weighting: Literal["truncated", "v"] = "truncated"
     """max(SNR, 1) or SNR + 1, as weights of x0's squared error."""
-    last_rounds: float = 2.5
-    """Rounds that end at 2 steps or fewer train this many times as long."""
+    next_teacher: Literal["ema", "raw"] = "ema"
+    """Of a student, what teaches the next: the average that is kept, or its last weights."""
     fit: FitConfig = field(default_factory=FitConfig)
 
     @staticmethod
@@ -88,40 +103,80 @@ class Options(StudentOptions):
         return Options(fit=chosen.halving, start_steps=chosen.start_steps)
 
 
-def distill(options: Options) -> list[Model]:
-    """One student per round, each in its own folder and usable on its own."""
-    if options.factor < 2:
-        raise UserError(f"--factor must be at least 2, got {options.factor}")
-    if options.end_steps < 1:
-        raise UserError(f"--end-steps must be at least 1, got {options.end_steps}")
+def counts(options: Options) -> list[int]:
+    """The students' numbers of steps, round by round."""
+    start, end, factor = options.start_steps, options.end_steps, options.factor
+    if factor < 2:
+        raise UserError(f"--factor must be at least 2, got {factor}")
+    if end < 1:
+        raise UserError(f"--end-steps must be at least 1, got {end}")
+    if not options.rounds:
+        if start <= end:
+            raise UserError(f"--start-steps {start} is not above --end-steps {end}")
+        found = [start]
+        while found[-1] > end:
+            found.append(math.ceil(found[-1] / factor))
+        return found[1:]
+    if (factor, end) != (Options.factor, Options.end_steps):
+        raise UserError("--rounds names every round: leave out --factor and --end-steps")
+    chain = (start, *options.rounds)
+    if not all(n > m >= 1 for n, m in pairwise(chain)):
+        told = " ".join(map(str, options.rounds))
+        raise UserError(f"--rounds must fall from below --start-steps {start} to 1, got {told}")
+    return list(options.rounds)
+
+
+def budgets(options: Options, counts: list[int]) -> list[int]:
+    """Optimizer steps of each round."""
+    told = options.round_iterations
+    if told and (len(told) != len(counts) or min(told) < 1):
+        raise UserError(
+            f"--round-iterations must be a number from 1 for each of the {len(counts)} rounds, "
+            f"to {' '.join(map(str, counts))} steps, got {' '.join(map(str, told))}"
+        )
     if options.last_rounds <= 0:
         raise UserError(f"--last-rounds must be above 0, got {options.last_rounds:g}")
+    usual, last = options.fit.iterations, round(options.fit.iterations * options.last_rounds)
+    return list(told) or [last if num_steps <= 2 else usual for num_steps in counts]
+
+
+def distill(options: Options) -> list[Model]:
+    """One student per round, each in its own folder and usable on its own."""
+    rounds = counts(options)
+    iterations = budgets(options, rounds)
     teacher, dataset, out = find_teacher(options, "progressive", options.fit)
     angles = respace(teacher.schedule, options.start_steps)
     students = []
-    while len(angles) - 1 > options.end_steps:
-        table = steps_table(angles, options.factor)
-        angles = halve(angles, options.factor)
-        num_steps = len(angles) - 1
-        longer = options.last_rounds if num_steps <= 2 else 1.0
-        fit = replace(options.fit, iterations=round(options.fit.iterations * longer))
-        say(f"round: {num_steps} steps, from the teacher's {options.factor} for each")
+    for num_steps, budget in zip(rounds, iterations, strict=True):
+        before, kept = len(angles) - 1, merged(angles, num_steps)
+        say(f"round: {num_steps} steps from the teacher's {before}, {budget} iterations")
         card = Card(
             method="progressive",
             sampler="ddim",
-            plans={num_steps: angles.tolist()},
+            plans={num_steps: kept.tolist()},
             solvers=(),
-            training={"factor": options.factor, "weighting": options.weighting},
+            training={
+                "teacher_steps": before,
+                "weighting": options.weighting,
+                "next_teacher": options.next_teacher,
+            },
             **student_card(teacher),
         )
-        objective = Halving(teacher.denoiser, table.to(teacher.device), options.weighting)
         student = deepcopy(teacher.denoiser).requires_grad_(True)
-        teacher = train_model(out / f"{num_steps:04d}", student, objective, dataset, fit, card)
+        last = frozen_copy(student) if options.next_teacher == "raw" else None
+        # an average without memory: the student itself
+        averages = (Average(last, lambda done: 0.0),) if last else ()
+        table = steps_table(angles, kept).to(teacher.device)
+        objective = Halving(teacher.denoiser, table, options.weighting, averages)
+        folder, fit = out / f"{num_steps:04d}", replace(options.fit, iterations=budget)
+        finished = (folder / "model.safetensors").exists()
+        teacher, angles = train_model(folder, student, objective, dataset, fit, card), kept
         students.append(teacher)
-    if not students:
-        raise UserError(
-            f"--start-steps {options.start_steps} is not above --end-steps {options.end_steps}"
-        )
+        if last:
+            if not finished and PartialState().is_main_process:
+                checkpoint.save(folder / "raw.safetensors", last.net.state_dict(), teacher.card)
+            PartialState().wait_for_everyone()
+            teacher = load(folder / "raw.safetensors", fit.precision)
     return students
 
 

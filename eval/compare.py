@@ -1,235 +1,206 @@
 """Compare runs in one table and one plot: `python -m eval.compare runs/digits`."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import reduce
+from operator import or_
 from pathlib import Path
 from typing import Literal
 
-import torch
 import tyro
-from torch import Tensor
+from accelerate import PartialState
 
 from diffusion import data as datasets
-from diffusion.checkpoint import load_tensors, save_tensors, write_atomic
-from diffusion.console import UserError, out, run, track
+from diffusion.checkpoint import write_atomic
+from diffusion.console import UserError, divert, run, say, silence
 from diffusion.model import Model, load, require_same_images, this_device
 from diffusion.samplers import SOLVERS
-from eval import measure, plots, quality, records, table
-from eval.features import EXTRACTORS
-from eval.quality import Judge
+from eval import plots, records, table
+from eval.evaluate import Bench, measure_rows, template
+from eval.features import extractor
+from eval.plans import Row, counts_of, find_runs, rows
+from eval.quality import KEPT, Judge
 from eval.records import Record
+from eval.search import SEED, search_angles
+from eval.store import Store, samples_of
 
 OWN_CLASSIFIER = ("digits", "fashion-mnist")  # where it is the default extractor; elsewhere, fid
-SHOWN = 16  # images in a row of samples
+DRAWS = 8  # of real images, for the floor
 
 
 @dataclass(frozen=True)
 class Options:
-    """Evaluate every checkpoint at its own step counts, and the teacher with training-free solvers."""
+    """Evaluate every checkpoint at its own step counts, and the teacher with training-free solvers.
+
+    What is measured stays in results.jsonl and is not measured again. Under `accelerate launch`
+    the images are shared out among the processes.
+    """
 
     runs: tyro.conf.Positional[tuple[Path, ...]] = (Path("runs/digits"),)
-    """Runs, checkpoints, or folders that hold runs."""
+    """Runs, checkpoints, folders that hold runs; and results.jsonl files of other machines or
+    people, whose rows join the table."""
     steps: str | None = None
     """Network calls to compare at, e.g. 1,2,4,8; the teacher's own plan is always shown."""
+    solvers: tuple[str, ...] = ("ddim", "heun", "dpm-solver++")
+    """Samplers without training to compare with, of those that the teacher takes; others are
+    unipc, truncated, ancestral, stochastic and predictor-corrector."""
     num_images: int = 1024
     """Images per seed."""
+    search_steps: tuple[int, ...] = ()
+    """Search the best angles for consistency students to restart at, for these step counts; the
+    figures in the table are of other noise than the search's."""
     seeds: tuple[int, ...] = (0, 1)
     """Noise seeds; the spread is over them."""
     batch_size: int = 256
     """For quality and for images/s."""
-    features: Literal["classifier", "random", "inception"] | None = None
-    """What quality is measured on: the dataset's own classifier for digits and fashion-mnist,
-    else Inception (fid), unless told."""
+    features: str | None = None
+    """What quality is measured on: classifier (the dataset's own), random, inception (fid), or a
+    TorchScript .pt or torch.export .pt2 file of yours. The classifier for digits and fashion-mnist,
+    else inception, unless told."""
+    inception: Path | None = None
+    """Where clean-fid's inception-2015-12-05.pt is; the cache, or downloaded, unless told."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """Of the network, for all rows."""
+    compile: bool = False
+    """torch.compile the networks; the first call's time is shown apart."""
+    sweep: bool = False
+    """Time every row at doubling batch sizes too, to its best images/s or out of memory."""
+    times: bool = True
+    """Time the rows. Without times, rows of several machines may share a table."""
+    table: Literal["rich", "markdown", "csv", "latex", "jsonl"] = "rich"
+    """How to print the table; the rest then goes to stderr."""
     data_dir: Path | None = None
     """Where a named dataset's files are."""
     out: Path | None = None
     """Where the results go; compare/ beside the runs unless told."""
 
 
-@dataclass(frozen=True)
-class Bench:
-    """What all rows are measured with."""
-
-    options: Options
-    judge: Judge
-    floor: list[float]
-    held_out: dict[str, float]
-
-
-def find_runs(paths: tuple[Path, ...]) -> list[Path]:
-    """Checkpoints named, and those in folders named, teachers before students, fewer steps last."""
-    found: list[Path] = []
-    for path in paths:
-        inside = sorted(path.rglob("model.safetensors"), reverse=True) if path.is_dir() else [path]
-        if not inside:
-            raise UserError(f"{path} holds no finished run (no model.safetensors below it)")
-        found += inside
-    return list(dict.fromkeys(found))
-
-
-def rows(model: Model, counts: list[int] | None) -> Iterator[tuple[str, Tensor, bool]]:
-    """(sampler, angles, own) of each row: its own plans, then solvers at the other counts."""
-    card = model.card
-    for steps in card.plans:
-        if counts is None or steps in counts or len(card.plans) == 1:
-            yield *model.plan(steps), True
-    for solver in card.solvers:
-        if solver == card.sampler:
-            continue
-        for nfe in counts or (1, 2, 4, 8, 16, 32):
-            steps = SOLVERS[solver].steps(nfe)
-            if steps > 1 or solver == card.solvers[0]:  # in one step all solvers are the same
-                yield *model.plan(nfe, solver), False
-
-
-def evaluate(bench: Bench, path: Path, model: Model, row: tuple, template: Record) -> tuple:
-    """The record of one row, and its first images."""
-    sampler, angles, _ = row
-    options, plan = bench.options, (sampler, angles)
-    nfe = measure.count_calls(model, plan)
-    single = measure.single_seconds(model, plan)
-    judge, seconds, done, made = bench.judge, [], 0, []
-    total = len(options.seeds) * options.num_images
-    title = f"{template.method} {sampler} {len(angles) - 1}"
-
-    def generated() -> Iterator[tuple[Tensor, float]]:
-        for seed in options.seeds:
-            yield from measure.batches(model, plan, seed, options.num_images, options.batch_size)
-
-    def describe(batch: tuple[Tensor, float]) -> tuple[int, int, str]:
-        return done + len(batch[0]), total, "images"
-
-    full = min(options.batch_size, options.num_images)
-    for images, took in track(generated(), title, describe):
-        made.append(images)
-        done += len(images)
-        if len(images) == full:
-            seconds.append(took)
-    sets = torch.cat(made).split(options.num_images)  # one a seed
-    others = [judge.others(images) for images in sets]
-    record = replace(
-        template,
-        nfe=nfe,
-        quality=[judge.distance(images) for images in sets],
-        others={name: [figures[name] for figures in others] for name in others[0]},
-        single_seconds=single,
-        batch_seconds=seconds[1:] if len(seconds) > 3 else seconds,  # the first warmed up
-    )
-    return record, sets[0][:SHOWN].cpu()
-
-
-def template(bench: Bench, path: Path, model: Model, row: tuple) -> Record:
-    """The record of a row before it is measured."""
-    sampler, angles, own = row
-    options, extractor = bench.options, bench.judge.extractor
-    return Record(
-        run=str(path),
-        method=model.card.method,
-        sha256=model.sha256,
-        parent=model.card.parent,
-        sampler=sampler,
-        steps=len(angles) - 1,
-        own=own,
-        angles=angles.tolist(),
-        nfe=0,
-        metric=extractor.name,
-        extractor={"sha256": extractor.sha256, "accuracy": extractor.accuracy},
-        num_images=options.num_images,
-        seeds=list(options.seeds),
-        quality=[],
-        floor=bench.floor,
-        batch_size=options.batch_size,
-        batch_seconds=[],
-        single_seconds=[],
-        parameters=sum(p.numel() for p in model.denoiser.parameters()),
-        environment=records.environment(bench.judge.device, options.precision),
-        held_out=bench.held_out,
-    )
-
-
 def compare(options: Options) -> list[Record]:
-    """Measure what is not measured yet; write results.jsonl, table.md, the plots and the samples."""
-    counts = _counts(options)
-    if options.batch_size < 1:
-        raise UserError(f"--batch-size must be at least 1, got {options.batch_size}")
+    """Measure what is not measured yet; write results.jsonl, the tables, the plots and the samples."""
+    check(options)
+    this_device()
+    alone = PartialState().is_main_process
+    if not alone:
+        silence()
+    if options.table != "rich":
+        divert()
+    files = [path for path in options.runs if path.suffix == ".jsonl"]
+    paths = tuple(path for path in options.runs if path not in files)
+    given = records.merge(map(records.read, files))
+    store = Store.open(options.out or home(paths))
+    measured, refused = [], []
+    if paths:
+        wanted = planned(options, paths)
+        bench = prepare(options, wanted[0].model)
+        records.require_comparable([*given, template(bench, wanted[0])], options.times)
+        wanted += searched(options, wanted, bench.judge)
+        measured, refused = measure_rows(bench, wanted, store)
+        store.put(images={"real": bench.judge.dataset.train[: KEPT["pixels"]]})
+    shown = records.merge([measured, given])
+    records.require_comparable(shown, options.times)
+    if alone and shown:
+        store.put(*shown, images=reduce(or_, (samples_of(file.parent) for file in files), {}))
+        write_results(store, shown, options)
+    if refused:
+        raise UserError(f"{len(refused)} rows are left out: {'; '.join(refused)}")
+    return shown
+
+
+def check(options: Options) -> None:
+    for name in ("batch_size", "num_images"):
+        if getattr(options, name) < 1:
+            flag = f"--{name.replace('_', '-')}"
+            raise UserError(f"{flag} must be at least 1, got {getattr(options, name)}")
+    if unknown := [name for name in options.solvers if name not in SOLVERS]:
+        raise UserError(f"--solvers must be of {', '.join(SOLVERS)}, got {unknown[0]}")
+    if min(options.search_steps, default=2) < 2:
+        raise UserError(f"--search-steps must be at least 2, got {options.search_steps}")
+    if SEED in options.seeds:
+        raise UserError(f"--seeds must be others than the search's own {SEED}")
     if not options.seeds:
         raise UserError("--seeds takes at least one number, e.g. 0 1, got none")
-    device = this_device()
-    paths = find_runs(options.runs)
-    models = [(path, load(path, options.precision)) for path in paths]
-    models.sort(key=lambda item: item[1].card.parent is not None)  # teachers first
-    first_path, first = models[0]
+    if missing := [path for path in options.runs if path.suffix == ".jsonl" and not path.exists()]:
+        raise UserError(f"{missing[0]}: no such file of results")
+
+
+def planned(options: Options, paths: tuple[Path, ...]) -> list[Row]:
+    """The rows of all models found, teachers first."""
+    counts = counts_of(options.steps)
+    models = [(path, load(path, options.precision)) for path in find_runs(paths)]
+    models.sort(key=lambda item: item[1].card.parent is not None)
+    first = models[0][1]
     for path, model in models:
         require_same_images(first.spec, model, path)
-    planned = [(path, model, row) for path, model in models for row in rows(model, counts)]
-    if not planned:
+    found = [row for path, model in models for row in rows(path, model, counts, options.solvers)]
+    if not found:
         raise UserError(f"none of the runs samples in --steps {options.steps}")
-    bench = prepare(options, first, device)
-    folder = options.out or _home(options.runs[0], first_path) / "compare"
-    results, pictures = folder / "results.jsonl", folder / "samples.safetensors"
-    known = {record.key: record for record in records.read(results)}
-    samples = load_tensors(pictures)[0] if pictures.exists() else {}
-    shown: list[tuple[Record, Tensor]] = []
-    for path, model, row in planned:
-        blank = template(bench, path, model, row)
-        record, tag = known.get(blank.key), blank.tag
-        if record is None or tag not in samples:
-            record, samples[tag] = evaluate(bench, path, model, row, blank)
-            known[record.key] = record
-            save_tensors(pictures, samples, {})
-            records.write(results, list(known.values()))
-        shown.append((record, samples[tag]))
-    write_results(folder, shown, bench.judge.dataset.train[:SHOWN])
-    return [record for record, _ in shown]
+    return found
 
 
-def prepare(options: Options, model: Model, device: torch.device) -> Bench:
-    spec = model.spec
-    dataset = datasets.load(spec.name, options.data_dir, spec.size, spec.channels)
-    usual = "classifier" if spec.name in OWN_CLASSIFIER else "inception"
-    extractor = EXTRACTORS[options.features or usual](dataset, device)
-    if options.num_images <= extractor.dim:
-        raise UserError(
-            f"--num-images must be more than the {extractor.dim} dimensions of the features, "
-            f"got {options.num_images}"
-        )
-    judge = Judge.of(dataset, extractor, EXTRACTORS["random"](dataset, device), device)
-    draws = quality.real_draws(dataset, options.num_images, draws=8)
-    unseen = quality.held_out(dataset, options.num_images)
-    others = judge.others(unseen) if unseen is not None else {}
-    return Bench(options, judge, [judge.distance(images) for images in draws], others)
+def searched(options: Options, wanted: list[Row], judge: Judge) -> list[Row]:
+    """A row for each consistency student and step count to search; every process finds the same."""
+    students = {row.path: row.model for row in wanted if row.sampler == "consistency" and row.own}
+    found = []
+    for path, model in students.items():
+        for steps in options.search_steps:
+            angles = search_angles(judge, model, steps, options.num_images, options.batch_size)
+            found.append(Row(path, model, "consistency", angles, own=True, note="searched"))
+    return found
 
 
-def write_results(folder: Path, shown: list[tuple[Record, Tensor]], real: Tensor) -> None:
-    measured = [record for record, _ in shown]
-    write_atomic(folder / "table.md", table.markdown(measured))
-    plots.nfe_plot(folder / "quality_nfe.png", measured)
-    plots.time_plot(folder / "quality_ms.png", measured)
-    pictured = [(r, images) for r, images in shown if r.own or r.sampler == "ddim"]
-    plots.sample_rows(folder / "samples.png", *map(list, zip(*pictured, strict=True)), real)
-    out.print(table.rich_table(measured))
-    out.print(f"{folder}: results.jsonl, table.md, quality_nfe.png, quality_ms.png, samples.png")
+def prepare(options: Options, model: Model) -> Bench:
+    """The extractors and the real images; the first process makes what the others then read."""
+    spec, device = model.spec, this_device()
+    choice = options.features or ("classifier" if spec.name in OWN_CLASSIFIER else "inception")
+    with PartialState().main_process_first():
+        dataset = datasets.load(spec.name, options.data_dir, spec.size, spec.channels)
+        if dataset.spec.shape != spec.shape:
+            raise UserError(
+                f"the models make images of shape {spec.shape}, but those of {spec.name} have "
+                f"{dataset.spec.shape}"
+            )
+        own = extractor(choice, dataset, device, options.inception)
+        if options.num_images <= own.dim:
+            raise UserError(
+                f"--num-images must be more than the {own.dim} dimensions of the features, "
+                f"got {options.num_images}"
+            )
+        judge = Judge.of(dataset, own, extractor("random", dataset, device), device)
+    return Bench(
+        judge=judge,
+        num_images=options.num_images,
+        seeds=options.seeds,
+        batch_size=options.batch_size,
+        precision=options.precision,
+        compile=options.compile,
+        times=options.times,
+        sweep=options.sweep,
+        floor=judge.floor(options.num_images, DRAWS),
+        held_out=judge.held_out(options.num_images),
+    )
 
 
-def _counts(options: Options) -> list[int] | None:
-    if options.steps is None:
-        return None
-    try:
-        counts = sorted({int(word) for word in options.steps.split(",")})
-    except ValueError:
-        raise UserError(f"--steps takes numbers such as 1,2,4,8, got {options.steps!r}") from None
-    if counts[0] < 1:
-        raise UserError(f"--steps must be at least 1, got {counts[0]}")
-    return counts
+def home(paths: tuple[Path, ...]) -> Path:
+    """compare/ in the folder that was named, or beside the run that was."""
+    if not paths:
+        raise UserError("--out must say where to merge the files of results to")
+    named = paths[0].parent if paths[0].is_file() else paths[0]
+    return (named.parent if (named / "model.safetensors").exists() else named) / "compare"
 
 
-def _home(named: Path, found: Path) -> Path:
-    """Where compare/ goes: the folder that was named, or the one that holds the run."""
-    if named.is_dir() and not (named / "model.safetensors").exists():
-        return named
-    return found.parent.parent if found.name == "model.safetensors" else found.parent
+def write_results(store: Store, shown: list[Record], options: Options) -> None:
+    folder, samples = store.folder, store.samples
+    write_atomic(folder / "table.md", table.markdown(shown, options.times))
+    plots.nfe_plot(folder / "quality_nfe.png", shown)
+    written = ["results.jsonl", "table.md", "quality_nfe.png"]
+    if options.times:
+        plots.time_plot(folder / "quality_ms.png", shown)
+        written.append("quality_ms.png")
+    pictured = [r for r in shown if (r.own or r.sampler == "ddim") and r.tag in samples]
+    if pictured:
+        plots.sample_rows(folder / "samples.png", pictured, samples)
+        written.append("samples.png")
+    table.show(options.table, shown, options.times)
+    say(f"{folder}: {', '.join(written)}")
 
 
 def main() -> None:

@@ -4,7 +4,9 @@
 """
 
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -14,11 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffusion.checkpoint import load_tensors, save_tensors, weights_sha256
-from diffusion.console import UserError, say
+from diffusion.console import UserError, say, track
 from diffusion.data import CACHE, Dataset
+from eval import inception as clean_fid
+from eval import own
 
-INCEPTION_FILE = "inception-2015-12-05.pt"
-INCEPTION_URL = "nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics"
+STEPS = 1500  # of the classifier's training
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,41 @@ class Extractor:
     accuracy: float | None = None
     """Of the classifier, on held-out images."""
     probabilities: Callable[[Tensor], Tensor] | None = None
-    """A classifier's: uint8 (B, C, H, W) -> (B, classes)."""
+    """A classifier's: features (B, dim) -> (B, classes)."""
+
+
+def extractor(
+    choice: str,
+    dataset: Dataset,
+    device: torch.device,
+    inception: Path | None = None,
+    cache: Path = CACHE,
+) -> Extractor:
+    """classifier, random, inception, or the file of a network of one's own.
+
+    inception: the file of clean-fid's weights, or its folder; None to find or download it.
+    """
+    if choice == "inception":
+        file = clean_fid.weights(inception, cache)
+        network = clean_fid.network(file, device)
+        return Extractor("fid", clean_fid.SHA256, clean_fid.DIM, network)
+    if inception is not None:
+        raise UserError(f"--inception goes with --features inception, not with {choice}")
+    if choice == "classifier":
+        return classifier(dataset, device, cache)
+    if choice == "random":
+        return random_network(dataset, device)
+    if Path(choice).suffix in own.LOADERS:
+        return users_own(Path(choice), dataset, device)
+    raise UserError(
+        "--features takes classifier, random, inception or the path of a .pt (TorchScript) "
+        f"or .pt2 (torch.export) file, got {choice!r}"
+    )
+
+
+def _slug(name: str) -> str:
+    """A dataset's name, or the last part of its folder's path, for the name of a metric."""
+    return re.sub(r"[^\w.]+", "-", Path(name).name).strip("-") or "images"
 
 
 class Classifier(nn.Module):
@@ -49,26 +86,45 @@ class Classifier(nn.Module):
 
     def features(self, images: Tensor) -> Tensor:
         h = F.relu(self.conv1(images.float() / 127.5 - 1))
-        h = F.relu(self.conv2(h))
-        h = F.relu(self.conv3(F.adaptive_avg_pool2d(h, max(4, images.shape[-1] // 2))))
-        return self.hidden(F.adaptive_avg_pool2d(h, 4).flatten(1))
+        h = F.relu(self.conv2(_pool(h, max(8, h.shape[-1] // 2))))
+        h = F.relu(self.conv3(_pool(h, max(4, h.shape[-1] // 2))))
+        return self.hidden(_pool(h, 4).flatten(1))
+
+    def logits(self, features: Tensor) -> Tensor:
+        return self.out(F.dropout(F.relu(features), 0.3, self.training))
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.out(F.dropout(F.relu(self.features(images)), 0.3, self.training))
+        return self.logits(self.features(images))
+
+
+def _pool(h: Tensor, size: int) -> Tensor:
+    """Adaptive average pooling to size x size.
+
+    Where windows overlap, as products of matrices: a GPU adds up the usual gradient in any order.
+    """
+    if h.shape[-1] % size == 0:
+        return F.adaptive_avg_pool2d(h, size)
+    windows = F.adaptive_avg_pool1d(torch.eye(h.shape[-1], device=h.device), size)
+    return windows.T @ h @ windows
 
 
 def classifier(dataset: Dataset, device: torch.device, cache: Path = CACHE) -> Extractor:
     """The dataset's own classifier: trained once with a fixed seed, then read from the cache."""
-    name = dataset.spec.name
+    name = _slug(dataset.spec.name)
     if dataset.train_labels is None:
         raise UserError(f"{name} has no classes to train a classifier on: use --features random")
-    path = cache / "features" / f"cnn-{name}.safetensors"
+    seen = weights_sha256({"images": dataset.train, "labels": dataset.train_labels})
+    path = cache / "features" / f"cnn-{name}-{seen[:8]}-{STEPS}.safetensors"
     model = Classifier(dataset.spec.channels, dataset.spec.num_classes)
     if path.exists():
         weights, metadata = load_tensors(path)
-        model.load_state_dict(weights)
-        accuracy = json.loads(metadata["accuracy"])
+        try:
+            model.load_state_dict(weights)
+            accuracy = json.loads(metadata["accuracy"])
+        except (RuntimeError, KeyError):
+            raise UserError(f"{path} is from another version: remove it, to train anew") from None
     else:
+        say(f"features: training the classifier of {name}, once for all")
         accuracy = _train(model, dataset, device)
         save_tensors(path, model.state_dict(), {"accuracy": json.dumps(accuracy)})
     sha256 = weights_sha256(model.state_dict())
@@ -80,33 +136,50 @@ def classifier(dataset: Dataset, device: torch.device, cache: Path = CACHE) -> E
         dim=model.hidden.out_features,
         extract=model.features,
         accuracy=accuracy,
-        probabilities=lambda images: model(images).softmax(1),
+        probabilities=lambda features: model.logits(features).softmax(1),
     )
 
 
 def _train(model: Classifier, dataset: Dataset, device: torch.device) -> float:
-    """Accuracy on the test images after about 1500 steps of AdamW; the same weights every time."""
-    torch.manual_seed(0)
-    for module in model.modules():
-        if hasattr(module, "reset_parameters"):
-            module.reset_parameters()
-    model.to(device).train()
+    """Accuracy on the test images after STEPS steps of AdamW; the same weights every time."""
     images, labels = dataset.train.to(device), dataset.train_labels.to(device)
-    steps, batch_size = 1500, 128
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, steps)
     random = torch.Generator().manual_seed(0)
-    for _ in range(steps):
-        which = torch.randint(len(images), (batch_size,), generator=random).to(device)
+
+    def step(_: int) -> None:
+        which = torch.randint(len(images), (128,), generator=random).to(device)
         loss = F.cross_entropy(model(images[which]), labels[which], label_smoothing=0.1)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
+
+    with _repeatable(device):
+        for module in model.modules():
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+        model.to(device).train()
+        optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05, fused=True)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, STEPS)
+        for i in track(range(STEPS), "classifier", lambda i: (i + 1, STEPS, "steps")):
+            step(i)
     model.eval()
     with torch.no_grad():
         predicted = [model(part.to(device)).argmax(1).cpu() for part in dataset.test.split(1000)]
     return float((torch.cat(predicted) == dataset.test_labels).double().mean())
+
+
+@contextmanager
+def _repeatable(device: torch.device) -> Iterator[None]:
+    """Torch's own random numbers from seed 0 and cuDNN's sums in one order; then all as before."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.deterministic, cudnn.benchmark
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        cudnn.deterministic, cudnn.benchmark = True, False
+        try:
+            yield
+        finally:
+            cudnn.deterministic, cudnn.benchmark = before
 
 
 class RandomNetwork(nn.Module):
@@ -131,38 +204,17 @@ class RandomNetwork(nn.Module):
         return h.mean((2, 3))
 
 
-def random_network(dataset: Dataset, device: torch.device, cache: Path = CACHE) -> Extractor:
+def random_network(dataset: Dataset, device: torch.device) -> Extractor:
     """Features of an untrained network: a cross-check that no training can favour."""
     model = RandomNetwork(dataset.spec.channels).to(device).eval().requires_grad_(False)
     sha256 = weights_sha256(model.state_dict())
-    name = Path(dataset.spec.name).name
-    return Extractor(f"fd-random-{name}-{sha256[:8]}", sha256, 64, model)
+    return Extractor(f"fd-random-{_slug(dataset.spec.name)}-{sha256[:8]}", sha256, 64, model)
 
 
-def inception(dataset: Dataset, device: torch.device, cache: Path = CACHE) -> Extractor:
-    """clean-fid's Inception in mode clean, from its weights' file; never anything in its place."""
-    import numpy as np
-    from cleanfid.inception_torchscript import InceptionV3W
-    from cleanfid.resize import build_resizer
-
-    path = cache / INCEPTION_FILE
-    if not path.exists():
-        raise UserError(
-            f"fid needs clean-fid's Inception weights at {path}: get {INCEPTION_FILE} from "
-            f"{INCEPTION_URL}, or choose --features classifier or random"
-        )
-    import hashlib
-
-    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-    model = InceptionV3W(str(cache), download=False, resize_inside=False).to(device).eval()
-    resize = build_resizer("clean")
-
-    def extract(images: Tensor) -> Tensor:
-        pixels = images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy()
-        resized = np.stack([resize(image) for image in pixels])
-        return model(torch.from_numpy(resized).permute(0, 3, 1, 2).to(device))
-
-    return Extractor("fid", sha256, 2048, extract)
-
-
-EXTRACTORS = {"classifier": classifier, "random": random_network, "inception": inception}
+def users_own(path: Path, dataset: Dataset, device: torch.device) -> Extractor:
+    """The network in a TorchScript (.pt) or torch.export (.pt2) file: see own.network."""
+    network = own.network(path, device)
+    dim = own.probe(path, network, dataset.train[:3].to(device))
+    sha256 = clean_fid.file_sha256(path)
+    name = f"fd-{_slug(path.stem)}-{_slug(dataset.spec.name)}-{sha256[:8]}"
+    return Extractor(name, sha256, dim, network)

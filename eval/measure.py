@@ -1,71 +1,40 @@
-"""Measure one plan of one model: network calls, quality, wall-clock."""
-
-import time
-from collections.abc import Callable, Iterator
+"""Network calls of a plan: counted, and checked against what its sampler claims."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from diffusion.console import UserError
 from diffusion.model import Model
-from diffusion.runs import some_labels
+from diffusion.samplers import SOLVERS
+from eval.stream import indices
 
-Plan = tuple[str, Tensor]
+
+class Counted(nn.Module):
+    """A network that counts its calls; each image of a batch counts as one."""
+
+    def __init__(self, net: nn.Module):
+        super().__init__()
+        self.net, self.calls = net, 0
+
+    def forward(self, x_t: Tensor, *others) -> Tensor:
+        self.calls += len(x_t)
+        return self.net(x_t, *others)
 
 
-def count_calls(model: Model, plan: Plan) -> int:
-    """Network calls that one batch takes, counted."""
-    calls = []
-    handle = model.denoiser.net.register_forward_pre_hook(lambda *_: calls.append(1))
+def count_calls(model: Model, plan: tuple[str, Tensor]) -> int:
+    """Network calls per image, in an eager pass that nobody times, by a wrapper of the network."""
+    sampler, angles = plan
+    counted = Counted(model.denoiser.net)
+    model.denoiser.net = counted
     try:
-        model.sample(plan, 0, _indices(model, 0, 1), labels(model, 0, 1))
+        with torch.compiler.set_stance("force_eager"):
+            model.sample(plan, 0, *indices(model, 0, 1))
     finally:
-        handle.remove()
-    return len(calls)
-
-
-def timed(call: Callable[[], Tensor], device: torch.device) -> tuple[Tensor, float]:
-    """The result and its seconds, with the device idle before and after."""
-    _synchronise(device)
-    start = time.perf_counter()
-    result = call()
-    _synchronise(device)
-    return result, time.perf_counter() - start
-
-
-def repeat(call: Callable[[], Tensor], device: torch.device, budget: float = 3.0) -> list[float]:
-    """Seconds of each of at least 3 repeats, and up to 30 while they fit the budget of seconds."""
-    seconds: list[float] = []
-    while len(seconds) < 3 or (len(seconds) < 30 and sum(seconds) < budget):
-        seconds.append(timed(call, device)[1])
-    return seconds
-
-
-def single_seconds(model: Model, plan: Plan) -> list[float]:
-    """From noise to uint8 at batch 1; counting the calls has warmed it up."""
-    index, label = _indices(model, 0, 1), labels(model, 0, 1)
-    return repeat(lambda: model.sample(plan, 0, index, label), index.device)
-
-
-def batches(
-    model: Model, plan: Plan, seed: int, num_images: int, batch_size: int
-) -> Iterator[tuple[Tensor, float]]:
-    """Images 0 to num_images of the seed, uint8 on the device, and each batch's seconds."""
-    for start in range(0, num_images, batch_size):
-        end = min(start + batch_size, num_images)
-        indices, label = _indices(model, start, end), labels(model, start, end)
-        yield timed(lambda: model.sample(plan, seed, indices, label), indices.device)  # noqa: B023
-
-
-def labels(model: Model, start: int, end: int) -> Tensor | None:
-    """Every class in turn by image number, for a conditional model."""
-    every = some_labels(model, end)
-    return None if every is None else every[start:]
-
-
-def _indices(model: Model, start: int, end: int) -> Tensor:
-    return torch.arange(start, end, device=model.device)
-
-
-def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        model.denoiser.net = counted.net
+    claimed = SOLVERS[sampler].calls(len(angles) - 1)
+    if counted.calls != claimed:
+        raise UserError(
+            f"{sampler} claims {claimed} network calls in {len(angles) - 1} steps, "
+            f"but made {counted.calls}"
+        )
+    return counted.calls

@@ -3,15 +3,15 @@
 import io
 from collections.abc import Callable
 from pathlib import Path
-from statistics import mean, median
+from statistics import mean
 
 import matplotlib
 from torch import Tensor
 
 from diffusion.checkpoint import write_atomic
 from diffusion.pictures import grid
+from eval.lines import Line, lines
 from eval.records import Record
-from eval.table import title
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -19,23 +19,29 @@ from matplotlib.ticker import FuncFormatter
 
 
 def cost_plot(
-    path: Path, records: list[Record], cost: Callable[[Record], float], label: str
+    path: Path, records: list[Record], cost: Callable[[Line], float | None], label: str
 ) -> None:
-    """Quality against a cost on log axes, one line per method, with the floor."""
+    """Quality against a cost on log axes, one line per method, with the floor.
+
+    Rows that have no such cost are left out; where none has one, no file is written.
+    """
+    found = [line for line in lines(records) if cost(line) is not None]
+    if not found:
+        return
     figure, axes = plt.subplots(figsize=(7.5, 5), dpi=120)
     markers = iter("osD^vP*X<>hd")
-    for method in dict.fromkeys(map(title, records)):
-        rows = sorted((r for r in records if title(r) == method), key=cost)
-        style = "-" if rows[0].own else "--"
-        x, y, spread = zip(*((cost(r), r.score, r.spread) for r in rows), strict=True)
+    for title in dict.fromkeys(line.title for line in found):
+        rows = sorted((line for line in found if line.title == title), key=cost)
+        own = rows[0].record.own
+        points = ((cost(row), row.record.score, row.record.spread) for row in rows)
+        x, y, spread = zip(*points, strict=True)
         axes.errorbar(
-            x, y, spread, label=method, marker=next(markers, "."), linestyle=style, capsize=2,
-            alpha=1 if rows[0].own else 0.6,
+            x, y, spread, label=title, marker=next(markers, "."), linestyle="-" if own else "--",
+            capsize=2, alpha=1 if own else 0.6,
         )  # fmt: skip
-    axes.axhline(mean(records[0].floor), color="gray", linestyle=":", label="floor: real images")
-    axes.set(
-        xscale="log", yscale="log", xlabel=label, ylabel=f"{records[0].metric} (lower is better)"
-    )
+    first = found[0].record
+    axes.axhline(mean(first.floor), color="gray", linestyle=":", label="floor: real images")
+    axes.set(xscale="log", yscale="log", xlabel=label, ylabel=f"{first.metric} (lower is better)")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.grid(alpha=0.3, which="both")
@@ -44,26 +50,30 @@ def cost_plot(
 
 
 def nfe_plot(path: Path, records: list[Record]) -> None:
-    cost_plot(path, records, lambda record: record.nfe, "network calls per image (NFE)")
+    cost_plot(path, records, lambda line: line.record.nfe, "network calls per image (NFE)")
 
 
 def time_plot(path: Path, records: list[Record]) -> None:
-    def milliseconds(record: Record) -> float:
-        return 1000 * median(record.single_seconds)
-
-    cost_plot(path, records, milliseconds, "ms per image at batch 1")
+    cost_plot(path, records, lambda line: line.milliseconds, "ms per image at batch 1")
 
 
-def sample_rows(path: Path, records: list[Record], samples: list[Tensor], real: Tensor) -> None:
-    """A row of images per record, all from the same noise, and a row of real images."""
-    rows = [*samples, real]
-    titles = [f"{title(r)}\n{r.steps} steps, {r.nfe} calls" for r in records] + ["real images"]
-    width = 0.5 * rows[0].shape[0] + 2.4
-    figure, axes = plt.subplots(len(rows), 1, figsize=(width, 0.54 * len(rows)), dpi=120)
-    for axis, images, words in zip(axes, rows, titles, strict=True):
-        axis.imshow(
-            grid(images, columns=len(images)).permute(1, 2, 0).numpy(), interpolation="nearest"
-        )
+def sample_rows(path: Path, records: list[Record], samples: dict[str, Tensor]) -> None:
+    """A row of images per record, all from the same noise, and a row of real images.
+
+    samples: by the records' tags, and of real images by "real" where there are any.
+    """
+    found = [
+        (f"{x.title}\n{x.record.steps} steps, {x.record.nfe} calls", x.record.tag)
+        for x in lines(records)
+    ]
+    found += [("real images", "real")] if "real" in samples else []
+    width = 0.5 * len(samples[found[0][1]]) + 2.4
+    figure, grids = plt.subplots(
+        len(found), 1, figsize=(width, 0.54 * len(found)), dpi=120, squeeze=False
+    )
+    for axis, (words, tag) in zip(grids[:, 0], found, strict=True):
+        images = grid(samples[tag], columns=len(samples[tag]))
+        axis.imshow(images.permute(1, 2, 0).numpy(), interpolation="nearest")
         axis.set_axis_off()
         axis.text(-0.01, 0.5, words, ha="right", va="center", fontsize=7, transform=axis.transAxes)
     figure.subplots_adjust(left=2.3 / width, right=0.995, top=0.995, bottom=0.005, hspace=0.04)

@@ -1,16 +1,87 @@
 """What is measured of a set of images, against real ones: distances, fidelity and diversity, copies."""
 
-from dataclasses import dataclass
+import hashlib
+from dataclasses import dataclass, field
+from functools import reduce
+from math import isfinite
+from operator import add
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from diffusion.data import Dataset
+from diffusion.checkpoint import load_tensors, save_tensors
+from diffusion.console import UserError
+from diffusion.data import CACHE, Dataset
 from eval import sets
 from eval.features import Extractor
 from eval.metrics import Moments, frechet_distance
 
-SLICES = 256
+SLICES = 128
+PORTION = 1000  # images through an extractor at a time
+# Of how many images, the first ones, a row each is kept: the rest are in the moments alone.
+KEPT = {"features": 10_000, "nearest": 1024, "pixels": 16}
+FAR = 128.0  # grey levels beyond black or white
+
+
+@dataclass
+class Seen:
+    """What is kept of a set of images while it streams by; two of them merge, in any order."""
+
+    moments: dict[str, Moments] = field(default_factory=dict)
+    """By extractor: "own" and "cross"."""
+    odd: Tensor | None = None
+    """(4,) float64: images, those not finite, those of one flat colour, share of far-off values."""
+    parts: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    """By the number of a batch's first image: the rows that are kept of it, by KEPT's names."""
+
+    def __add__(self, other: "Seen") -> "Seen":
+        if not self.parts:
+            return other
+        if not other.parts:
+            return self
+        moments = {name: self.moments[name] + other.moments[name] for name in self.moments}
+        return Seen(moments, self.odd + other.odd, self.parts | other.parts)
+
+    def rows(self, name: str) -> Tensor:
+        """The kept rows of that name, in the order of the images."""
+        return torch.cat([self.parts[start][name] for start in sorted(self.parts)])
+
+    def refuse(self) -> None:
+        """UserError where these cannot be a model's images."""
+        images, broken, flat, far = self.odd.tolist()
+        if broken:
+            raise UserError(f"{broken:.0f} of {images:.0f} images hold NaN or infinity")
+        same = images > 1 and self.moments["own"].scatter.trace() == 0
+        if flat == images or same:
+            raise UserError(f"all {images:.0f} images are the same, or of one flat colour each")
+        if far > images / 2:
+            raise UserError(
+                f"{far / images:.0%} of all values lie more than {FAR:.0f} grey levels below black "
+                "or above white: the model has diverged"
+            )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """To be saved or sent."""
+        found = {"odd": self.odd}
+        for name, moments in self.moments.items():
+            found |= {f"moments.{name}.{key}": value for key, value in moments.tensors().items()}
+        for start, rows in self.parts.items():
+            found |= {f"parts.{start}.{name}": value for name, value in rows.items()}
+        return {name: value.cpu() for name, value in found.items()}
+
+    @staticmethod
+    def of(tensors: dict[str, Tensor], device: torch.device) -> "Seen":
+        """The inverse of tensors, on the device."""
+        found, moments = Seen(odd=tensors["odd"].to(device)), {}
+        for name, value in tensors.items():
+            kind, *place = name.split(".")
+            if kind == "moments":
+                moments.setdefault(place[0], {})[place[1]] = value.to(device)
+            elif kind == "parts":
+                found.parts.setdefault(int(place[0]), {})[place[1]] = value.to(device)
+        found.moments = {name: Moments.from_tensors(value) for name, value in moments.items()}
+        return found
 
 
 @dataclass(frozen=True)
@@ -21,77 +92,128 @@ class Judge:
     extractor: Extractor
     cross: Extractor
     """An untrained network's features: a cross-check that no training can favour."""
+    device: torch.device
     train: Tensor
     """(N, D) features of the training images."""
-    real: Moments
-    cross_real: Moments
-    device: torch.device
+    test: Tensor
+    """(M, D) features of the held-out images."""
+    real: dict[str, Moments]
+    """Of the training images, as in Seen."""
+    bank: Tensor
+    """The training images on the device, for the nearest ones."""
+    held_out_nearest: Tensor
+    """(M, 2): what "nearest" is of held-out images."""
+    data: dict
+    """The real images' name, split, number and sha256."""
 
     @staticmethod
     def of(
         dataset: Dataset, extractor: Extractor, cross: Extractor, device: torch.device
     ) -> "Judge":
-        train = features(dataset.train, extractor, device)
-        crossed = Moments.of(features(dataset.train, cross, device))
-        return Judge(dataset, extractor, cross, train, Moments.of(train), crossed, device)
+        train = reference(dataset.train, extractor, device)
+        crossed = reference(dataset.train, cross, device)
+        test = reference(dataset.test, extractor, device)
+        bank, some = dataset.train.to(device), dataset.test[: KEPT["nearest"]].to(device)
+        near = sets.two_nearest(some, bank) if len(some) else torch.zeros(0, 2)
+        real = {"own": Moments.of(train), "cross": Moments.of(crossed)}
+        data = {"name": dataset.spec.name, "split": "train", "images": len(train)}
+        data |= {"sha256": images_sha256(dataset.train)}
+        return Judge(dataset, extractor, cross, device, train, test, real, bank, near, data)
 
-    def distance(self, images: Tensor) -> float:
+    def see(self, x0: Tensor, start: int) -> Seen:
+        """Look at generated images, number `start` onwards: x0 (B, C, H, W), as sampled."""
+        spec = self.dataset.spec
+        levels = x0.flatten(1) * spec.std + spec.mean
+        outside = ((levels < -FAR) | (levels > 255 + FAR)).double().mean(1)
+        images = spec.to_uint8(x0)
+        pixels = images.flatten(1)
+        odd = [
+            torch.ones_like(outside),
+            ~levels.isfinite().all(1),
+            pixels.amax(1) == pixels.amin(1),
+        ]
+        found = self.see_images(images, start)
+        found.odd = torch.stack([value.double().sum() for value in (*odd, outside)])
+        return found
+
+    def see_images(self, images: Tensor, start: int = 0) -> Seen:
+        """Look at uint8 images (B, C, H, W) on the device, number `start` onwards."""
+        ours, crossed = self.extractor.extract(images), self.cross.extract(images)
+        left = {name: max(0, limit - start) for name, limit in KEPT.items()}
+        rows = {"features": ours[: left["features"]], "pixels": images[: left["pixels"]]}
+        if len(self.held_out_nearest):
+            rows["nearest"] = sets.two_nearest(images[: left["nearest"]], self.bank)
+        moments = {"own": Moments.of(ours), "cross": Moments.of(crossed)}
+        odd = torch.zeros(4, dtype=torch.float64, device=images.device)
+        return Seen(moments, odd, {start: rows})
+
+    def distance(self, found: Seen) -> float:
         """The main figure: the Fréchet distance to the training images."""
-        return frechet_distance(
-            Moments.of(features(images, self.extractor, self.device)), self.real
-        )
+        return frechet_distance(found.moments["own"], self.real["own"])
 
-    def others(self, images: Tensor) -> dict[str, float]:
-        """The further figures of (N, C, H, W) uint8 images, by name."""
-        fake = features(images, self.extractor, self.device)
-        random = torch.Generator().manual_seed(0)
-        some = torch.randperm(len(self.train), generator=random)[: len(fake)].to(self.device)
-        slices = torch.Generator(self.device).manual_seed(0)
-        crossed = Moments.of(features(images, self.cross, self.device))
-        figures = {self.cross.name: frechet_distance(crossed, self.cross_real)}
-        figures["kid"] = sets.kid(fake, self.train)
-        figures["sliced-wasserstein"] = sets.sliced_wasserstein(fake, self.train, SLICES, slices)
-        figures |= sets.precision_recall_density_coverage(self.train[some], fake)
+    def others(self, found: Seen) -> dict[str, float]:
+        """The further figures, by name."""
+        fake, random = found.rows("features"), torch.Generator().manual_seed(0)
+        order = torch.randperm(len(self.train), generator=random)[: KEPT["features"]]
+        real = self.train[order.to(self.device)]
+        slices = torch.Generator().manual_seed(0)
+        cross = frechet_distance(found.moments["cross"], self.real["cross"])
+        figures = {self.cross.name: cross, "kid": sets.kid(fake, real)}
+        figures["sliced-wasserstein"] = sets.sliced_wasserstein(fake, real, SLICES, slices)
+        figures |= sets.precision_recall_density_coverage(real[: len(fake)], fake)
         if self.extractor.probabilities:
-            parts = images.split(1000)
-            shares = [self.extractor.probabilities(part.to(self.device)) for part in parts]
-            figures["classifier-score"] = sets.inception_score(torch.cat(shares))
+            figures["classifier-score"] = sets.inception_score(self.extractor.probabilities(fake))
         if len(fake) >= 4 * self.extractor.dim:
             thinned = torch.Generator().manual_seed(0)
-            figures["infinity"] = sets.frechet_infinity(fake, self.real, thinned)
-        if len(self.dataset.test):
-            bank = (images, self.dataset.train, self.dataset.test)
-            near = sets.memorisation(*(part.to(self.device) for part in bank))
+            figures["infinity"] = sets.frechet_infinity(fake, self.real["own"], thinned)
+        if len(self.held_out_nearest):
+            near = sets.memorisation(found.rows("nearest"), self.held_out_nearest)
             figures |= {f"memorisation-{name}": value for name, value in near.items()}
         return figures
 
+    def floor(self, num_images: int, draws: int) -> list[float]:
+        """The main figure of as many real images, drawn anew each time.
 
-def features(images: Tensor, extractor: Extractor, device: torch.device) -> Tensor:
-    """(N, D) float32 on the device."""
-    return torch.cat([extractor.extract(part.to(device)) for part in images.split(1000)])
+        Held-out images where they are enough, else training images with replacement, which as
+        distances go is the stricter floor.
+        """
+        held_out, found = len(self.test) >= num_images, []
+        for seed in range(draws):
+            random = torch.Generator().manual_seed(seed)
+            if held_out:
+                which = torch.randperm(len(self.test), generator=random)[:num_images]
+            else:
+                which = torch.randint(len(self.train), (num_images,), generator=random)
+            features = (self.test if held_out else self.train)[which.to(self.device)]
+            found.append(frechet_distance(Moments.of(features), self.real["own"]))
+        return found
+
+    def held_out(self, num_images: int) -> dict[str, float]:
+        """The further figures of up to that many held-out images; none where there are too few."""
+        images = self.dataset.test[:num_images]
+        if len(images) <= 5:
+            return {}
+        portions = enumerate(images.to(self.device).split(PORTION))
+        found = self.others(reduce(add, (self.see_images(x, PORTION * i) for i, x in portions)))
+        return {name: value for name, value in found.items() if isfinite(value)}
 
 
-def real_draws(dataset: Dataset, num_images: int, draws: int) -> list[Tensor]:
-    """As many real images, drawn anew each time, for floors.
-
-    Held-out images where they are enough, else training images with replacement, which as
-    distances go is the stricter floor.
-    """
-    held_out = len(dataset.test) >= num_images
-    images, found = dataset.test if held_out else dataset.train, []
-    for seed in range(draws):
-        random = torch.Generator().manual_seed(seed)
-        if held_out:
-            which = torch.randperm(len(images), generator=random)[:num_images]
-        else:
-            which = torch.randint(len(images), (num_images,), generator=random)
-        found.append(images[which])
-    return found
+def reference(
+    images: Tensor, extractor: Extractor, device: torch.device, cache: Path = CACHE
+) -> Tensor:
+    """(N, D) features of real images on the device: read from the cache where they are in it."""
+    name = f"{extractor.name}-{extractor.sha256[:8]}-{images_sha256(images)[:16]}.safetensors"
+    path = cache / "reference" / name
+    if path.exists():
+        return load_tensors(path)[0]["features"].to(device)
+    parts = [extractor.extract(part.to(device)) for part in images.split(PORTION)]
+    features = torch.cat(parts) if parts else torch.zeros(0, extractor.dim)
+    save_tensors(path, {"features": features}, {})
+    return features
 
 
-def held_out(dataset: Dataset, num_images: int) -> Tensor | None:
-    """Up to that many held-out images, which figures of diversity and copies are set beside."""
-    return dataset.test[:num_images] if len(dataset.test) > 5 else None
+def images_sha256(images: Tensor) -> str:
+    return hashlib.sha256(images.contiguous().numpy()).hexdigest()
 
 
 def warnings(others: dict[str, float], real: dict[str, float]) -> list[str]:

@@ -2,23 +2,22 @@
 
 import hashlib
 import json
-import os
-import platform
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import mean, stdev
 
-import torch
-
 from diffusion.checkpoint import write_atomic
 from diffusion.console import UserError
+from eval import schema
+from eval.timing import Timing
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
 class Record:
-    """A measured row. Times are seconds; lists hold one figure per seed or per repeat."""
+    """A measured row; lists hold one figure per seed."""
 
     run: str
     method: str
@@ -31,33 +30,41 @@ class Record:
     own: bool
     """Whether it is the checkpoint's own plan, not a solver's on the teacher."""
     angles: list[float]
-    nfe: int
-    """Network calls per image, counted."""
+    parameters: int
+    training: dict
+    """Iterations, images seen and seconds of the checkpoint's own training."""
+    data: dict
+    """The real images: name, split and number of those that all is measured against."""
     metric: str
     extractor: dict
     """sha256, and the accuracy of a classifier."""
     num_images: int
     seeds: list[int]
-    quality: list[float]
     floor: list[float]
     """The metric of as many real images, over repeated draws."""
+    held_out: dict[str, float]
+    """The further figures of held-out real images: what a good model should come near to."""
     batch_size: int
-    batch_seconds: list[float]
-    """Noise to uint8, one whole batch, synchronised."""
-    single_seconds: list[float]
-    """The same at batch 1."""
-    parameters: int
+    """Of the images/s in the table."""
     environment: dict
+    """Device, precision, threads and versions: what a time depends on."""
+    nfe: int = 0
+    """Network calls per image, counted."""
+    quality: list[float] = field(default_factory=list)
     others: dict[str, list[float]] = field(default_factory=dict)
-    """Further figures, one per seed."""
-    held_out: dict[str, float] = field(default_factory=dict)
-    """The same figures of held-out real images: what a good model should come near to."""
+    """Further figures by name."""
+    likelihood: dict[str, float] = field(default_factory=dict)
+    """A teacher's bits per dimension of held-out images."""
+    timings: list[Timing] = field(default_factory=list)
+    """At batch 1, at batch_size, and of a sweep over batch sizes."""
+    conditions: dict = field(default_factory=dict)
+    """When it was measured, and at which clocks."""
     format: int = FORMAT
 
     @property
     def key(self) -> tuple:
         """What makes a measurement the same: measured again, it is skipped."""
-        place = json.dumps(self.environment, sort_keys=True)
+        place = json.dumps([self.environment, self.data], sort_keys=True)
         what = (self.sha256, self.sampler, tuple(self.angles), self.metric, self.num_images)
         return *what, tuple(self.seeds), self.batch_size, place
 
@@ -65,6 +72,11 @@ class Record:
     def tag(self) -> str:
         """The key's name in samples.safetensors."""
         return hashlib.sha256(repr(self.key).encode()).hexdigest()[:16]
+
+    @property
+    def title(self) -> str:
+        """What made it, and the solver that is not its own."""
+        return self.method if self.own else f"{self.method}, {self.sampler}"
 
     @property
     def further(self) -> dict[str, float]:
@@ -79,33 +91,151 @@ class Record:
     def spread(self) -> float:
         return stdev(self.quality) if len(self.quality) > 1 else 0.0
 
+    def timing(self, batch_size: int) -> Timing | None:
+        """The repeats at that batch size, where there are any."""
+        found = (t for t in self.timings if t.batch_size == batch_size and t.seconds)
+        return next(found, None)
 
-def environment(device: torch.device, precision: str) -> dict:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
-    facts = {"device": name, "precision": precision, "torch": torch.__version__}
-    return facts | {"threads": torch.get_num_threads(), "cores": os.cpu_count()}
+    @property
+    def single(self) -> Timing | None:
+        return self.timing(1)
+
+    @property
+    def batch(self) -> Timing | None:
+        return self.timing(self.batch_size)
+
+    @property
+    def best(self) -> Timing | None:
+        """The batch size of the highest throughput."""
+        whole = [timing for timing in self.timings if timing.seconds]
+        return max(whole, key=lambda timing: timing.images_per_second, default=None)
 
 
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+def setting(record: Record, times: bool = True) -> dict[str, str]:
+    """What two rows of one table must have in common, by name. times: whether it shows times."""
+    extractor, real = record.extractor["sha256"][:8], record.data
+    pixels = f" {real['sha256'][:8]}" if "sha256" in real else ""
+    found = {
+        "metric": record.metric if extractor in record.metric else f"{record.metric} {extractor}",
+        "real images": f"{real['images']} of {Path(real['name']).name} {real['split']}{pixels}",
+        "num images": str(record.num_images),
+        "seeds": " ".join(map(str, record.seeds)),
+    }
+    if times:
+        found["batch size"] = str(record.batch_size)
+        found |= {name: str(value) for name, value in sorted(record.environment.items())}
+    return found
+
+
+def require_comparable(records: list[Record], times: bool = True) -> None:
+    """UserError where rows cannot share a table, with the rows and what they differ in."""
+    names = [f"{title} {r.steps}" for title, r in zip(titles(records), records, strict=True)]
+    found = [setting(record, times) for record in records]
+    differ = [name for name in _keys(found) if len({each.get(name) for each in found}) > 1]
+    if not differ:
+        return
+    groups: dict[str, list[str]] = {}
+    for name, each in zip(names, found, strict=True):
+        what = _some([f"{key} {each.get(key, 'unknown')}" for key in differ])
+        groups.setdefault(what, []).append(name)
+    kinds = [f"{what} in {_some(rows)}" for what, rows in groups.items()]
+    mend = "measure them alike"
+    if times and not {*differ} & {*setting(records[0], times=False)}:
+        mend += ", or leave the times out with --no-times"
+    raise UserError(f"these rows cannot share a table: {_some(kinds, '; ')}: {mend}")
+
+
+def titles(records: list[Record]) -> list[str]:
+    """A name for each row's method; where two of one title and steps would be mixed up, with what
+    tells them apart: a folder, the machine, or in the end the weights' sha256, in brackets."""
+    apart: dict[str, list[str]] = {}
+    places = [_place(record) for record in records]
+    for title in {record.title for record in records}:
+        same = [i for i, record in enumerate(records) if record.title == title]
+
+        def kinds(keys: list[str], same=same) -> int:
+            return len({(records[i].steps, *(places[i].get(k) for k in keys)) for i in same})
+
+        keys: list[str] = []
+        for key in _keys([places[i] for i in same]):
+            if kinds([*keys, key]) > kinds(keys):
+                keys.append(key)
+        apart[title] = keys
+    found = []
+    for record, place in zip(records, places, strict=True):
+        words = [place[key] for key in apart[record.title] if key in place]
+        found.append(record.title + (f" [{', '.join(words)}]" if words else ""))
+    return found
+
+
+def _place(record: Record) -> dict[str, str]:
+    """Where and on what it was measured, the parts of its path from the last to the first."""
+    path = {f"part {i}": part for i, part in enumerate(reversed(Path(record.run).parts))}
+    first = {"device": record.environment["device"], "precision": record.environment["precision"]}
+    sizes = {"batch": f"batch {record.batch_size}", "sha256": record.sha256[:8]}
+    return (
+        path
+        | first
+        | {k: f"{k} {v}" for k, v in record.environment.items() if k not in first}
+        | sizes
+    )
+
+
+def _keys(found: list[dict]) -> list[str]:
+    return list(dict.fromkeys(key for each in found for key in each))
+
+
+def _some(words: list[str], between: str = ", ", most: int = 3) -> str:
+    more = [f"and {len(words) - most} more"] if len(words) > most else []
+    return between.join(words[:most]) + "".join(f" {word}" for word in more)
+
+
+def merge(lists: Iterable[list[Record]]) -> list[Record]:
+    """Every measurement once, in the order of its first appearance: of equals, the latest."""
+    found: dict[tuple, Record] = {}
+    for record in (record for records in lists for record in records):
+        before = found.setdefault(record.key, record)
+        if date(record) > date(before):
+            found[record.key] = record
+    return list(found.values())
+
+
+def date(record: Record) -> str:
+    """ISO 8601 in UTC; "" where it is not known."""
+    return record.conditions.get("date", "")
 
 
 def read(path: Path) -> list[Record]:
-    """The records of a results file; none where there is no file."""
-    records = []
-    for number, line in enumerate(path.read_text().splitlines() if path.exists() else [], 1):
-        try:
-            records.append(Record(**json.loads(line)))
-        except (ValueError, TypeError) as error:
-            raise UserError(
-                f"{path}, line {number}: not a record of format {FORMAT} ({error})"
-            ) from error
-    return records
+    """The records of a results file; none where there is no file. UserError names a bad line."""
+    found = path.read_bytes().splitlines() if path.exists() else []
+    return [_parsed(line, f"{path}, line {number}") for number, line in enumerate(found, 1)]
 
 
 def write(path: Path, records: list[Record]) -> None:
-    write_atomic(path, "".join(json.dumps(asdict(record)) + "\n" for record in records))
+    write_atomic(path, lines(records))
+
+
+def lines(records: list[Record]) -> str:
+    """JSON lines, as `read` takes them. UserError names a figure that is not finite."""
+    found = [json.dumps(asdict(record)) for record in records]
+    for record, line in zip(records, found, strict=True):
+        _parsed(line, f"the record of {record.run}, {record.sampler} in {record.steps} steps")
+    return "".join(line + "\n" for line in found)
+
+
+def _parsed(line: bytes | str, place: str) -> Record:
+    try:
+        fields = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{place}: expected a JSON object, got {line[:40]!r} ({error})") from error
+    version = fields.get("format") if isinstance(fields, dict) else FORMAT
+    if version != FORMAT:
+        raise UserError(f"{place}: format {version!r:.40}, expected {FORMAT}: measure again")
+    if mistake := schema.mistake(fields):
+        raise UserError(f"{place}: {mistake}")
+    timings = [Timing(**each | {"seconds": tuple(each["seconds"])}) for each in fields["timings"]]
+    record = Record(**fields | {"timings": timings})
+    for name, figures in {"quality": record.quality, **record.others}.items():
+        if len(figures) > len(record.seeds):
+            raise UserError(f"{place}: {name}: expected one a seed, got {len(figures)}")
+    return record

@@ -148,7 +148,12 @@ def nearest(images: Tensor, bank: Tensor) -> tuple[Tensor, Tensor]:
     return distance[:, 0] / images[0].numel() ** 0.5, index[:, 0]
 
 
-def memorisation(images: Tensor, train: Tensor, test: Tensor) -> dict[str, float]:
+def two_nearest(images: Tensor, bank: Tensor) -> Tensor:
+    """Distances to the nearest and the second nearest image of the bank (N, 2) float64, in pixels."""
+    return _nearest(images.flatten(1), bank.flatten(1), 2)[0]
+
+
+def memorisation(ours: Tensor, held_out: Tensor) -> dict[str, float]:
     """Whether generated images lie nearer to the training images than held-out images do.
 
     ratio: median distance to the nearest training image, of generated over held-out images;
@@ -160,11 +165,9 @@ def memorisation(images: Tensor, train: Tensor, test: Tensor) -> dict[str, float
     as from the second (Yoon et al. 2023), beside the held-out images' share, copied_floor. It
     misses copies of an image that the training set holds twice in slightly different form.
 
-    All (N, C, H, W) uint8, in pixel space.
+    ours, held_out: (N, 2), two_nearest of either among the training images.
     """
-    (ours, second), (held_out, held_out_second) = (
-        _nearest(x.flatten(1), train.flatten(1), 2)[0].T.cpu() for x in (images, test)
-    )
+    (ours, second), (held_out, held_out_second) = ours.T.cpu(), held_out.T.cpu()
     farther, p_value = mannwhitneyu(
         ours.numpy(), held_out.numpy(), alternative="less", method="asymptotic"
     )

@@ -1,107 +1,228 @@
-"""The records as a table: rich for a terminal, Markdown for a page."""
+"""The records as tables: for a terminal, as Markdown, LaTeX, CSV or JSON lines."""
 
-from statistics import mean, median
+import csv
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import mean
 
 from rich import box
-from rich.table import Table
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.table import Table as RichTable
+from rich.text import Text
 
-from eval.quality import warnings
+from diffusion.console import out
+from eval import records as results
+from eval.columns import LIKELIHOOD, QUALITY, SPEED, TIMES, Cell, Columns, cell, further, plain
+from eval.lines import Line, lines
 from eval.records import Record
 
-COLUMNS = (
-    "method",
-    "steps",
-    "NFE",
-    "quality",
-    "× teacher",
-    "ms @1",
-    "images/s",
-    "speed-up",
-    "size",
+FURTHER = "Further figures"  # so many columns that a terminal does without them
+
+
+@dataclass(frozen=True)
+class Table:
+    """What every format shows; the first two columns say which row it is."""
+
+    title: str
+    columns: Columns
+    lines: list[Line]
+    caption: str
+    foot: tuple[Cell, ...] = ()
+    """A last row, which stays last however the others are sorted."""
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        return tuple(self.columns)
+
+    @property
+    def rows(self) -> list[tuple[Cell, ...]]:
+        """One for each line."""
+        return [tuple(column(line) for column in self.columns.values()) for line in self.lines]
+
+    @property
+    def cells(self) -> list[tuple[str, ...]]:
+        """The text of every row, the foot included."""
+        rows = [*self.rows, self.foot] if self.foot else self.rows
+        return [tuple(cell.text for cell in row) for row in rows]
+
+
+def tables(records: list[Record], times: bool = True) -> list[Table]:
+    """Quality and what it costs; where there are any, times in full, likelihoods, further figures.
+
+    UserError where the rows are not comparable.
+    """
+    results.require_comparable(records, times)
+    found, times = lines(records), times and any(record.timings for record in records)
+    costs = {head: column for head, column in QUALITY.items() if times or head not in TIMES}
+    made = [Table("Quality and cost", costs, found, caption(found, times))]
+    if times:
+        speed = _filled(SPEED, found)
+        made.append(Table("Speed", speed, found, _speed_caption(speed, records[0])))
+    if likely := [line for line in found if line.record.likelihood]:
+        images = likely[0].record.likelihood.get("images", "the")
+        words = f"of {images} held-out images: the variational bound, and by the probability flow"
+        made.append(Table("Likelihood", _filled(LIKELIHOOD, likely), likely, words))
+    columns, real = further(records), records[0].held_out
+    if len(columns) > 2:
+        foot = [Cell("held-out images"), Cell("")]
+        foot += [cell(real.get(head), "{:.3g}".format) for head in [*columns][2:]]
+        words = "means over the seeds; a good model comes near to the held-out images"
+        made.append(Table(FURTHER, columns, found, words, tuple(foot)))
+    return made
+
+
+def _filled(columns: Columns, found: list[Line]) -> Columns:
+    """Those in which any row has something."""
+    return {
+        head: column
+        for head, column in columns.items()
+        if any(column(line).text != "-" for line in found)
+    }
+
+
+def caption(found: list[Line], times: bool) -> str:
+    """What the figures of the first table are."""
+    first = found[0].record
+    accuracy = first.extractor.get("accuracy")
+    seeds = ", ".join(map(str, first.seeds))
+    parts = [
+        f"quality (lower is better): {first.metric} of {first.num_images} images, "
+        + (f"mean ± spread over seeds {seeds}" if len(first.seeds) > 1 else f"seed {seeds}"),
+        f"floor (as many real images) {mean(first.floor):.3g}"
+        + (f", classifier's accuracy {accuracy:.1%}" if accuracy else ""),
+    ]
+    if any(line.ratio for line in found):
+        parts.append("× teacher: over the larger of the teacher's and the floor")
+    if times:
+        parts += [
+            "ms @1: per image at batch 1",
+            f"images/s at batch {first.batch_size} on {machine(first)}",
+        ]
+    if any("collapsed" in line.warnings for line in found):
+        parts.append("(collapsed): coverage is below half of the held-out images'")
+    if any("copies" in line.warnings for line in found):
+        parts.append("(copies): images too often lie on a training image")
+    return "; ".join(parts)
+
+
+def _speed_caption(columns: Columns, first: Record) -> str:
+    told = {
+        "first call, s": "first call: with compilation and warm-up",
+        "ms @1": "ms @1: per image at batch 1, median and quartiles of the repeats",
+        "p90, ms": "p90: of ms @1, where the repeats are enough to tell",
+        "images/s": f"images/s: at batch {first.batch_size}",
+        "best images/s": "best images/s: @ the batch size that has them",
+        "peak MB": "peak MB: beyond what was held before the call",
+        "J/image": "J/image: of the whole device",
+    }
+    words = [f"noise to uint8 on {machine(first)}, synchronised"]
+    return "; ".join([*words, *(text for head, text in told.items() if head in columns)])
+
+
+def machine(record: Record) -> str:
+    compiled = ", compiled" if record.environment.get("compile") else ""
+    return f"{record.environment['device']}, {record.environment['precision']}{compiled}"
+
+
+def terminal(records: list[Record], times: bool = True) -> Group:
+    """For rich; a table that is too wide goes on below, its rows named anew."""
+    parts: list[RenderableType] = []
+    for table in tables(records, times):
+        blocks = _blocks(table, out.width) if table.title != FURTHER else []
+        for columns in blocks:
+            shown = RichTable(
+                title=table.title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
+            )
+            for i in columns:
+                justify = "right" if i else "left"
+                shown.add_column(escape(table.heads[i]), justify=justify, overflow="fold")
+            for row in table.cells:
+                shown.add_row(*(escape(row[i]) for i in columns))
+            parts.append(shown)
+        parts += [Text(table.caption, "italic"), ""] if blocks else []
+    return Group(*parts)
+
+
+def _blocks(table: Table, width: int) -> list[list[int]]:
+    """The columns of each part, as many as fit, after the two that name the row."""
+    cells = [table.heads, *table.cells]
+    widths = [2 + max(len(row[i]) for row in cells) for i in range(len(table.heads))]
+    blocks: list[list[int]] = []
+    for i in range(2, len(widths)):
+        if not blocks or sum(widths[j] for j in [*blocks[-1], i]) >= width:
+            blocks.append([0, 1])
+        blocks[-1].append(i)
+    return blocks
+
+
+def markdown(records: list[Record], times: bool = True) -> str:
+    parts = []
+    for table in tables(records, times):
+        rule = tuple("--:" if i else "---" for i in range(len(table.heads)))
+        grid = [table.heads, rule, *table.cells]
+        lines = (" | ".join(cell.replace("|", r"\|") for cell in row) for row in grid)
+        body = "".join(f"| {line} |\n" for line in lines)
+        parts.append(f"**{table.title}**\n\n{body}\n{table.caption}\n")
+    return "\n".join(parts)
+
+
+LATEX = str.maketrans(
+    {c: f"\\{c}" for c in "&%$#_{}"}
+    | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    | {"<": r"\textless{}", ">": r"\textgreater{}", "[": "{[}", "–": "--"}
+    | {"×": r"$\times$", "±": r"$\pm$", "≤": r"$\le$"}
 )
 
 
-def teacher_of(records: list[Record]) -> Record | None:
-    """The row that others are compared with: a first ancestor's own plan, the longest."""
-    roots = [record for record in records if record.own and record.parent is None]
-    return max(roots, key=lambda record: record.nfe, default=None)
-
-
-def images_per_second(record: Record) -> float:
-    return min(record.batch_size, record.num_images) / median(record.batch_seconds)
-
-
-def ratio(record: Record, teacher: Record) -> float:
-    """To the larger of the teacher's figure and the floor."""
-    return record.score / max(teacher.score, mean(teacher.floor))
-
-
-def cells(records: list[Record]) -> list[tuple[str, ...]]:
-    teacher = teacher_of(records)
-    rows = []
-    for record in records:
-        times = images_per_second(record) / images_per_second(teacher) if teacher else None
-        rows.append(
-            (
-                " ".join([title(record), *warned(record)]),
-                str(record.steps),
-                str(record.nfe),
-                f"{record.score:.3g} ± {record.spread:.2g}",
-                f"{ratio(record, teacher):.2f}" if teacher else "-",
-                short(1000 * median(record.single_seconds)),
-                short(images_per_second(record)),
-                f"{short(times)}×" if times else "-",
-                f"{record.parameters / 1e6:.2f} M",
-            )
+def latex(records: list[Record], times: bool = True) -> str:
+    """Each a table that needs the package booktabs."""
+    parts = []
+    for table in tables(records, times):
+        rows = [" & ".join(cell.translate(LATEX) for cell in row) for row in table.cells]
+        body = "".join(f"{row} \\\\\n" for row in rows)
+        heads = " & ".join(head.translate(LATEX) for head in table.heads)
+        parts.append(
+            "\\begin{table}\n\\centering\n"
+            f"\\caption{{{table.title}: {table.caption.translate(LATEX)}.}}\n"
+            f"\\begin{{tabular}}{{l{'r' * (len(table.heads) - 1)}}}\n\\toprule\n"
+            f"{heads} \\\\\n\\midrule\n{body}\\bottomrule\n\\end{{tabular}}\n\\end{{table}}\n"
         )
-    return rows
+    return "% needs \\usepackage{booktabs}\n" + "\n".join(parts)
 
 
-def title(record: Record) -> str:
-    return record.method if record.own else f"{record.method}, {record.sampler}"
+def comma_separated(records: list[Record], times: bool = True) -> str:
+    """One wide table of plain numbers, in full; nothing between two commas where there is none."""
+    results.require_comparable(records, times)
+    columns = {head: column for head, column in QUALITY.items() if times or head not in TIMES}
+    columns |= (SPEED if times else {}) | LIKELIHOOD | further(records)
+    rows = [plain(line, columns, times) for line in lines(records)]
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, rows[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return buffer.getvalue()
 
 
-def warned(record: Record) -> list[str]:
-    return [f"({word})" for word in warnings(record.further, record.held_out)]
+def json_lines(records: list[Record], times: bool = True) -> str:
+    """As results.jsonl, the whole of each record."""
+    return results.lines(records)
 
 
-def short(number: float) -> str:
-    """Three digits, in full."""
-    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
+FORMATS: dict[str, Callable[[list[Record], bool], RenderableType]] = {
+    "rich": terminal,
+    "markdown": markdown,
+    "csv": comma_separated,
+    "latex": latex,
+    "jsonl": json_lines,
+}
 
 
-def caption(records: list[Record]) -> str:
-    first = records[0]
-    accuracy = first.extractor.get("accuracy")
-    classifier = f", classifier's accuracy {accuracy:.1%}" if accuracy else ""
-    return (
-        f"quality (lower is better): {first.metric} of {first.num_images} images, mean ± spread over seeds "
-        f"{', '.join(map(str, first.seeds))}; floor (as many real images) "
-        f"{mean(first.floor):.3g}{classifier}; × teacher: over the larger of the "
-        f"teacher's and the floor; ms @1: per image at batch 1; images/s at batch {first.batch_size} on "
-        f"{first.environment['device']}, {first.environment['precision']}"
-    )
-
-
-def rich_table(records: list[Record]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, caption=caption(records), caption_justify="left")
-    for i, column in enumerate(COLUMNS):
-        table.add_column(column, justify="right" if i else "left", overflow="fold")
-    for row in cells(records):
-        table.add_row(*row)
-    return table
-
-
-def markdown(records: list[Record]) -> str:
-    """The table, and one of the further figures."""
-    further = [("method", "steps", *records[0].held_out)]
-    for record in records:
-        figures = (f"{record.further[name]:.3g}" for name in further[0][2:])
-        further.append((title(record), str(record.steps), *figures))
-    further.append(("held-out images", "", *(f"{v:.3g}" for v in records[0].held_out.values())))
-    return f"{_grid([COLUMNS, *cells(records)])}\n{caption(records)}\n\n{_grid(further)}"
-
-
-def _grid(lines: list[tuple[str, ...]]) -> str:
-    rule = tuple("--:" if i else "---" for i in range(len(lines[0])))
-    return "".join(f"| {' | '.join(line)} |\n" for line in [lines[0], rule, *lines[1:]])
+def show(form: str, records: list[Record], times: bool = True) -> None:
+    """Print the tables to stdout, in one of FORMATS."""
+    found = FORMATS[form](records, times)
+    if isinstance(found, str):
+        print(found, end="")
+    else:
+        out.print(found)

@@ -31,7 +31,7 @@ class Options:
     num: int = 64
     """Images to make."""
     steps: int | None = None
-    """Network calls per image; the checkpoint's own number unless told."""
+    """Network calls per image, before guidance; the checkpoint's own number unless told."""
     sampler: Literal["ancestral", "ddim", "heun", "dpm-solver++", "consistency"] | None = None
     """The checkpoint's own, or ddim at other numbers of steps, unless told."""
     angles: tuple[float, ...] | None = None
@@ -39,6 +39,9 @@ class Options:
     student, e.g. 1.56 1.0."""
     label: int | None = None
     """The class to make, for a conditional model; every class in turn unless told."""
+    guidance: float | None = None
+    """How strongly towards its class, for a conditional model: 1 is plain, the checkpoint's own
+    unless told. Each step of a teacher then takes 2 network calls, of a guided student 1."""
     seed: int = 0
     """Of the noise."""
     batch_size: int = 256
@@ -84,7 +87,7 @@ def generate(model: Model, options: Options) -> Iterator[Tensor]:
     plan, labels = plan_of(model, options), labels_of(model, options)
     for indices in torch.arange(options.num, device=model.device).split(options.batch_size):
         label = None if labels is None else labels[indices]
-        yield model.sample(plan, options.seed, indices, label).cpu()
+        yield model.sample(plan, options.seed, indices, label, options.guidance).cpu()
 
 
 def _tracked(model: Model, options: Options) -> Iterator[tuple[int, Tensor]]:
@@ -135,7 +138,10 @@ def main() -> None:
     model = load(options.checkpoint, options.precision)
     sampler, angles = plan_of(model, options)
     WRITERS[options.out.suffix](options.out, model, options)
-    say(f"{options.num} images by {sampler} in {len(angles) - 1} steps: {options.out}")
+    steps = f"{len(angles) - 1} steps"
+    if model.calls_per_step(options.guidance) == 2:
+        steps += " of 2 network calls"
+    say(f"{options.num} images by {sampler} in {steps}: {options.out}")
 
 
 if __name__ == "__main__":

@@ -61,4 +61,6 @@ def _trained(teacher: Path) -> bool:
 
 def student_card(teacher: Model) -> dict:
     """What a student's card takes over from its teacher's."""
-    return {"net": teacher.card.net, "data": asdict(teacher.spec), "parent": teacher.sha256}
+    card = teacher.card
+    taken = {"net": card.net, "guidance": card.guidance}
+    return {**taken, "data": asdict(teacher.spec), "parent": teacher.sha256}

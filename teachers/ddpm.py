@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -17,29 +18,53 @@ from diffusion.circle import add_noise, x0_loss
 from diffusion.config import FitConfig
 from diffusion.console import UserError, run
 from diffusion.data import Dataset
+from diffusion.denoiser import check_prediction
 from diffusion.model import Model, build, this_device
 from diffusion.networks import UNetConfig
 from diffusion.runs import train_model
 from diffusion.schedules import SCHEDULES
-from diffusion.training import Average
+from diffusion.training import Follower
+from teachers.levels import ImportanceSampling, Levels, LossHistory, log_normal, uniform
 from teachers.presets import preset
 
-SOLVERS = ("ddim", "heun", "dpm-solver++", "ancestral")
+SOLVERS = (
+    "ddim",
+    "heun",
+    "dpm-solver++",
+    "unipc",
+    "truncated",
+    "stochastic",
+    "ancestral",
+    "predictor-corrector",
+)
 
 
 @dataclass(frozen=True)
 class Denoising:
-    """DDPM's objective (Ho et al. 2020, algorithm 1): recover x0 from x_t, t drawn from the list."""
+    """DDPM's objective (Ho et al. 2020, algorithm 1): recover x0 from x_t."""
 
     angles: Tensor
     """(N + 1,) float64, ascending from 0."""
     weighting: str = "v"
-    averages: Sequence[Average] = ()
+    levels: Levels = uniform
+    averages: Sequence[Follower] = ()
 
     def __call__(self, student, batch: Batch, progress: float) -> Tensor:
-        t = self.angles[1 + (batch.level * (len(self.angles) - 1)).long()]
+        t = self.levels(self.angles, batch.level)
         x_t = add_noise(batch.x0, batch.eps, t)
         return x0_loss(student(x_t, t, batch.label), batch.x0, t, self.weighting)
+
+
+def _importance(angles: Tensor, weighting: str) -> ImportanceSampling:
+    return ImportanceSampling(Denoising(angles, weighting), LossHistory().to(angles.device))
+
+
+# Noise levels -> the objective, from angles and weighting.
+OBJECTIVES = {
+    "uniform": Denoising,
+    "log-normal": partial(Denoising, levels=log_normal),
+    "importance": _importance,
+}
 
 
 @dataclass(frozen=True)
@@ -52,8 +77,10 @@ class Options:
     """Where a named dataset's files are, or are to be downloaded to."""
     out: Path | None = None
     """The run's folder; runs/DATA/teacher unless told."""
-    schedule: Literal["linear", "cosine", "sigmoid", "karras"] = "cosine"
+    schedule: Literal["linear", "cosine", "sigmoid", "karras", "vp", "sub-vp", "ve"] = "cosine"
     """The 1000 noise levels."""
+    levels: Literal["uniform", "log-normal", "importance"] = "uniform"
+    """How often each is trained: all alike; as EDM; or where the loss is large, and weighted less."""
     weighting: Literal["v", "truncated", "eps"] = "v"
     """Of the loss: SNR + 1, max(SNR, 1), or SNR as in DDPM's simple loss (all as weights of x0's)."""
     net: UNetConfig = field(default_factory=UNetConfig)
@@ -88,6 +115,7 @@ def train_teacher(options: Options) -> Model:
     """The teacher of these options: loaded where it is finished, else trained."""
     dataset = load_data(options)
     angles = SCHEDULES[options.schedule]()
+    check_prediction(options.net.prediction, angles)
     card = Card(
         method="teacher",
         sampler="ancestral",
@@ -95,11 +123,11 @@ def train_teacher(options: Options) -> Model:
         solvers=SOLVERS,
         net=asdict(options.net),
         data=asdict(dataset.spec),
-        training={"schedule": options.schedule, "weighting": options.weighting},
+        training={name: getattr(options, name) for name in ("schedule", "levels", "weighting")},
     )
     torch.manual_seed(options.fit.seed)
     denoiser = build(options.net, options.fit.precision)
-    objective = Denoising(angles.to(this_device()), options.weighting)
+    objective = OBJECTIVES[options.levels](angles.to(this_device()), options.weighting)
     out = options.out or run_folder(options.data) / "teacher"
     return train_model(out, denoiser, objective, dataset, options.fit, card)
 

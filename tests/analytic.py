@@ -95,15 +95,25 @@ class Mixture:
         *_, z = self._components(x_t, t)
         return torch.special.ndtr(z) @ torch.tensor(self.weights, dtype=torch.float64)
 
+    def density(self, x_t: Tensor, t: Tensor) -> Tensor:
+        density, *_, z = self._components(x_t, t)
+        return (density * (-(z**2) / 2).exp()).sum(-1) / math.sqrt(2 * math.pi)
+
     def flow(self, x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
-        """x_s: in one dimension a point keeps its quantile; F_s is inverted by bisection."""
+        """x_s: in one dimension a point keeps its quantile; F_s is inverted by bisection.
+
+        A last step of Newton's gives it its derivatives in x_t and t.
+        """
         quantile = self.cdf(x_t, t)
-        low, high = torch.full_like(quantile, -16.0), torch.full_like(quantile, 16.0)
-        for _ in range(60):
-            middle = (low + high) / 2
-            below = self.cdf(middle, s) < quantile
-            low, high = torch.where(below, middle, low), torch.where(below, high, middle)
-        return ((low + high) / 2).to(x_t.dtype)
+        with torch.no_grad():
+            low, high = torch.full_like(quantile, -16.0), torch.full_like(quantile, 16.0)
+            for _ in range(60):
+                middle = (low + high) / 2
+                below = self.cdf(middle, s) < quantile
+                low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+            x_s = (low + high) / 2
+            reached, density = self.cdf(x_s, s), self.density(x_s, s)
+        return (x_s + (quantile - reached) / density).to(x_t.dtype)
 
 
 SKEWED = Gaussian(mean=0.3, scale=0.5)

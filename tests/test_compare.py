@@ -5,9 +5,12 @@ import io
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
-from eval import compare, measure, records, table
+from diffusion.console import UserError
+from diffusion.model import Model
+from eval import compare, evaluate, lines, measure, race, records, stream, table
 from eval.compare import Options
 from eval.records import Record
 
@@ -26,9 +29,13 @@ CALLS = {  # of each sampler in so many steps
 }
 
 
-@pytest.fixture(autouse=True)
-def few_repeats(monkeypatch):
-    monkeypatch.setattr(measure.repeat, "__defaults__", (0.0,))
+@pytest.fixture(scope="module", autouse=True)
+def quickly():
+    """The fewest repeats, and the likelihood of a few images."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(race.race, "__defaults__", (0.0,))
+        patch.setattr(evaluate, "HELD_OUT", 8)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -64,15 +71,15 @@ def test_the_calls_counted_are_those_that_the_sampler_claims(compared):
 
 def test_a_student_is_compared_with_its_own_teacher(compared):
     _, rows = compared
-    assert table.teacher_of(rows) == rows[0]
+    assert lines.teachers(rows) == [rows[0]] * len(rows)
     assert rows[-1].parent == rows[0].sha256
 
 
 def test_a_second_comparison_measures_nothing_anew(compared, teacher, monkeypatch):
     folder, rows = compared
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    for name in ("count_calls", "single_seconds", "batches"):
-        monkeypatch.setattr(measure, name, None)
+    for module, name in ((measure, "count_calls"), (evaluate, "race"), (stream, "look")):
+        monkeypatch.setattr(module, name, None)
     again = compare.compare(Options(runs=(teacher.parent,), out=folder, **SETTINGS))
     assert again == rows
     for name in ("results.jsonl", "table.md", "samples.safetensors"):
@@ -84,21 +91,28 @@ def test_a_comparison_that_was_stopped_measures_only_what_is_left(
 ):
     _, rows = compared
     options = Options(runs=(teacher.parent,), out=tmp_path, **SETTINGS)
-    evaluate, measured = compare.evaluate, []
+    look, looked = stream.look, []
 
-    def stopping(bench, path, model, row, template):
-        if len(measured) == 3:
+    def stopping(judge, model, plan, seed, *others):
+        if len(looked) == 5:
             raise KeyboardInterrupt
-        measured.append(template.key)
-        return evaluate(bench, path, model, row, template)
+        looked.append((seed, plan[0], len(plan[1]) - 1))
+        return look(judge, model, plan, seed, *others)
 
-    monkeypatch.setattr(compare, "evaluate", stopping)
+    monkeypatch.setattr(stream, "look", stopping)
     with pytest.raises(KeyboardInterrupt):
         compare.compare(options)
-    first = list(measured)
-    measured[:] = [None] * 4  # never again three
+    begun = records.read(tmp_path / "partial.jsonl")
+    assert sorted(len(record.quality) for record in begun) == [0] * 5 + [1]
+    first = list(looked)
+    looked[:] = [None] * 6  # never again five
+    timed = race.race
+    monkeypatch.setattr(evaluate, "race", None)  # the times are on disk
     compare.compare(options)
-    assert first + measured[4:] == [row.key for row in rows]
+    assert race.race is timed
+    expected = [(seed, row.sampler, row.steps) for row in rows for seed in row.seeds]
+    assert first + looked[6:] == expected
+    assert not (tmp_path / "partial.jsonl").exists()
 
 
 def test_quality_does_not_depend_on_the_batch_size(compared, student, tmp_path):
@@ -120,5 +134,95 @@ def test_what_is_printed_holds_every_cell_of_the_table(compared, teacher, capsys
     folder, rows = compared
     compare.compare(Options(runs=(teacher.parent,), out=folder, **SETTINGS))
     printed = capsys.readouterr().out
-    cells = {*table.COLUMNS, *(cell for row in table.cells(rows) for cell in row)}
+    first = table.tables(rows)[0]
+    cells = {*first.heads, *(cell for row in first.cells for cell in row)}
     assert {cell for cell in cells if cell not in printed} == set()
+
+
+def test_every_row_has_its_times_and_the_teacher_its_likelihood(compared):
+    _, rows = compared
+    for row in rows:
+        assert [timing.batch_size for timing in row.timings] == [1, 64]
+        assert all(len(timing.seconds) >= 3 and timing.first > 0 for timing in row.timings)
+        assert row.conditions["date"] < "3"
+    assert [bool(row.likelihood) for row in rows] == [True] + [False] * 7
+    bits = rows[0].likelihood
+    assert 0 < bits["probability-flow"] < bits["variational-bound"] < 9
+
+
+@pytest.mark.parametrize("form", ["markdown", "csv", "latex", "jsonl"])
+def test_a_table_to_be_piped_is_alone_on_stdout(compared, teacher, command, form):
+    folder, rows = compared
+    told = ["--steps", "1,2,4", "--num-images", 100, "--batch-size", 64, "--features", "random"]
+    told += ["--precision", "fp32", "--table", form, "--out", folder, teacher.parent]
+    outcome = command(compare.main, *told)
+    assert outcome.code == 0
+    written = {
+        "markdown": lambda: table.markdown(rows),
+        "csv": lambda: table.comma_separated(rows),
+        "latex": lambda: table.latex(rows),
+        "jsonl": lambda: table.json_lines(rows),
+    }
+    assert outcome.out.strip() == written[form]().strip()
+    assert str(folder) in outcome.err
+
+
+def test_a_sweep_times_ever_larger_batches_and_says_where_it_ended(student, tmp_path):
+    (row,) = compare.compare(Options((student,), out=tmp_path, sweep=True, **SETTINGS))
+    sizes = [timing.batch_size for timing in row.timings]
+    assert sizes == [2**i for i in range(len(sizes))]
+    assert 64 in sizes
+    assert row.best.images_per_second == max(t.images_per_second for t in row.timings if t.seconds)
+
+
+def test_rows_of_another_machine_join_the_table_only_without_times(compared, student, tmp_path):
+    _, rows = compared
+    there = [
+        dataclasses.replace(row, environment=row.environment | {"device": "another"})
+        for row in rows[:3]
+    ]
+    records.write(tmp_path / "theirs.jsonl", there)
+    given = (student, tmp_path / "theirs.jsonl")
+    with pytest.raises(UserError, match=r"another.*--no-times"):
+        compare.compare(Options(runs=given, out=tmp_path / "timed", **SETTINGS))
+    settings = SETTINGS | {"times": False}
+    shown = compare.compare(Options(runs=given, out=tmp_path / "both", **settings))
+    assert [row.method for row in shown] == ["progressive", "teacher", "teacher", "teacher"]
+    assert shown[0].timings == []
+    text = (tmp_path / "both" / "table.md").read_text()
+    assert "images/s" not in text
+    assert records.read(tmp_path / "both" / "results.jsonl") == shown
+    alone = Options(runs=given[1:], out=tmp_path / "merged", **settings)
+    assert compare.compare(alone) == there
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"num_images": 90}, "num images 90 .*100 in"),
+        ({"metric": "fd-other"}, "fd-other .*fd-random"),
+        ({"data": {"name": "digits", "split": "test", "images": 359}}, "359 of digits test"),
+    ],
+)
+def test_a_table_refuses_to_mix(compared, student, tmp_path, changed, words):
+    _, rows = compared
+    records.write(tmp_path / "theirs.jsonl", [dataclasses.replace(rows[0], **changed)])
+    given = (student, tmp_path / "theirs.jsonl")
+    with pytest.raises(UserError, match=words):
+        compare.compare(Options(runs=given, out=tmp_path / "out", times=False, **SETTINGS))
+    assert not (tmp_path / "out" / "results.jsonl").exists()
+
+
+def test_a_row_whose_images_are_none_is_left_out_with_the_reason(
+    compared, teacher, tmp_path, monkeypatch
+):
+    x0 = Model.x0
+
+    def broken(self, plan, *others):
+        return x0(self, plan, *others) * (torch.nan if self.card.parent else 1)
+
+    monkeypatch.setattr(Model, "x0", broken)
+    settings = SETTINGS | {"times": False}
+    with pytest.raises(UserError, match=r"1 rows are left out: progressive 4 .*NaN"):
+        compare.compare(Options(runs=(teacher.parent,), out=tmp_path, **settings))
+    assert [row.method for row in records.read(tmp_path / "results.jsonl")] == ["teacher"] * 7

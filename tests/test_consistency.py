@@ -1,20 +1,35 @@
 import math
+from dataclasses import replace
+from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from diffusion.circle import add_noise
+from diffusion import checkpoint
+from diffusion.circle import add_noise, rotate
+from diffusion.console import UserError
 from diffusion.denoiser import Denoiser
 from diffusion.schedules import cosine, even
-from distill.consistency import (
+from distill.consistency import ICT, MODES, Options, distill, settings
+from distill.discrete import (
     DISTANCES,
     WEIGHTS,
     Consistency,
     data_step,
     euler_step,
-    growing,
     heun_step,
+)
+from distill.pairs import (
+    CURRICULA,
+    LogNormal,
+    doubling,
+    even_lists,
+    fixed,
+    growing,
     neighbours,
+    root,
+    target_decay,
     tightening,
 )
 from tests.analytic import (
@@ -139,14 +154,62 @@ def test_neighbours_are_each_step_of_the_list_equally_often():
     assert torch.equal(s, angles[:-1].repeat_interleave(10))
 
 
-def test_growing_uses_its_lists_in_turn_for_equal_shares_of_the_training():
-    lists = [even(cosine(), count) for count in (2, 5, 9)]
-    pairs = growing(lists)
-    for progress, expected in [(0, 0), (0.33, 0), (0.34, 1), (0.66, 1), (0.67, 2), (0.9999, 2)]:
-        for now, then in zip(
-            pairs(BATCH.level, progress), neighbours(lists[expected])(BATCH.level, 0)
-        ):
+@pytest.mark.parametrize("name", CURRICULA)
+def test_a_curriculum_never_coarsens_and_ends_at_its_number(name):
+    steps = [CURRICULA[name](37)(k / 1000) for k in range(1000)]
+    assert steps == sorted(steps)
+    assert steps[-1] == 37
+
+
+def test_the_root_curriculum_is_song_et_als_number_of_angles():
+    """Song et al. 2023, appendix C, with their s0 = 2 and s1 = 150."""
+    s0, s1, curriculum = 2, 150, root(150)
+    for progress in (0.0, 0.001, 0.25, 0.9999):
+        n = math.ceil(math.sqrt(progress * ((s1 + 1) ** 2 - s0**2) + s0**2) - 1) + 1
+        assert curriculum(progress) + 1 == n
+
+
+def test_the_doubling_curriculum_spends_equal_shares_on_10_to_1280_steps():
+    steps = [doubling(1280)((k + 0.5) / 80) for k in range(80)]
+    assert steps == [10 * 2 ** (k // 10) for k in range(80)]
+
+
+def test_the_targets_decay_rises_with_the_number_of_angles_and_is_constant_with_it():
+    """mu(k) = exp(s0 log mu0 / N(k)), Song et al. 2023, appendix C."""
+    curriculum = root(150)
+    for progress in (0.0, 0.3, 0.99):
+        n = curriculum(progress) + 1
+        decay = target_decay(0.9, curriculum, progress)
+        assert decay == pytest.approx(math.exp(2 * math.log(0.9) / n), rel=1e-12)
+    assert target_decay(0.95, fixed(16), 0.7) == 0.95
+
+
+def test_growing_pairs_are_neighbours_of_the_list_of_the_moment():
+    pairs = growing(even_lists(cosine(), doubling(40)))  # 10, 20, 40
+    for progress, count in [(0, 10), (0.33, 10), (0.34, 20), (0.67, 40), (0.9999, 40)]:
+        expected = neighbours(even(cosine(), count))(BATCH.level, 0)
+        for now, then in zip(pairs(BATCH.level, progress), expected):
             assert torch.equal(now, then)
+
+
+def test_log_normal_pairs_are_as_frequent_as_the_error_functions_say():
+    """Song & Dhariwal 2023, section 3.5: p(i) ~ erf(z_{i+1}) - erf(z_i), z of log sigma_i."""
+    angles = even(torch.tensor([0.0, 1.5]), 12)
+    t, s = neighbours(angles, ICT.share)(grid_batch(100_000).level, 0.0)
+    assert (torch.searchsorted(angles, t) - torch.searchsorted(angles, s) == 1).all()
+    found = torch.bincount(torch.searchsorted(angles, s), minlength=12) / len(t)
+
+    def erf(angle):
+        return math.erf((math.log(math.tan(angle)) + 0.4) / (2.0 * math.sqrt(2))) if angle else -1
+
+    shares = torch.tensor([erf(b) - erf(a) for a, b in pairwise(angles.tolist())])
+    close(found, shares / shares.sum(), rtol=0, atol=2e-5)
+
+
+def test_a_log_normal_angle_and_its_share_are_inverse():
+    proposal = LogNormal(mean=-0.3, std=1.4)
+    level = torch.linspace(0.01, 0.99, 99, dtype=torch.float64)
+    close(proposal.share(proposal.tan(level, math.pi / 2).atan()), level, rtol=1e-9, atol=0)
 
 
 STAGES = 8
@@ -155,7 +218,7 @@ LEVELS = grid_batch(1000).level
 
 def stage(number: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Of 1 to 8, in its middle: t, s."""
-    return tightening(math.pi / 2, STAGES)(LEVELS, (number - 0.5) / STAGES)
+    return tightening(math.pi / 2, STAGES, ICT)(LEVELS, (number - 0.5) / STAGES)
 
 
 def gap(number: int) -> torch.Tensor:
@@ -172,7 +235,7 @@ def test_tightening_begins_as_diffusion_training_but_near_noise():
 @pytest.mark.parametrize("progress", [0.0, 0.124, 0.125, 0.5, 0.9999])
 def test_tightening_keeps_s_below_t(progress):
     extremes = torch.tensor([0, math.nextafter(1, 0)], dtype=torch.float64)
-    t, s = tightening(math.pi / 2, STAGES)(torch.cat([extremes, LEVELS]), progress)
+    t, s = tightening(math.pi / 2, STAGES, ICT)(torch.cat([extremes, LEVELS]), progress)
     assert (s >= 0).all()
     assert (s < t).all()
     assert t.max() <= math.pi / 2
@@ -227,3 +290,118 @@ def test_one_step_from_noise_to_data_is_diffusion_training():
     denoised = SKEWED(add_noise(BATCH.x0, BATCH.eps, t), t)
     loss = squared(data_step, pairs)(SKEWED, BATCH, 0.0)
     close(loss, (denoised - BATCH.x0).square().mean((1, 2, 3)))
+
+
+# The data in the teacher's place
+
+
+def drift(data, gap: float, distance: str) -> torch.Tensor:
+    """The mean pull on the exact map at t = 0.8 from its values at s = t - gap, by quadrature.
+
+    Over the x0 that each x_t may come from, of the distance's gradient.
+    """
+    t = torch.tensor(0.8, dtype=torch.float64)
+    x_t = torch.linspace(-1.8, 1.8, 37, dtype=torch.float64).reshape(-1, 1, 1, 1)
+    x0 = torch.linspace(-4, 4, 801, dtype=torch.float64).reshape(1, -1, 1, 1)
+    prior = data.density(x0, torch.zeros(1, dtype=torch.float64))
+    weight = prior * (-((x_t - t.cos() * x0) ** 2) / (2 * t.sin() ** 2)).exp()
+    weight = weight / weight.sum(1, keepdim=True)
+    x_s = rotate(x_t, x0, t, t - gap)
+    exact = consistency_function(data)
+    f_s = exact(x_s.reshape(-1, 1, 1, 1), (t - gap).expand(x_s.numel())).reshape(x_s.shape)
+    difference = (exact(x_t, t.expand(len(x_t))) - f_s).detach().requires_grad_(True)
+    DISTANCES[distance](difference.reshape(-1, 1, 1, 1)).sum().backward()
+    return (weight * difference.grad).sum(1)
+
+
+def test_taught_by_the_data_the_exact_map_is_pulled_less_the_closer_the_pair():
+    """Song et al. 2023, theorem 2: a squared distance over a gap d is the teacher's up to o(d)."""
+    wide, narrow = (drift(BIMODAL, gap, "squared").square().mean().sqrt() for gap in (0.02, 0.01))
+    assert math.log2(wide / narrow) == pytest.approx(2, abs=0.2)
+    assert narrow < 2e-3
+
+
+def test_taught_by_the_data_a_norm_leads_to_a_median_instead():
+    """Theorem 2 takes a distance with second derivatives; the norm of one number has none at 0."""
+    wide, narrow = (drift(BIMODAL, gap, "l2").square().mean().sqrt() for gap in (0.02, 0.01))
+    assert narrow > 0.8 * wide > 0.05
+
+
+# Modes
+
+
+def modes_teacher() -> SimpleNamespace:
+    return SimpleNamespace(denoiser=BIMODAL, schedule=cosine(), device=torch.device("cpu"))
+
+
+def aim(mode: str, student=None, **told):
+    options = Options(mode=mode, **told)
+    options = replace(options, **settings(options))
+    return MODES[mode].objective(options, modes_teacher(), student or torch.nn.Linear(1, 1))
+
+
+def test_ct_has_song_et_als_averaged_target_and_ict_none():
+    (average,) = aim("ct", fit=replace(Options().fit, iterations=100)).averages
+    assert [average.decay(done) for done in (1, 100)] == [
+        target_decay(0.9, root(150), progress) for progress in (0.0, 0.99)
+    ]
+    assert aim("ict").averages == ()
+    assert aim("ict").target is None
+
+
+def test_ects_target_may_be_the_teachers_step():
+    batch = grid_batch(8, 1, 2, 2)
+    t, s = (torch.full((8,), angle, dtype=torch.float64) for angle in (1.0, 0.8))
+    x_t = add_noise(batch.x0, batch.eps, t)
+    for solver, step in [("euler", euler_step(BIMODAL)), ("data", data_step)]:
+        close(aim("ect", solver=solver).step(batch, x_t, t, s), step(batch, x_t, t, s))
+
+
+@pytest.mark.parametrize(
+    ("told", "words"),
+    [
+        ({"mode": "cd", "stages": 4}, "--mode cd has no --stages"),
+        ({"mode": "ect", "num_angles": 8}, "--mode ect has no --num-angles"),
+        ({"mode": "scm", "distance": "l2"}, "--mode scm has no --distance"),
+        ({"mode": "scm", "solver": "heun"}, "--solver must be euler or data"),
+        ({"mode": "scm", "tangent_warmup": 2.0}, "--tangent-warmup must be in [0, 1], got 2"),
+        ({"mode": "ect", "stages": 0}, "--stages must be at least 1, got 0"),
+    ],
+    ids=str,
+)
+def test_an_option_that_a_mode_cannot_take_is_refused(told, words):
+    with pytest.raises(UserError) as error:
+        aim(**told)
+    assert words in str(error.value)
+
+
+@pytest.fixture(scope="module")
+def untrained(teacher, quick, tmp_path_factory):
+    """(further options) -> the weights of a run that changes them by next to nothing."""
+
+    def weights(**told) -> dict[str, torch.Tensor]:
+        fit = replace(quick, iterations=1, learning_rate=1e-9)
+        out = tmp_path_factory.mktemp("run")
+        distill(Options(teacher=teacher, out=out, fit=fit, **told))
+        return checkpoint.load(out)[0]
+
+    return weights
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_student_starts_from_another_checkpoint_where_told(mode, untrained, teacher, student):
+    close(untrained(mode=mode, start=student), checkpoint.load(student)[0], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", [mode for mode in MODES if MODES[mode].from_teacher])
+def test_a_distilled_student_starts_from_its_teacher(mode, untrained, teacher):
+    close(untrained(mode=mode), checkpoint.load(teacher)[0], rtol=0, atol=1e-6)
+
+
+def test_a_start_of_another_network_is_refused(teacher, tmp_path, quick):
+    weights, card, _ = checkpoint.load(teacher)
+    checkpoint.save(
+        tmp_path / "other.safetensors", weights, replace(card, data=card.data | {"mean": 0.0})
+    )
+    with pytest.raises(UserError, match=r"other\.safetensors is of another network"):
+        distill(Options(teacher=teacher, start=tmp_path / "other.safetensors", fit=quick))

@@ -4,10 +4,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from diffusion.denoiser import Denoiser
+from diffusion.circle import FROM_X0
+from diffusion.console import UserError
+from diffusion.denoiser import Denoiser, check_prediction
 from diffusion.networks import UNet, UNetConfig
 from diffusion.networks.unet import Attention
-from tests.analytic import normal, random_unet
+from diffusion.schedules import SCHEDULES
+from tests.analytic import BIMODAL, SKEWED, normal, random_unet
 
 close = torch.testing.assert_close
 ANGLES = torch.tensor([1e-4, 0.3, 0.8, math.pi / 2], dtype=torch.float64)
@@ -35,6 +38,49 @@ def test_at_a_right_angle_the_denoiser_is_minus_its_velocity():
 def test_an_angle_for_all_images_is_that_angle_for_each():
     x_t, denoiser = normal(0, 4, 1, 8, 8), Denoiser(random_unet())
     assert torch.equal(denoiser(x_t, ANGLES[1]), denoiser(x_t, ANGLES[1].expand(4)))
+
+
+class Predicting(torch.nn.Module):
+    """The exact denoiser of some data, as a network that predicts v, x0 or eps."""
+
+    def __init__(self, data, prediction: str):
+        super().__init__()
+        self.data, self.config = data, UNetConfig(prediction=prediction)
+
+    def forward(self, x_t, t, label=None):
+        x0 = self.data(x_t.double(), t)
+        return FROM_X0[self.config.prediction](x_t.double(), x0, t).float()
+
+
+@pytest.mark.parametrize("data", [SKEWED, BIMODAL], ids=["gaussian", "mixture"])
+@pytest.mark.parametrize("prediction", ["v", "x0", "eps"])
+def test_networks_of_one_function_give_one_x0_whatever_they_predict(data, prediction):
+    t = torch.tensor([0.1, 0.3, 0.8, 1.5], dtype=torch.float64)
+    x_t = normal(0, 4, 1, 8, 8)
+    exact = data(x_t.double(), t.float()).float()
+    close(Denoiser(Predicting(data, prediction))(x_t, t), exact, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("t", [0.5, 1.2, 1.5])
+def test_an_error_of_eps_counts_tan_t_times_in_x0_and_one_of_v_at_most_once(t):
+    x_t, t = normal(0, 4, 1, 8, 8), torch.tensor(t, dtype=torch.float64)
+    for prediction, expected in (("eps", t.tan()), ("v", t.sin()), ("x0", torch.tensor(1.0))):
+        net = random_unet(prediction=prediction)
+        before = Denoiser(net)(x_t, t)
+        net.head.bias.data += 0.1
+        moved = (Denoiser(net)(x_t, t) - before).abs()
+        close(moved.double(), (0.1 * expected.double()).expand_as(moved), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("prediction", ["v", "x0", "eps"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_only_eps_is_refused_and_only_schedules_that_end_at_pure_noise(schedule, prediction):
+    angles = SCHEDULES[schedule]()
+    if prediction == "eps" and schedule in ("cosine", "sigmoid"):
+        with pytest.raises(UserError, match="--prediction eps needs a schedule that ends before"):
+            check_prediction(prediction, angles)
+    else:
+        check_prediction(prediction, angles)
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from diffusion import checkpoint
-from distill import consistency, progressive
+from distill import consistency, midtraining, progressive
 from eval import compare
 from students import generate
 from teachers import ddpm
@@ -18,6 +18,7 @@ from teachers import ddpm
 BASE = {
     ddpm: "--width 8 --multipliers 1 --blocks 1 --attention --iterations 2 --batch-size 8",
     progressive: "--teacher runs/teacher --start-steps 4 --iterations 2 --batch-size 8",
+    midtraining: "--teacher runs/teacher --iterations 2 --batch-size 8",
     consistency: "--teacher runs/teacher --num-angles 4 --iterations 2 --batch-size 8",
     generate: "--num 2 --batch-size 2",
     compare: "--num-images 80 --features random --precision fp32 --steps 1",
@@ -54,6 +55,13 @@ MISTAKES = [
     (progressive, "--end-steps 0", ["--end-steps", "0"]),
     (progressive, "--end-steps 4", ["--start-steps 4", "--end-steps 4"]),
     (progressive, "--end-steps 2 --last-rounds 0", ["--last-rounds", "0"]),
+    (progressive, "--rounds 4 1", ["--rounds", "--start-steps 4", "4 1"]),
+    (progressive, "--rounds 2 0", ["--rounds", "2 0"]),
+    (progressive, "--rounds 1 --factor 4", ["--rounds", "--factor"]),
+    (progressive, "--round-iterations 2", ["--round-iterations", "2 rounds", "2 1"]),
+    (progressive, "--round-iterations 2 0", ["--round-iterations", "2 0"]),
+    (midtraining, "--teacher missing", ["missing"]),
+    (midtraining, "--solver-steps 1", ["--solver-steps", "1"]),
     (consistency, "--teacher missing", ["missing"]),
     (consistency, "--teacher cut.safetensors", ["cut.safetensors"]),
     (consistency, "--num-angles 1", ["--num-angles", "1"]),

@@ -1,14 +1,26 @@
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 import torch
 
+from diffusion import checkpoint
 from diffusion.circle import add_noise, rotate
 from diffusion.schedules import SCHEDULES, halve, respace
-from distill.progressive import Halving, merged_target, steps_table
+from distill.progressive import (
+    Halving,
+    Options,
+    budgets,
+    counts,
+    distill,
+    merged,
+    merged_target,
+    steps_table,
+)
 from tests.analytic import BIMODAL, SKEWED, grid_batch, normal
 
 close = torch.testing.assert_close
+EIGHT_TO_FOUR = steps_table(SCHEDULES["cosine"](8), halve(SCHEDULES["cosine"](8)))
 
 
 def ddim_steps(teacher, x: torch.Tensor, angles: list[torch.Tensor]) -> torch.Tensor:
@@ -23,25 +35,60 @@ def columns(table: torch.Tensor) -> list[torch.Tensor]:
     return list(table.unbind(1))
 
 
-@pytest.fixture(params=[(2000, 2), (125, 2), (4, 2), (2, 2), (1000, 4), (63, 4), (3, 4)], ids=str)
-def count_and_factor(request) -> tuple[int, int]:
+COUNTS = [(2000, 1000), (125, 63), (4, 2), (2, 1), (1000, 250), (63, 16), (48, 16), (10, 4), (3, 1)]
+COUNTS += [(10, 7), (23, 9), (16, 1)]  # ragged: steps of unequal numbers; all in one
+
+
+@pytest.fixture(params=COUNTS, ids=str)
+def counted(request) -> tuple[int, int]:
+    """Steps of the teacher and of the student."""
     return request.param
 
 
-@pytest.fixture(params=["linear", "cosine", "karras"])
-def angles(request, count_and_factor) -> torch.Tensor:
-    return SCHEDULES[request.param](count_and_factor[0])
+@pytest.fixture(params=["linear", "cosine", "karras", "random"])
+def angles(request, counted) -> torch.Tensor:
+    if request.param == "random":
+        drawn = torch.rand(
+            counted[0], dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+        )
+        return torch.cat([torch.zeros(1, dtype=torch.float64), 0.01 + 1.5 * drawn.sort().values])
+    return SCHEDULES[request.param](counted[0])
 
 
 @pytest.fixture
-def table(angles, count_and_factor) -> torch.Tensor:
-    return steps_table(angles, count_and_factor[1])
+def kept(angles, counted) -> torch.Tensor:
+    return merged(angles, counted[1])
 
 
-def test_a_table_spans_the_teachers_list_by_the_students(angles, table, count_and_factor):
-    student = halve(angles, count_and_factor[1])
-    assert torch.equal(table[:, 0], student[1:])
-    assert torch.equal(table[:, -1], student[:-1])
+@pytest.fixture
+def table(angles, kept) -> torch.Tensor:
+    return steps_table(angles, kept)
+
+
+def test_a_student_keeps_so_many_of_its_teachers_steps_and_both_ends(angles, kept, counted):
+    assert len(kept) - 1 == counted[1]
+    assert set(kept.tolist()) <= set(angles.tolist())
+    assert (kept.diff() > 0).all()
+    assert kept[[0, -1]].tolist() == angles[[0, -1]].tolist()
+
+
+@pytest.mark.parametrize("factor", [2, 3, 4])
+@pytest.mark.parametrize("num_steps", [1000, 125, 63])
+def test_a_whole_factor_keeps_what_halve_keeps(num_steps, factor):
+    angles = SCHEDULES["cosine"](num_steps)
+    expected = halve(angles, factor)
+    assert torch.equal(merged(angles, len(expected) - 1), expected)
+
+
+def test_steps_merge_evenly_and_the_one_at_the_data_end_at_most_as_many(angles, kept):
+    first, *others = torch.searchsorted(angles, kept).diff().tolist()
+    assert max(others, default=0) - min(others, default=0) <= 1
+    assert first <= max(others, default=first)
+
+
+def test_a_table_spans_the_teachers_list_by_the_students(angles, kept, table):
+    assert torch.equal(table[:, 0], kept[1:])
+    assert torch.equal(table[:, -1], kept[:-1])
     assert set(table.flatten().tolist()) == set(angles.tolist())
     assert (table.diff(dim=1) <= 0).all()
 
@@ -67,7 +114,8 @@ def test_a_rotation_towards_the_target_arrives_where_the_teachers_steps_do(table
 
 @pytest.mark.parametrize("weighting", ["truncated", "v"])
 def test_student_that_hits_its_target_reproduces_two_teacher_steps_and_has_no_loss(weighting):
-    table = steps_table(respace(SCHEDULES["cosine"](), 125), 2)
+    angles = respace(SCHEDULES["cosine"](), 125)
+    table = steps_table(angles, halve(angles))
     objective, batch = Halving(SKEWED, table, weighting), grid_batch(4 * 63, 1, 2, 2)
     visited = []
 
@@ -83,8 +131,7 @@ def test_student_that_hits_its_target_reproduces_two_teacher_steps_and_has_no_lo
 
 def test_the_loss_is_the_weighted_distance_to_the_target():
     """max(SNR, 1) |x0 - target|^2, Salimans & Ho 2022, eq. 9, of a student off by 0.1."""
-    table = steps_table(SCHEDULES["cosine"](8), 2)
-    batch = grid_batch(4, 1, 2, 2)
+    table, batch = EIGHT_TO_FOUR, grid_batch(4, 1, 2, 2)
     t = table[:, 0]
     target = merged_target(BIMODAL, add_noise(batch.x0, batch.eps, t), columns(table))
     loss = Halving(BIMODAL, table)(lambda x_t, t, label: target + 0.1, batch, 0.0)
@@ -95,9 +142,7 @@ def test_the_loss_is_the_weighted_distance_to_the_target():
 def test_the_target_carries_no_gradient_to_the_teacher():
     scale = torch.ones((), requires_grad=True)
     theta = torch.ones((), requires_grad=True)
-    objective = Halving(
-        lambda *inputs: scale * SKEWED(*inputs), steps_table(SCHEDULES["cosine"](8), 2)
-    )
+    objective = Halving(lambda *inputs: scale * SKEWED(*inputs), EIGHT_TO_FOUR)
     objective(lambda *inputs: theta * SKEWED(*inputs), grid_batch(8, 1, 2, 2), 0.0).sum().backward()
     assert theta.grad.abs() > 0
     assert scale.grad is None
@@ -112,5 +157,63 @@ def test_teacher_and_student_are_told_the_label():
         return SKEWED(x_t, t)
 
     batch = grid_batch(4, 1, 2, 2)._replace(label=label)
-    Halving(denoiser, steps_table(SCHEDULES["cosine"](8), 2))(denoiser, batch, 0.0)
+    Halving(denoiser, EIGHT_TO_FOUR)(denoiser, batch, 0.0)
     assert [given is label for given in told] == [True] * 3
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (Options(), [500, 250, 125, 63, 32, 16, 8, 4, 2, 1]),
+        (Options(start_steps=64, factor=4), [16, 4, 1]),
+        (Options(start_steps=64, factor=3, end_steps=8), [22, 8]),
+        (Options(start_steps=32, rounds=(16, 5, 1)), [16, 5, 1]),
+    ],
+)
+def test_rounds_are_named_or_follow_from_the_factor(options, expected):
+    assert counts(options) == expected
+
+
+def test_a_round_has_its_own_budget_or_a_longer_one_at_the_end(quick):
+    options = Options(fit=replace(quick, iterations=100), last_rounds=2.5)
+    assert budgets(options, [8, 4, 2, 1]) == [100, 100, 250, 250]
+    assert budgets(replace(options, round_iterations=(7, 9)), [4, 1]) == [7, 9]
+
+
+def test_rounds_of_mixed_factors_each_train_their_own_number_of_steps(tmp_path, teacher, quick):
+    options = Options(
+        teacher=teacher,
+        out=tmp_path,
+        start_steps=8,
+        rounds=(3, 1),
+        round_iterations=(4, 6),
+        fit=quick,
+    )
+    first, second = distill(options)
+    schedule = checkpoint.load(teacher)[1].plans[8]
+    assert first.card.plans == {3: [schedule[i] for i in (0, 2, 5, 8)]}
+    assert second.card.plans == {1: [0.0, schedule[-1]]}
+    assert [model.card.training["iterations"] for model in (first, second)] == [4, 6]
+    assert second.card.parent == first.sha256
+
+
+def test_a_raw_student_that_teaches_the_next_is_what_would_be_kept_without_an_average(
+    tmp_path, teacher, quick
+):
+    def students(out: str, **settings):
+        fit = replace(quick, iterations=8, ema=settings.pop("ema"))
+        options = Options(
+            teacher=teacher, out=tmp_path / out, start_steps=8, rounds=(4, 2), fit=fit
+        )
+        return distill(replace(options, last_rounds=1, **settings))
+
+    averaged = students("averaged", ema=0.9)
+    taught = students("raw", ema=0.9, next_teacher="raw")
+    plain = students("plain", ema=0.0)
+    assert taught[0].sha256 == averaged[0].sha256 != plain[0].sha256
+    assert averaged[1].card.parent == averaged[0].sha256
+    assert taught[1].card.parent == plain[1].card.parent == plain[0].sha256
+    last = checkpoint.load(tmp_path / "raw" / "0002" / "raw.safetensors")
+    assert last[2] == plain[1].sha256
+    again = students("raw", ema=0.9, next_teacher="raw")  # all is finished: read, not trained
+    assert [model.sha256 for model in again] == [model.sha256 for model in taught]

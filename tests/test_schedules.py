@@ -16,6 +16,7 @@ from diffusion.schedules import (
     linear_beta,
     respace,
     sigmoid,
+    truncated,
 )
 
 PI = Decimal("3.14159265358979323846264338327950288419716939937510582097494459")
@@ -160,3 +161,14 @@ def test_even_angles_are_equal_steps_to_the_lists_own_end(num_steps):
     end = linear_beta()[-1].item()
     expected = [end * i / num_steps for i in range(num_steps)]
     assert even(linear_beta(), num_steps).tolist() == pytest.approx([*expected, end], rel=1e-15)
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 5])
+def test_truncated_angles_are_equal_steps_from_the_lists_own_end_to_the_stop(num_steps):
+    end = linear_beta()[-1].item()
+    angles = truncated(linear_beta(), num_steps, stop=0.3)
+    assert angles[0] == 0
+    assert angles[-1] == end
+    if num_steps > 1:
+        step = (end - 0.3) / (num_steps - 1)
+        assert angles[1:].tolist() == pytest.approx([0.3 + step * i for i in range(num_steps)])

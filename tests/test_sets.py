@@ -214,15 +214,19 @@ def test_a_copy_is_found_at_no_distance_and_a_brighter_one_at_what_was_added():
         assert index.equal(which)
 
 
+def memorisation(images, train, test) -> dict[str, float]:
+    return sets.memorisation(sets.two_nearest(images, train), sets.two_nearest(test, train))
+
+
 def test_a_copied_training_set_is_flagged(digits):
-    found = sets.memorisation(digits.train[:300], digits.train, digits.test)
+    found = memorisation(digits.train[:300], digits.train, digits.test)
     assert (found["ratio"], found["nearer"]) == (0, 1)
     assert found["p_value"] < 1e-50
     assert (found["copied"], found["copied_floor"]) == (1, 0)
 
 
 def test_copies_with_a_little_noise_are_flagged(digits):
-    found = sets.memorisation(noise(digits.train[:300], 8), digits.train, digits.test)
+    found = memorisation(noise(digits.train[:300], 8), digits.train, digits.test)
     assert found["ratio"] < 0.3
     assert found["p_value"] < 1e-50
     assert found["copied"] > 0.9
@@ -232,7 +236,7 @@ def test_fresh_images_are_flagged_no_more_often_than_the_p_value_says(digits):
     p_values = []
     for seed in range(20):
         fresh, held_out = digits.test[torch.randperm(359, generator=seeded(seed))].split(180)
-        found = sets.memorisation(fresh, digits.train, held_out)
+        found = memorisation(fresh, digits.train, held_out)
         p_values.append(found["p_value"])
         assert found["ratio"] == pytest.approx(1, abs=0.15)
         assert found["nearer"] == pytest.approx(0.5, abs=0.1)
@@ -243,14 +247,14 @@ def test_fresh_images_are_flagged_no_more_often_than_the_p_value_says(digits):
 
 def test_a_few_copies_among_fresh_images_are_counted_though_the_median_hides_them(digits):
     fresh, held_out = digits.test.split(180)
-    found = sets.memorisation(torch.cat([digits.train[:20], fresh]), digits.train, held_out)
+    found = memorisation(torch.cat([digits.train[:20], fresh]), digits.train, held_out)
     assert found["copied"] == pytest.approx(20 / 200)
     assert found["ratio"] > 0.9
 
 
 def test_images_far_from_everything_are_no_copies(digits):
     images = torch.randint(0, 256, (100, 1, 8, 8), generator=seeded(), dtype=torch.uint8)
-    found = sets.memorisation(images, digits.train, digits.test)
+    found = memorisation(images, digits.train, digits.test)
     assert found["ratio"] > 2
     assert (found["nearer"], found["copied"]) == (0, 0)
     assert found["p_value"] > 0.999
@@ -271,7 +275,7 @@ def test_the_size_of_the_tiles_changes_nothing(monkeypatch, digits):
             sets.sliced_wasserstein(a, b, 20, seeded()),
             *sets.nearest(images, train)[0].tolist(),
             *sets.nearest(images, train)[1].tolist(),
-            *sets.memorisation(images, train, test).values(),
+            *memorisation(images, train, test).values(),
         ]
 
     whole = everything()

@@ -24,7 +24,8 @@ from diffusion.model import build, this_device
 from diffusion.schedules import cosine
 from diffusion.training import Average, Progress, fit, frozen_copy
 from distill import progressive
-from distill.consistency import DISTANCES, WEIGHTS, Consistency, data_step, neighbours
+from distill.discrete import DISTANCES, WEIGHTS, Consistency, data_step
+from distill.pairs import neighbours
 from teachers import ddpm
 from teachers.ddpm import Denoising
 

@@ -6,10 +6,12 @@ the network of Dhariwal & Nichol 2021 with the order of layers of Ho et al. 2020
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tyro.conf import Suppress
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,12 @@ class UNetConfig:
     """Dropout inside residual blocks."""
     num_classes: int = 0
     """Classes for conditional generation; 0 for none. Class `num_classes` means unknown."""
+    prediction: Literal["v", "x0", "eps"] = "v"
+    """What the network predicts. eps needs a schedule that ends before pure noise, and fails at
+    few steps: near noise its errors count tan t times in x0."""
+    guidance: Suppress[tuple[float, float] | None] = None
+    """Range of the guidance weight that is a further input (Meng et al. 2023); set by
+    distill.guidance alone."""
 
 
 def _zero(module: nn.Module) -> nn.Module:
@@ -109,9 +117,11 @@ class Attention(nn.Module):
 
 
 class UNet(nn.Module):
-    """(x_t (B, C, H, W), t (B,) radians, label (B,) or None) -> velocity (B, C, H, W).
+    """(x_t (B, C, H, W), t (B,) radians, label (B,) or None) -> v, x0 or eps (B, C, H, W).
 
-    The output layer starts at zero: an untrained network predicts velocity 0.
+    The output layer starts at zero: an untrained network predicts 0. A guidance weight, told where
+    the configuration has its range, is 1 unless told; it is embedded as the angle atan(w), and
+    its embedding starts at zero too, so that it changes nothing before it is trained.
     """
 
     def __init__(self, config: UNetConfig):
@@ -121,6 +131,9 @@ class UNet(nn.Module):
         self.angle = AngleEmbedding(embedding)
         if config.num_classes:
             self.classes = nn.Embedding(config.num_classes + 1, embedding)
+        if config.guidance:
+            self.guidance = AngleEmbedding(embedding)
+            _zero(self.guidance.mlp[-1])
         widths = [config.width * m for m in config.multipliers]
 
         def block(channels_in: int, channels_out: int, size: int) -> nn.ModuleList:
@@ -154,11 +167,16 @@ class UNet(nn.Module):
         self.norm = _norm(channels)
         self.head = _zero(nn.Conv2d(channels, config.channels, 3, padding=1))
 
-    def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, t: Tensor, label: Tensor | None = None, guidance: Tensor | None = None
+    ) -> Tensor:
         embedding = self.angle(t)
         if self.config.num_classes:
             unknown = torch.full(t.shape, self.config.num_classes, device=t.device)
             embedding = embedding + self.classes(unknown if label is None else label)
+        if self.config.guidance:
+            weight = torch.ones_like(t) if guidance is None else guidance
+            embedding = embedding + self.guidance(weight.atan())
         embedding = F.silu(embedding)
         h = self.stem(x)
         skips = [h]

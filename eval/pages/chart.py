@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from html import escape
 from itertools import cycle
 
-from eval.records import Record
-from eval.table import short, title
+from eval.columns import short
+from eval.lines import Line
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 460, 350, 48, 34, 24, 44
 COLOURS = 7  # --c0, the first teacher's, to --c6 in base.css
@@ -40,15 +40,16 @@ class Look:
         return f'<svg class="mark" viewBox="-12 -7 24 14" aria-hidden="true">{self.group}{line}{dot}</g></svg>'
 
 
-def looks(rows: list[Record]) -> dict[str, Look]:
+def looks(found: list[Line]) -> dict[str, Look]:
     """By title. Students have the colours, teachers and solvers without training the greys."""
-    found, shapes = {}, {True: cycle(SHAPES), False: cycle(SHAPES)}
+    made, shapes = {}, {True: cycle(SHAPES), False: cycle(SHAPES)}
     colours = cycle(f"c{i}" for i in range(1, COLOURS))
-    for row in rows:
-        if title(row) not in found:
-            grey = "muted" if not row.own else "c0" if row.parent is None else None
-            found[title(row)] = Look(row.own, grey or next(colours), next(shapes[row.own]))
-    return found
+    for line in found:
+        own, parent = line.record.own, line.record.parent
+        if line.title not in made:
+            grey = "muted" if not own else "c0" if parent is None else None
+            made[line.title] = Look(own, grey or next(colours), next(shapes[own]))
+    return made
 
 
 def front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -93,20 +94,27 @@ def _text(x: float, y: float, words: str, anchor: str = "middle", more: str = ""
     return f'<text x="{x}" y="{y}" text-anchor="{anchor}" {more}>{escape(words)}</text>'
 
 
-def draw(rows: list[Record], cost: Callable[[Record], float], xlabel: str, ylabel: str) -> str:
-    """One chart. A score at or below 0, which rounding can make of 0, is drawn at the bottom."""
-    floor = [value for value in rows[0].floor if value > 0] or [1e-9]
+def draw(found: list[Line], cost: Callable[[Line], float | None], xlabel: str, ylabel: str) -> str:
+    """One chart of the rows that have that cost; "" where none has.
+
+    A score at or below 0, which rounding can make of 0, is drawn at the bottom.
+    """
+    rows = [line for line in found if cost(line) is not None]
+    if not rows:
+        return ""
+    floor = [value for value in rows[0].record.floor if value > 0] or [1e-9]
     middle = sum(floor) / len(floor)
-    scores = [max(r.score, middle / 100) for r in rows]
-    x = Axis.over([cost(r) for r in rows], LEFT, WIDTH - RIGHT)
+    scores = [max(line.record.score, middle / 100) for line in rows]
+    x = Axis.over([cost(line) for line in rows], LEFT, WIDTH - RIGHT)
     y = Axis.over([*scores, middle], HEIGHT - BOTTOM, TOP)
+    best = front([(cost(line), line.record.score) for line in rows])
+    series = [_series(rows, title, look, cost, x, y) for title, look in looks(found).items()]
     return (
         f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(ylabel)} against {escape(xlabel)}">'
         f"{_axes(x, y, xlabel, ylabel)}"
         f'<rect class="band" x="{x.start}" width="{x.end - x.start}" y="{y(max(floor))}" height="{y(min(floor)) - y(max(floor)):.2f}"/>'
         f'<path class="floor" d="M{x.start} {y(middle)}H{x.end}"/>{_text(x.end + 4, y(middle) + 4, "floor", "start")}'
-        f"{_staircase(front([(cost(r), r.score) for r in rows]), x, y)}"
-        f"{''.join(_series(rows, name, look, cost, x, y) for name, look in looks(rows).items())}</svg>"
+        f"{_staircase(best, x, y)}{''.join(series)}</svg>"
     )
 
 
@@ -132,23 +140,26 @@ def _staircase(points: list[tuple[float, float]], x: Axis, y: Axis) -> str:
     return f'<path class="front" d="{path}H{x.end}"/>'
 
 
-def _series(rows, name: str, look: Look, cost, x: Axis, y: Axis) -> str:
-    own = sorted((r for r in rows if title(r) == name), key=cost)
-    places = [(x(cost(r)), y(r.score)) for r in own]
+def _series(rows: list[Line], title: str, look: Look, cost, x: Axis, y: Axis) -> str:
+    own = sorted((line for line in rows if line.title == title), key=cost)
+    if not own:
+        return ""
+    places = [(x(cost(line)), y(line.record.score)) for line in own]
     parts = [look.group, f'<path d="M{"L".join(f"{px} {py}" for px, py in places)}"/>']
-    for r, (px, py) in zip(own, places, strict=True):
+    for line, (px, py) in zip(own, places, strict=True):
+        r = line.record
         if r.spread:
             parts.append(
                 f'<path class="bar" d="M{px} {y(r.score - r.spread)}V{y(r.score + r.spread)}"/>'
             )
-        words = f"{name}, {r.steps:,} steps, {r.nfe:,} calls: {r.score:.3g} ± {r.spread:.2g}, {short(cost(r))}"
+        words = f"{line.name}, {r.steps:,} steps, {r.nfe:,} calls: {r.score:.3g} ± {r.spread:.2g}, {short(cost(line))}"
         dot = f'<path class="dot" transform="translate({px} {py})" d="{look.shape}">'
         parts.append(f"{dot}<title>{escape(words)}</title></path>")
     return "".join([*parts, "</g>"])
 
 
-def legend(rows: list[Record]) -> str:
-    items = [f"{look.mark()}{escape(name)}" for name, look in looks(rows).items()]
+def legend(found: list[Line]) -> str:
+    items = [f"{look.mark()}{escape(title)}" for title, look in looks(found).items()]
     small = '<svg class="mark" viewBox="-12 -7 24 14" aria-hidden="true">'
     items.append(
         f'{small}<path class="front" d="M-12 0H12"/></svg>Pareto front: none is both better and cheaper'

@@ -1,45 +1,86 @@
-"""How each number of a report was made, and what else was measured."""
+"""How each number of a report was made."""
 
 from html import escape
+from pathlib import Path
 from statistics import mean
 
+from eval import records
+from eval.columns import short
+from eval.lines import Line
 from eval.pages import table as grid
 from eval.records import Record
-from eval.table import short, title, warned
 
 
-def facts(rows: list[Record], left_out: int) -> str:
-    first = rows[0]
+def facts(rows: list[Record], not_shown: list[str]) -> str:
+    """not_shown: what else the files hold."""
+    first, real = rows[0], rows[0].data
     accuracy = first.extractor.get("accuracy")
+    dates = [_when(date) for date in sorted(filter(None, map(records.date, rows)))]
+    pixels = f", sha256 <code>{escape(real['sha256'])}</code>" if "sha256" in real else ""
     pairs = {
         "quality": f"{escape(first.metric)}, lower is better: mean ± spread over the noise seeds "
         f"{', '.join(map(str, first.seeds))}, {first.num_images:,} images each",
-        "extractor": f"sha256 <code>{escape(str(first.extractor['sha256']))}</code>"
+        "extractor": f"sha256 <code>{escape(first.extractor['sha256'])}</code>"
         + (f", {accuracy:.2%} of held-out images classified rightly" if accuracy else ""),
+        "real images": f"{real['images']:,} of {escape(Path(real['name']).name)}, "
+        f"{escape(real['split'])}{pixels}",
         "floor": f"{mean(first.floor):.3g}: the same metric of {first.num_images:,} real images, mean of "
         f"{len(first.floor)} draws between {min(first.floor):.3g} and {max(first.floor):.3g}",
         "NFE": "network calls per image, counted by a hook on the network",
-        "ms @1": "noise to uint8 of one image, device synchronised, warmed up; median of the repeats",
-        "images/s": f"the same for a batch of {min(first.batch_size, first.num_images)}",
-        "machine": escape(", ".join(f"{k} {v}" for k, v in first.environment.items())),
     }
-    if left_out:
-        pairs["not shown"] = f"{left_out} records measured otherwise, or of runs since made anew"
+    if any(record.timings for record in rows):
+        pairs |= {
+            "times": "noise to uint8, device synchronised, the first call apart; the rows in turn, so that a "
+            "machine that drifts slows them all alike; medians and quartiles of the repeats",
+            "images/s": f"at batch {first.batch_size}, unless another batch is named",
+        }
+    alike = all(record.environment == first.environment for record in rows)
+    pairs["machine"] = _words(first.environment) if alike else "several: below, by checkpoint"
+    if dates:
+        pairs["measured"] = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
+    if not_shown:
+        pairs["not shown"] = escape("; ".join(not_shown))
     return "".join(f"<dt>{key}</dt><dd>{value}</dd>" for key, value in pairs.items())
 
 
-def measured(rows: list[Record]) -> str:
+def _words(facts: dict) -> str:
+    return escape(
+        ", ".join(f"{k} {v}" for k, v in facts.items() if v is not None).replace("_", " ")
+    )
+
+
+def _when(date: str) -> str:
+    return f"{escape(date[:16].replace('T', ' '))} UTC" if date else "-"
+
+
+def measured(found: list[Line]) -> str:
     """What each row's figures are the mean and the median of."""
     body = []
-    for r in rows:
-        seconds = [1000 * s for s in r.single_seconds]
-        times = f"{short(min(seconds))} to {short(max(seconds))} in {len(seconds)}"
-        angles = f"{max(r.angles):.3g} to {min(r.angles):.3g}"
-        by_seed = ", ".join(f"{q:.3g}" for q in r.quality)
-        name = escape(title(r))
-        body.append(("", name, r.steps, escape(r.sampler), angles, by_seed, times))
-    heads = ("row", "steps", "sampler", "angles, rad", "quality by seed", "ms @1, repeats")
-    return grid(heads, body)
+    for line in found:
+        record, single = line.record, line.record.single
+        times = "-"
+        if single:
+            ends = (short(1000 * end(single.seconds)) for end in (min, max))
+            times = " to ".join(ends)
+        sizes = [f"{t.failed or f'×{len(t.seconds)}'} @{t.batch_size:,}" for t in record.timings]
+        others = {k: v for k, v in record.conditions.items() if k != "date"}
+        angles = f"{max(record.angles):.3g} to {min(record.angles):.3g}"
+        by_seed = ", ".join(f"{figure:.3g}" for figure in record.quality)
+        cells = (angles, by_seed, times, escape(", ".join(sizes)) or "-")
+        name, sampler = escape(line.title), escape(record.sampler)
+        body.append(
+            (
+                "",
+                name,
+                record.steps,
+                sampler,
+                *cells,
+                _when(records.date(record)),
+                _words(others) or "-",
+            )
+        )
+    heads = ("row", "steps", "sampler", "angles, rad", "quality by seed", "ms @1, range")
+    return grid((*heads, "repeats @batch", "measured", "conditions"), body)
 
 
 def parents(record: Record, known: dict[str, Record]) -> str:
@@ -52,36 +93,18 @@ def parents(record: Record, known: dict[str, Record]) -> str:
     return " ← ".join(names) or "none"
 
 
-def checkpoints(rows: list[Record], found: list[Record]) -> str:
-    known = {r.sha256: r for r in found}
-    body = [
-        (
-            "",
-            escape(r.method),
-            f"{escape(r.run)}<br><code>{escape(r.sha256)}</code>",
-            parents(r, known),
-        )
-        for r in {r.sha256: r for r in rows}.values()
-    ]
-    return grid(("checkpoint", "file, sha256 of the weights", "parents"), body)
-
-
-def further(rows: list[Record]) -> str:
-    """Figures beside the main one, of each row and, last, of held-out images; "" where none were measured."""
-    names = list(dict.fromkeys(name for r in rows for name in r.others))
-    if not names:
-        return ""
-
-    def cells(figures: dict[str, float]) -> list[str]:
-        return [f"{figures[name]:.3g}" if name in figures else "-" for name in names]
-
-    body = [
-        ("", escape(" ".join([title(r), *warned(r)])), r.steps, *cells(r.further)) for r in rows
-    ]
-    body.append(("ship", "held-out real images", "", *cells(rows[0].held_out)))
-    return (
-        "<section><h2>Further figures</h2>"
-        '<p class="note">Means over the seeds. The last row is what held-out real images have: a good model '
-        "comes near to it.</p>"
-        f'<div class="wide">{grid(("row", "steps", *map(escape, names)), body)}</div></section>'
-    )
+def checkpoints(found: list[Line]) -> str:
+    """Each checkpoint once: where it lay, how it was trained, what it comes from."""
+    known: dict[str, Record] = {}
+    for line in found:
+        known.setdefault(line.record.sha256, line.record)
+    alike = len({str(record.environment) for record in known.values()}) == 1
+    body = []
+    for sha256, record in known.items():
+        place = f"{escape(record.run)}<br><code>{escape(sha256)}</code>"
+        place += "" if alike else f'<div class="long">{_words(record.environment)}</div>'
+        spent = (f"{value:,.0f} {name}" for name, value in record.training.items())
+        line = f'<div class="long">{parents(record, known)}</div>'
+        body.append(("", escape(record.method), place, "<br>".join(spent) or "-", line))
+    heads = ("checkpoint", "file, sha256 of the weights", "its own training", "parents")
+    return grid(heads, body)

@@ -1,27 +1,34 @@
 "use strict";
-const table = document.getElementById("rows");
-const heads = [...table.tHead.rows[0].cells];
+const MISSING = "";
 
-// Numbers by size, words by alphabet; a second click turns the order round.
-function sortBy(column, descending) {
+// Numbers by size, words by alphabet, what is missing last; a second click turns the order round.
+function sortBy(table, column, descending) {
   const value = (row) => row.cells[column].dataset.value;
-  const order = (a, b) => Number(value(a)) - Number(value(b)) || value(a).localeCompare(value(b));
-  const rows = [...table.tBodies[0].rows].sort((a, b) => (descending ? order(b, a) : order(a, b)));
-  table.tBodies[0].append(...rows);
+  const compare = (a, b) => Number(a) - Number(b) || a.localeCompare(b);
+  const order = (a, b) => {
+    const [x, y] = [value(a), value(b)];
+    if (x === MISSING || y === MISSING) return (x === MISSING) - (y === MISSING);
+    return descending ? compare(y, x) : compare(x, y);
+  };
+  const heads = [...table.tHead.rows[0].cells];
+  table.tBodies[0].append(...[...table.tBodies[0].rows].sort(order));
   heads.forEach((head) => head.removeAttribute("aria-sort"));
   heads[column].setAttribute("aria-sort", descending ? "descending" : "ascending");
 }
 
-heads.forEach((head, column) =>
-  head.firstElementChild.addEventListener("click", () =>
-    sortBy(column, head.getAttribute("aria-sort") === "ascending"),
-  ),
-);
+for (const table of document.querySelectorAll("table.sortable")) {
+  [...table.tHead.rows[0].cells].forEach((head, column) =>
+    head.firstElementChild.addEventListener("click", () =>
+      sortBy(table, column, head.getAttribute("aria-sort") === "ascending"),
+    ),
+  );
+}
 
-// report.html#sort=3 opens sorted by the fourth column, #sort=-3 the other way round.
+// report.html#speed=3 opens with the table of speed sorted by its fourth column, #speed=-3 the other way.
 function fromAddress() {
-  const found = /^#sort=(-?)(\d+)$/.exec(location.hash);
-  if (found && heads[found[2]]) sortBy(Number(found[2]), found[1] === "-");
+  const found = /^#(\w+)=(-?)(\d+)$/.exec(location.hash);
+  const table = found && document.querySelector(`table.sortable#${found[1]}`);
+  if (table && found[3] < table.tHead.rows[0].cells.length) sortBy(table, Number(found[3]), found[2] === "-");
 }
 addEventListener("hashchange", fromAddress);
 fromAddress();

@@ -1,0 +1,124 @@
+"""Consistency in continuous time (sCM, Lu & Song 2024): f does not change along the ODE.
+
+Their TrigFlow is the circle at sigma_data = 1, their F the velocity, and f the denoiser:
+f(x_t, t) = cos(t) x_t - sin(t) F(x_t, t).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+
+from diffusion.batches import Batch
+from diffusion.circle import FROM_X0, add_noise, broadcast, x0_loss
+from diffusion.training import Average
+
+
+@dataclass(frozen=True)
+class ContinuousConsistency:
+    """df/dt = 0 along the ODE towards `towards`: Lu & Song 2024, algorithm 1, said of f.
+
+    Their regression of F to F- + g is the velocity-weighted one of f to f- - sin(t) g, for
+    f = cos(t) x_t - sin(t) F: one step back along the change that f makes.
+    """
+
+    towards: Callable[[Batch, Tensor, Tensor], Tensor]
+    """(batch, x_t, t) -> the x0 that the ODE heads for: the teacher's, or the data's."""
+    angles: Callable[[Tensor], Tensor]
+    """level -> t in (0, pi/2]."""
+    warmup: float = 0.0
+    """The share of the training over which f's own derivatives gain their full weight."""
+    normalise: Callable[[Tensor], Tensor] = lambda g: g
+    log_weight: Callable[[Tensor], Tensor] | None = None
+    """t -> (B,); its own loss is added. None: 0."""
+    averages: Sequence[Average] = ()
+
+    def __call__(self, student, batch: Batch, progress: float) -> Tensor:
+        t = self.angles(batch.level)
+        x_t = add_noise(batch.x0, batch.eps, t)
+        share = min(1.0, progress / self.warmup) if self.warmup else 1.0
+        with torch.no_grad():
+            x0 = self.towards(batch, x_t, t)
+            torch.manual_seed(batch.seed)
+            # Past a wrapper that synchronises gradients: here there are none to synchronise.
+            g = self.normalise(
+                tangent(getattr(student, "module", student), x_t, t, batch.label, x0, share)
+            )
+        torch.manual_seed(batch.seed)  # the same dropout mask for both passes
+        f = student(x_t, t, batch.label)
+        loss = x0_loss(f, f.detach() - broadcast(t.sin(), g) * g, t, "v")
+        if self.log_weight is None:
+            return loss
+        w = self.log_weight(t)
+        return w.exp() * loss - w
+
+
+def tangent(denoise, x_t: Tensor, t: Tensor, label, x0: Tensor, share: float = 1.0) -> Tensor:
+    """g = cos(t) df/dt on the ODE dx/dt = v, the velocity that x0 stands for; (B, C, H, W).
+
+    f's inputs move by cos(t) sin(t) (v, 1), as in their section 4.1, so that nothing overflows
+    where dx/dt would, and sin(t) is divided out of what f makes of it. `share` weighs the part
+    that takes derivatives: without it, g = cos(t)^2 (v - F) = cos(t)^2 (f - x0) / sin(t) is that
+    of diffusion training (their r, algorithm 1).
+    """
+    speed, sin = t.cos() * t.sin(), t.sin()
+    along = broadcast(speed, x_t) * FROM_X0["v"](x_t, x0, t)
+    f, change = derivative(lambda x, t: denoise(x, t, label), (x_t, t), (along, speed))
+    whole = change / broadcast(sin, change)
+    start = broadcast(t.cos().square() / sin, f) * (f - x0)
+    return torch.lerp(start, whole, share)
+
+
+@torch.no_grad()
+def derivative(
+    call, inputs: tuple[Tensor, ...], directions: tuple[Tensor, ...]
+) -> tuple[Tensor, Tensor]:
+    """call(*inputs) and its derivative along the directions, by one forward-mode pass."""
+    # fused attention kernels have no forward mode, the plain products that they replace do
+    with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH), _Float32Norms():
+        duals = (forward_ad.make_dual(*pair) for pair in zip(inputs, directions, strict=True))
+        value, change = forward_ad.unpack_dual(call(*duals))
+        return value, change
+
+
+class _Float32Norms(TorchFunctionMode):
+    """Normalisation in float32, as autocast has it on CUDA but not on CPUs.
+
+    Between bfloat16 activations and float32 statistics, a layer's derivative would be of another
+    type than its value, which no layer after it takes.
+    """
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function in (F.group_norm, F.layer_norm) and args[0].dtype == torch.bfloat16:
+            args = (args[0].float(), *args[1:])
+        return function(*args, **(kwargs or {}))
+
+
+def unit(g: Tensor, c: float = 0.1) -> Tensor:
+    """g / (|g| + c) per image (Lu & Song 2024, section 4.1), |g| the root mean square.
+
+    So c means the same for images of any size; log_weight takes up the constant.
+    """
+    norm = g.flatten(1).square().mean(1).sqrt()
+    return g / broadcast(norm + c, g)
+
+
+class LogWeight(nn.Module):
+    """w(t) as a cosine series, 0 at first: least of e^w loss - w where e^-w is the loss at t.
+
+    Lu & Song 2024, section 4.2. Trained with the student, as a part of it that no checkpoint of
+    its network keeps.
+    """
+
+    def __init__(self, terms: int = 8):
+        super().__init__()
+        self.coefficients = nn.Parameter(torch.zeros(terms))
+
+    def forward(self, t: Tensor) -> Tensor:
+        order = torch.arange(len(self.coefficients), device=t.device)
+        return (2 * t[:, None] * order).cos().float() @ self.coefficients

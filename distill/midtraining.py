@@ -1,0 +1,114 @@
+"""Mid-training of a consistency student (Hu et al. 2025, CMT): `python -m distill.midtraining`."""
+
+import math
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from diffusion.batches import Batch
+from diffusion.checkpoint import Card
+from diffusion.circle import x0_loss
+from diffusion.config import FitConfig
+from diffusion.console import UserError, run
+from diffusion.model import Model
+from diffusion.runs import train_model
+from diffusion.samplers import sample
+from diffusion.schedules import even, respace
+from diffusion.training import Average
+from students.start import StudentOptions, find_teacher, student_card
+from teachers.presets import preset
+
+SOLVER = "dpm-solver++"
+
+
+@dataclass(frozen=True)
+class Midtraining:
+    """f(x_t, t) = the end of the teacher's short trajectory through x_t (Hu et al. 2025).
+
+    The target is fixed and the same from every angle: no stopped gradient, no second network.
+    B images share ceil(B / N) trajectories of N calls, so that each costs about one call of the
+    teacher.
+    """
+
+    teacher: nn.Module
+    angles: Tensor
+    """(N + 1,) float64, ascending from 0: the trajectory's."""
+    weighting: str = "truncated"
+    averages: Sequence[Average] = ()
+
+    def __call__(self, student, batch: Batch, progress: float) -> Tensor:
+        num_steps, size = len(self.angles) - 1, len(batch.eps)
+        count = math.ceil(size / num_steps)
+        with torch.no_grad():
+            noise, label = batch.eps[:count], rows(batch.label, slice(count))
+            points, end = trajectory(self.teacher, noise, self.angles, label)
+        which = torch.arange(size, device=end.device) % count
+        step = (batch.level * num_steps).long()  # level is stratified: each angle in turn
+        t = self.angles[1 + step]
+        x0 = student(points[step, which], t, rows(label, which))
+        return x0_loss(x0, end[which], t, self.weighting)
+
+
+def rows(label, index: Tensor | slice):
+    """Those rows of a label, of a guided one (a named tuple of tensors), or of None."""
+    if isinstance(label, tuple):
+        return label._make(part[index] for part in label)
+    return None if label is None else label[index]
+
+
+def trajectory(teacher, noise: Tensor, angles: Tensor, label=None) -> tuple[Tensor, Tensor]:
+    """DPM-Solver++'s points (N, B, C, H, W) at angles[1:] and its end (B, C, H, W)."""
+    points = []
+
+    def recorded(x_t: Tensor, t: Tensor, label=None) -> Tensor:
+        points.append(x_t)
+        return teacher(x_t, t, label)
+
+    end = sample(recorded, iter([noise]), SOLVER, angles, label)
+    return torch.stack(points[::-1]), end
+
+
+@dataclass(frozen=True)
+class Options(StudentOptions):
+    """Teach a student where the teacher's short trajectories end: a start for consistency training."""
+
+    solver_steps: int = 16
+    """Steps of DPM-Solver++ in a trajectory, and angles at which the student learns."""
+    weighting: Literal["truncated", "v"] = "truncated"
+    """max(SNR, 1) or SNR + 1, as weights of x0's squared error."""
+    fit: FitConfig = field(default_factory=FitConfig)
+
+    @staticmethod
+    def default(data: str) -> "Options":
+        return Options(fit=preset(data).halving)
+
+
+def distill(options: Options) -> Model:
+    """The mid-trained student of these options: loaded where it is finished, else trained."""
+    if options.solver_steps < 2:
+        raise UserError(f"--solver-steps must be at least 2, got {options.solver_steps}")
+    teacher, dataset, out = find_teacher(options, "midtraining", options.fit)
+    angles = even(teacher.schedule, options.solver_steps)
+    card = Card(
+        method="midtraining",
+        sampler="consistency",
+        plans={n: respace(angles, n).tolist() for n in (1, 2, 4, 8) if n <= options.solver_steps},
+        solvers=("consistency",),
+        training={"solver_steps": options.solver_steps, "weighting": options.weighting},
+        **student_card(teacher),
+    )
+    student = deepcopy(teacher.denoiser).requires_grad_(True)
+    objective = Midtraining(teacher.denoiser, angles.to(teacher.device), options.weighting)
+    return train_model(out, student, objective, dataset, options.fit, card)
+
+
+def main() -> None:
+    distill(StudentOptions.parse(Options, "python -m distill.midtraining"))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,168 @@
+"""Measure rows: network calls, times, quality and, of teachers, likelihood; resumable at every part."""
+
+from collections.abc import Iterator
+from copy import copy
+from dataclasses import dataclass, replace
+from functools import partial
+from math import isfinite
+
+from accelerate import PartialState
+from torch import Tensor
+
+from diffusion.console import UserError, track
+from eval import likelihood, machine, measure, stream
+from eval.plans import Row
+from eval.quality import Judge
+from eval.race import Lap, race, sweep
+from eval.records import Record
+from eval.store import Store
+from eval.timing import Timing
+
+HELD_OUT = 1024  # images, at most, whose likelihood is measured
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all rows are measured with."""
+
+    judge: Judge
+    num_images: int
+    seeds: tuple[int, ...]
+    batch_size: int
+    precision: str
+    compile: bool
+    times: bool
+    sweep: bool
+    floor: list[float]
+    held_out: dict[str, float]
+
+
+def template(bench: Bench, row: Row) -> Record:
+    """The record of a row before it is measured."""
+    judge, card = bench.judge, row.model.card
+    extractor = judge.extractor
+    spent = ("iterations", "images", "seconds")
+    return Record(
+        run=str(row.path),
+        method=row.method,
+        sha256=row.model.sha256,
+        parent=card.parent,
+        sampler=row.sampler,
+        steps=len(row.angles) - 1,
+        own=row.own,
+        angles=row.angles.tolist(),
+        parameters=sum(p.numel() for p in row.model.denoiser.parameters()),
+        training={name: card.training[name] for name in spent if name in card.training},
+        data=judge.data,
+        metric=extractor.name,
+        extractor={"sha256": extractor.sha256, "accuracy": extractor.accuracy},
+        num_images=bench.num_images,
+        seeds=list(bench.seeds),
+        floor=bench.floor,
+        held_out=bench.held_out,
+        batch_size=bench.batch_size,
+        environment=machine.environment(judge.device, bench.precision, bench.compile),
+    )
+
+
+def time_rows(bench: Bench, rows: dict[Row, Record]) -> dict[Row, Record]:
+    """Those without times, timed: all rows in turn at batch 1, then all at the table's batch."""
+    device = bench.judge.device
+    untimed = [row for row, record in rows.items() if not record.timings]
+    if not bench.times or not untimed:
+        return rows
+    found: dict[Row, dict[int, Timing]] = {row: {} for row in untimed}
+    laps = [
+        race({row: partial(sample, row, size) for row in untimed}, size, device)
+        for size in sorted({1, bench.batch_size})
+    ]
+    if bench.sweep:
+        laps.append(sweep({row: partial(sample, row) for row in untimed}, device, found))
+    for each in laps:
+        for lap in track(each, "speed", Lap.progress):
+            found[lap.key][lap.timing.batch_size] = lap.timing
+    conditions = machine.conditions(device)
+    sizes = {row: [timings[size] for size in sorted(timings)] for row, timings in found.items()}
+    return rows | {
+        row: replace(rows[row], timings=sizes[row], conditions=conditions) for row in untimed
+    }
+
+
+def sample(row: Row, size: int) -> Tensor:
+    return row.model.sample(row.plan, 0, *stream.indices(row.model, 0, size))
+
+
+def judge_rows(
+    bench: Bench, found: dict[Row, Record], store: Store, refused: dict[Row, str]
+) -> Iterator[tuple[int, int, str]]:
+    """Fill in the figures of all seeds, each on disk before the next begins: (images, of, words).
+
+    A row whose images are none is moved from `found` to `refused`, with the reason.
+    """
+    judge, done = bench.judge, 0
+    left = {row: record.seeds[len(record.quality) :] for row, record in found.items()}
+    total = bench.num_images * sum(map(len, left.values()))
+    for row, seeds in left.items():
+        for seed in seeds:
+            record = found[row]
+            part = store.folder / "partial" / f"{record.tag}-{seed}"
+            look = stream.look(
+                judge, row.model, row.plan, seed, bench.num_images, bench.batch_size, part
+            )
+            try:
+                for count, seen in look:  # noqa: B007
+                    yield done + count, total, f"images, {row.title}"
+            except UserError as error:
+                refused[row] = f"{row.title} ({row.path}): {error}"
+                del found[row]
+                total -= bench.num_images * len(seeds)
+                break
+            done += bench.num_images
+            if PartialState().is_main_process:
+                found[row] = record = with_seed(record, judge.distance(seen), judge.others(seen))
+                first = len(record.quality) == 1
+                store.put(record, images={record.tag: seen.rows("pixels").cpu()} if first else None)
+                stream.forget(part)
+
+
+def with_seed(record: Record, quality: float, others: dict[str, float]) -> Record:
+    """The record with one more seed's figures. One that is not finite for every seed, such as a
+    ratio to nothing, is left out."""
+    finite = {name: value for name, value in others.items() if isfinite(value)}
+    before = record.others if record.quality else {name: [] for name in finite}
+    others = {name: [*before[name], finite[name]] for name in finite if name in before}
+    return replace(record, quality=[*record.quality, quality], others=others)
+
+
+def likelihood_of(bench: Bench, row: Row, record: Record) -> Record:
+    """With bits per dimension, where the row is a teacher's own."""
+    test, labels = bench.judge.dataset.test, bench.judge.dataset.test_labels
+    teacher = row.own and record.parent is None and "ddim" in row.model.card.solvers
+    if record.likelihood or not teacher or not len(test):
+        return record
+    some = slice(0, HELD_OUT)
+    conditional = row.model.card.net["num_classes"] > 0
+    exact = copy(row.model.denoiser)
+    exact.precision = "fp32"
+    model = replace(row.model, denoiser=exact)
+    bits = likelihood.bits_per_dim(model, test[some], labels[some] if conditional else None)
+    return replace(record, likelihood=bits)
+
+
+def measure_rows(bench: Bench, rows: list[Row], store: Store) -> tuple[list[Record], list[str]]:
+    """A record for each row, measured where it was not before, and why some have none."""
+    blank = {row: template(bench, row) for row in rows}
+    found = {row: store.records.get(record.key, record) for row, record in blank.items()}
+    for row, record in found.items():
+        if not record.nfe:
+            found[row] = replace(record, nfe=measure.count_calls(row.model, row.plan))
+    if bench.compile:
+        for model in {id(row.model): row.model for row in rows}.values():
+            model.denoiser.net.compile()
+    found, refused = time_rows(bench, found), {}
+    store.put(*found.values())
+    for _ in track(judge_rows(bench, found, store, refused), "quality", lambda told: told):
+        pass
+    found = {row: likelihood_of(bench, row, record) for row, record in found.items()}
+    store.put(*found.values())
+    return list(found.values()), list(refused.values())

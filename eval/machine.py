@@ -1,0 +1,85 @@
+"""The machine: what a time depends on, and what it was like when the time was taken."""
+
+import os
+import platform
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from statistics import mean
+
+import torch
+from accelerate import PartialState
+
+ENERGY = "TotalEnergyConsumption"  # millijoules since the driver was loaded
+SM_CLOCK, MEMORY_CLOCK, CORE_TEMPERATURE = 1, 2, 0  # NVML's numbers of them
+
+
+def environment(device: torch.device, precision: str, compiled: bool) -> dict:
+    """What may move a time or an image; the same whenever it is asked for. JSON's types alone."""
+    on_gpu = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if on_gpu else _processor(),
+        "type": device.type,
+        "precision": precision,
+        "compile": compiled,
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "cuda": torch.version.cuda if on_gpu else None,
+        "cudnn": torch.backends.cudnn.version() if on_gpu else None,
+    } | {name: version(name) for name in ("torchvision", "accelerate", "numpy")}
+
+
+def conditions(device: torch.device) -> dict:
+    """When, by how many processes at once, and at which clocks (MHz), heat (degrees Celsius) and power (watts); null if unknown."""
+    milliwatts = nvml(device, "PowerUsage")
+    clock = nvml(device, "ClockInfo", SM_CLOCK) if device.type == "cuda" else _processor_mhz()
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "processes": PartialState().num_processes,
+        "clock_mhz": clock,
+        "memory_clock_mhz": nvml(device, "ClockInfo", MEMORY_CLOCK),
+        "celsius": nvml(device, "Temperature", CORE_TEMPERATURE),
+        "watts": None if milliwatts is None else milliwatts / 1000,
+    }
+
+
+def nvml(device: torch.device, what: str, *arguments: int) -> int | None:
+    """What NVML's nvmlDeviceGet<what> says of the GPU; None where it cannot, and of a CPU.
+
+    Found by its UUID alone: CUDA's index is not NVML's, and another device's figure is worse than
+    none. A slice of a GPU (MIG) has none.
+    """
+    if device.type != "cuda":
+        return None
+    try:
+        import pynvml
+    except ImportError:
+        return None
+    try:
+        pynvml.nvmlInit()
+        uuid = torch.cuda.get_device_properties(device).uuid
+        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+        return getattr(pynvml, f"nvmlDeviceGet{what}")(handle, *arguments)
+    except (pynvml.NVMLError, AttributeError):  # an older pynvml or torch lacks the name
+        return None
+
+
+def _processor() -> str:
+    return next(iter(_cpuinfo("model name")), platform.processor() or platform.machine())
+
+
+def _processor_mhz() -> int | None:
+    """The mean of all cores now."""
+    clocks = [float(mhz) for mhz in _cpuinfo("cpu MHz")]
+    return round(mean(clocks)) if clocks else None
+
+
+def _cpuinfo(name: str) -> list[str]:
+    """That field of every core; empty where the system does not tell."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return []
+    return [line.split(":", 1)[1].strip() for line in lines if line.startswith(name)]

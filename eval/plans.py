@@ -1,0 +1,80 @@
+"""Which rows a comparison has: the runs found, and how each is sampled."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from diffusion.console import UserError
+from diffusion.model import Model
+from diffusion.samplers import SOLVERS
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """One model by one plan; itself a key."""
+
+    path: Path
+    model: Model
+    sampler: str
+    angles: Tensor
+    """(N + 1,) ascending from 0."""
+    own: bool
+    """Whether it is the checkpoint's own plan, not a solver's."""
+    note: str = ""
+    """How the angles were found, where they are not those of the card."""
+
+    @property
+    def method(self) -> str:
+        return f"{self.model.card.method} {self.note}".strip()
+
+    @property
+    def plan(self) -> tuple[str, Tensor]:
+        return self.sampler, self.angles
+
+    @property
+    def title(self) -> str:
+        """As the table has it."""
+        method = self.method if self.own else f"{self.method}, {self.sampler}"
+        return f"{method} {len(self.angles) - 1}"
+
+
+def find_runs(paths: tuple[Path, ...]) -> list[Path]:
+    """Checkpoints named, and those in folders named, teachers before students, fewer steps last."""
+    found: list[Path] = []
+    for path in paths:
+        inside = sorted(path.rglob("model.safetensors"), reverse=True) if path.is_dir() else [path]
+        if not inside:
+            raise UserError(f"{path} holds no finished run (no model.safetensors below it)")
+        found += inside
+    return list(dict.fromkeys(found))
+
+
+def counts_of(steps: str | None) -> list[int] | None:
+    """The numbers of --steps, ascending."""
+    if steps is None:
+        return None
+    try:
+        counts = sorted({int(word) for word in steps.split(",")})
+    except ValueError:
+        raise UserError(f"--steps takes numbers such as 1,2,4,8, got {steps!r}") from None
+    if counts[0] < 1:
+        raise UserError(f"--steps must be at least 1, got {counts[0]}")
+    return counts
+
+
+def rows(
+    path: Path, model: Model, counts: list[int] | None, solvers: tuple[str, ...]
+) -> Iterator[Row]:
+    """Its own plans, then at the other counts those of the solvers that it takes."""
+    card = model.card
+    for steps in card.plans:
+        if counts is None or steps in counts or len(card.plans) == 1:
+            yield Row(path, model, *model.plan(steps), own=True)
+    free = [solver for solver in solvers if solver in card.solvers and solver != card.sampler]
+    for solver in free:
+        for nfe in counts or (1, 2, 4, 8, 16, 32):
+            steps = SOLVERS[solver].steps(nfe)
+            if steps > 1 or solver == free[0]:  # in one step all solvers are the same
+                yield Row(path, model, *model.plan(nfe, solver), own=False)

@@ -1,0 +1,46 @@
+"""A comparison's folder: whole records in results.jsonl, begun ones in partial.jsonl, images beside."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from accelerate import PartialState
+from torch import Tensor
+
+from diffusion.checkpoint import load_tensors, save_tensors
+from eval import records
+from eval.records import Record
+
+
+@dataclass
+class Store:
+    """Records by key and sample images by tag; every `put` is on disk before it returns."""
+
+    folder: Path
+    records: dict[tuple, Record]
+    samples: dict[str, Tensor]
+
+    @staticmethod
+    def open(folder: Path) -> "Store":
+        begun, whole = (records.read(folder / name) for name in ("partial.jsonl", "results.jsonl"))
+        found = Store(folder, {r.key: r for r in [*begun, *whole]}, samples_of(folder))
+        PartialState().wait_for_everyone()  # all have read before the first writes
+        return found
+
+    def put(self, *changed: Record, images: dict[str, Tensor] | None = None) -> None:
+        self.records |= {record.key: record for record in changed}
+        self.samples |= images or {}
+        if not PartialState().is_main_process:
+            return
+        if images:
+            save_tensors(self.folder / "samples.safetensors", self.samples, {})
+        whole = [r for r in self.records.values() if len(r.quality) == len(r.seeds)]
+        begun = [r for r in self.records.values() if len(r.quality) < len(r.seeds)]
+        records.write(self.folder / "results.jsonl", whole)  # first: no record is ever in neither
+        records.write(self.folder / "partial.jsonl", begun)
+        if not begun:
+            (self.folder / "partial.jsonl").unlink()
+
+
+def samples_of(folder: Path) -> dict[str, Tensor]:
+    path = folder / "samples.safetensors"
+    return load_tensors(path)[0] if path.exists() else {}

@@ -1,0 +1,110 @@
+"""Images by the batch, shared out among processes, looked at and forgotten; resumable."""
+
+import json
+import time
+from collections.abc import Iterator
+from functools import reduce
+from operator import add
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from diffusion.checkpoint import load_tensors, save_tensors
+from diffusion.console import UserError
+from diffusion.model import Model
+from diffusion.runs import some_labels
+from eval.quality import Judge, Seen
+from eval.timing import out_of_memory
+
+SAVE_EVERY = 30.0  # seconds
+
+
+def indices(model: Model, start: int, end: int) -> tuple[Tensor, Tensor | None]:
+    """The numbers of images start to end, and their labels: every class in turn."""
+    labels = some_labels(model, end)
+    numbers = torch.arange(start, end, device=model.device)
+    return numbers, None if labels is None else labels[start:]
+
+
+def look(
+    judge: Judge, model: Model, plan: tuple, seed: int, num_images: int, batch_size: int, part: Path
+) -> Iterator[tuple[int, Seen | None]]:
+    """(images done by this process, None) after each batch; at last all processes' (number, Seen).
+
+    part: a file's stem, beside which each process keeps what it has seen so that a killed one
+    resumes there, with any number of processes. What the images show to be wrong with the model is
+    a UserError in every process.
+    """
+    processes = PartialState()
+    rank, count = processes.process_index, processes.num_processes
+    kept = _kept(part, model.device)
+    done = {start for seen in kept for start in seen.parts}
+    mine = part.with_name(f"{part.name}-{rank}.safetensors")
+    processes.wait_for_everyone()  # all have read what was kept before any writes
+    found = reduce(add, kept, Seen()) if rank == 0 else Seen()
+    left = [start for start in range(0, num_images, batch_size) if start not in done]
+    images, saved, trouble = _count(found), time.monotonic(), ""
+    for start in left[rank::count]:
+        numbers, labels = indices(model, start, min(start + batch_size, num_images))
+        try:
+            found += judge.see(model.x0(plan, seed, numbers, labels), start)
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
+            trouble = f"a batch of {len(numbers)} does not fit the memory: lower --batch-size"
+            break
+        images += len(numbers)
+        if time.monotonic() - saved > SAVE_EVERY:
+            if trouble := _trouble(found):
+                break
+            save_tensors(mine, found.tensors(), {"format": json.dumps(1)})
+            saved = time.monotonic()
+        if images < num_images:
+            yield images, None
+    trouble = trouble or _trouble(found)
+    told = gather_object([(trouble, found.tensors() if count > 1 and not trouble else {})])
+    if troubles := [trouble for trouble, _ in told if trouble]:
+        raise UserError(troubles[0])
+    if count > 1:
+        found = reduce(add, (Seen.of(tensors, model.device) for _, tensors in told if tensors))
+    yield num_images, found
+
+
+def forget(part: Path) -> None:
+    """Remove what `look` kept, once its result is on disk."""
+    for path in _files(part):
+        path.unlink(missing_ok=True)
+
+
+def _trouble(found: Seen) -> str:
+    try:
+        if found.parts:
+            found.refuse()
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def _count(found: Seen) -> int:
+    return found.moments["own"].count if found.parts else 0
+
+
+def _files(part: Path) -> list[Path]:
+    return sorted(part.parent.glob(f"{part.name}-*.safetensors"))
+
+
+def _kept(part: Path, device: torch.device) -> list[Seen]:
+    """What was seen before, no batch twice.
+
+    The first process's file takes in the others' of an earlier start, which then lie about until
+    they are written over: of two that share a batch the larger holds all of the smaller.
+    """
+    found = [Seen.of(load_tensors(path)[0], device) for path in _files(part)]
+    kept: list[Seen] = []
+    for seen in sorted(found, key=_count, reverse=True):
+        if not any(seen.parts.keys() & other.parts.keys() for other in kept):
+            kept.append(seen)
+    return kept

@@ -1,0 +1,179 @@
+"""Seconds, memory and energy of one call: its first run apart, then synchronised repeats."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from statistics import median, quantiles
+
+import torch
+from torch import Tensor
+
+from eval.machine import ENERGY, nvml
+
+FOR_P90 = 29  # as many samples have one beyond the 90th percentile with 95 %: 0.9^29 < 0.05
+MOST = 50  # repeats
+SHARP = 0.01  # of the median: the half-width of its notch at which repeats may stop
+LONG = 3.0  # seconds; a call beyond them is little moved by its warming up
+VERY_LONG = 10.0  # seconds; a call beyond them is repeated twice, not three times
+STRETCH = 1.0  # seconds of calls over which energy is measured
+OUT_OF_MEMORY = "out of memory"
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What a batch of that size takes from noise to uint8."""
+
+    batch_size: int
+    first: float | None = None
+    """Seconds of the first call of all: compilation and warm-up are in it."""
+    seconds: tuple[float, ...] = ()
+    """Of each repeat; none where it failed."""
+    allocated: int | None = None
+    """Peak bytes that the call took beyond those that were held before; null on a CPU."""
+    reserved: int | None = None
+    """Peak bytes that the allocator held, with the weights of every model loaded; null on a CPU."""
+    joules: float | None = None
+    """Per image, by NVML's counter of the whole device; null without one."""
+    failed: str | None = None
+    """Why there are no repeats, e.g. "out of memory"."""
+
+    @property
+    def median(self) -> float:
+        return median(self.seconds)
+
+    @property
+    def iqr(self) -> tuple[float, float]:
+        """The quartiles of the repeats."""
+        if len(self.seconds) < 2:
+            return self.median, self.median
+        low, _, high = quantiles(self.seconds, n=4, method="inclusive")
+        return low, high
+
+    @property
+    def p90(self) -> float | None:
+        """The 90th percentile; None where the repeats are too few to claim one."""
+        if len(self.seconds) < FOR_P90:
+            return None
+        return quantiles(self.seconds, n=10, method="inclusive")[-1]
+
+    @property
+    def images_per_second(self) -> float:
+        return self.batch_size / self.median
+
+
+def timed(call: Callable[[], Tensor], device: torch.device) -> tuple[Tensor, float]:
+    """The result and its seconds, with the device idle before and after."""
+    _synchronise(device)
+    start = time.perf_counter()
+    result = call()
+    _synchronise(device)
+    return result, time.perf_counter() - start
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether it is one; the CPU's allocator and CUDA's libraries have no type of their own for it."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    phrases = ("out of memory", "not enough memory", "can't allocate memory", "_ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in phrases)
+
+
+def begin(call: Callable[[], Tensor], batch_size: int, device: torch.device) -> Timing:
+    """Its first run, and a second that warms it up and shows the peak of its memory.
+
+    A first run may be long for being compiled or for being itself; a long second run is the latter
+    and already warm, so it is kept as a repeat.
+    """
+    _fresh(device)
+    first = _attempt(call, device)
+    held = _fresh(device)  # what compilation and the search for kernels took is given back
+    second = None if first is None else _attempt(call, device)
+    if second is None:
+        return Timing(batch_size, failed=OUT_OF_MEMORY)
+    timing = Timing(batch_size, first, (second,) if second > LONG else ())
+    if held is None:
+        return timing
+    allocated = torch.cuda.max_memory_allocated(device) - held
+    return replace(timing, allocated=allocated, reserved=torch.cuda.max_memory_reserved(device))
+
+
+def again(call: Callable[[], Tensor], timing: Timing, device: torch.device) -> Timing:
+    """With one more repeat."""
+    took = _attempt(call, device)
+    if took is None:
+        return Timing(timing.batch_size, failed=OUT_OF_MEMORY)
+    return replace(timing, seconds=(*timing.seconds, took))
+
+
+def settled(timing: Timing, budget: float) -> bool:
+    """Whether it has been repeated enough: until its median is known, or its budget used up.
+
+    Known is a median whose notch, median +- 1.57 IQR / sqrt(n), reaches no further than 1 %, from
+    as many repeats as a 90th percentile needs: notches that do not overlap tell two medians apart
+    at about the 95 % level (McGill, Tukey & Larsen 1978), so calls that differ by 2 % are.
+    Never fewer than 3 repeats, or 2 of more than 10 s; never more than 50.
+    """
+    count = len(timing.seconds)
+    if timing.failed or count >= MOST:
+        return True
+    if count < 2 or (count < 3 and timing.median <= VERY_LONG):
+        return False
+    low, high = timing.iqr
+    sharp = 1.57 * (high - low) / count**0.5 <= SHARP * timing.median
+    return sum(timing.seconds) >= budget or (count >= FOR_P90 and sharp)
+
+
+def joules(call: Callable[[], Tensor], batch_size: int, device: torch.device) -> float | None:
+    """Energy per image, of calls back to back for a second or more; None without a moving counter.
+
+    NVML's counter moves in steps of 20 to 100 ms, so both ends wait for one: what is not the
+    calls' is the rest of the last step, spent idle.
+    """
+    start = _next_step(device)
+    if start is None:
+        return None
+    spent, count = 0.0, 0
+    while spent < STRETCH:
+        took = _attempt(call, device)
+        if took is None:
+            return None
+        spent, count = spent + took, count + 1
+    end = _next_step(device)
+    if end is None or end <= start:
+        return None
+    return (end - start) / 1000 / (count * batch_size)
+
+
+def _attempt(call: Callable[[], Tensor], device: torch.device) -> float | None:
+    """Its seconds; None where it ran out of memory."""
+    try:
+        return timed(call, device)[1]
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+    _fresh(device)  # only here, where no traceback holds the call's tensors any more
+    return None
+
+
+def _fresh(device: torch.device) -> int | None:
+    """Empty the allocator's cache and its peaks: the bytes still held; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.memory_allocated(device)
+
+
+def _next_step(device: torch.device) -> int | None:
+    """NVML's millijoules when they have just moved, or have not for half a second."""
+    before = now = nvml(device, ENERGY)
+    deadline = time.perf_counter() + 0.5
+    while now is not None and now == before and time.perf_counter() < deadline:
+        time.sleep(0.001)
+        now = nvml(device, ENERGY)
+    return now
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,312 @@
+"""The tables: every format shows the same cells, a ratio is to the row's own teacher, nothing is made up."""
+
+import csv
+import io
+import re
+from dataclasses import replace
+
+import pytest
+from made_up import record, sha256
+from rich.console import Console
+
+from diffusion.console import UserError
+from eval import records, table
+from eval.lines import lines
+from eval.records import Record
+from eval.timing import FOR_P90, Timing
+
+FIGURES = {"kid": [0.00125, 0.00135], "precision": [0.9, 0.92], "coverage": [0.8, 0.9]}
+REAL = {"kid": 0.001, "precision": 0.95, "coverage": 0.93}
+TEACHER = record(
+    "teacher", 1000, 4.0, 8.0, others=FIGURES, held_out=REAL,
+    likelihood={"variational-bound": 3.4567, "variational-bound-error": 0.0123, "images": 90},
+)  # fmt: skip
+SOLVER = record(
+    "teacher", 7, 6.0, 0.04, own=False, sampler="heun", steps=4, sha256=TEACHER.sha256,
+    others=FIGURES, held_out=REAL,
+)  # fmt: skip
+FOUR = record("progressive", 4, 4.4, 0.04, parent=TEACHER.sha256, others=FIGURES, held_out=REAL)
+ONE = record(
+    "progressive", 1, 1234.5, 0.01, parent=FOUR.sha256, held_out=REAL,
+    others=FIGURES | {"coverage": [0.1, 0.2]},
+)  # fmt: skip
+UNTIMED = record("a_|b&c%$#{}~^\\<x> [y]", 2, 7.0, parent=TEACHER.sha256, timings=[])
+ROWS = [TEACHER, SOLVER, FOUR, ONE, UNTIMED]
+
+
+def column(rows: list[Record], head: str, title: str = "Quality and cost") -> list[str]:
+    (found,) = (each for each in table.tables(rows) if each.title == title)
+    return [cells[found.heads.index(head)] for cells in found.cells]
+
+
+def heads(rows: list[Record], title: str, times: bool = True) -> tuple[str, ...]:
+    found = (each.heads for each in table.tables(rows, times) if each.title == title)
+    return next(found, ())
+
+
+def parsed_markdown(text: str) -> list[list[list[str]]]:
+    """The heads and the rows of each table."""
+    found: list[list[list[str]]] = []
+    previous = ""
+    for line in text.splitlines():
+        if line.startswith("|"):
+            if not previous.startswith("|"):
+                found.append([])
+            cells = re.split(r"(?<!\\)\|", line)[1:-1]
+            found[-1].append([cell.strip().replace(r"\|", "|") for cell in cells])
+        previous = line
+    return [[head, *rows] for head, _, *rows in found]
+
+
+LATEX = {r"\textbackslash{}": "\\", r"\textasciitilde{}": "~", r"\textasciicircum{}": "^"}
+LATEX |= {r"\textless{}": "<", r"\textgreater{}": ">", "{[}": "[", "--": "–"}
+LATEX |= {r"$\times$": "×", r"$\pm$": "±", r"$\le$": "≤"} | {f"\\{c}": c for c in "&%$#_{}"}
+
+
+def parsed_latex(text: str) -> list[list[list[str]]]:
+    known = re.compile("|".join(re.escape(word) for word in sorted(LATEX, key=len, reverse=True)))
+    found = []
+    for body in re.findall(r"\\toprule\n(.*?)\\bottomrule", text, re.DOTALL):
+        lines = [line.removesuffix(r" \\") for line in body.splitlines() if line != r"\midrule"]
+        cells = [re.split(r" (?<!\\)& ", line) for line in lines]
+        found.append([[known.sub(lambda m: LATEX[m[0]], x) for x in line] for line in cells])
+    return found
+
+
+def number(text: str) -> float | None:
+    """The first number of a cell."""
+    found = re.match(r"-?[\d,.]+(e[-+]\d+)?", text)
+    return float(found[0].replace(",", "")) if found and text != "-" else None
+
+
+@pytest.mark.parametrize("times", [True, False])
+@pytest.mark.parametrize("parse", [("markdown", parsed_markdown), ("latex", parsed_latex)])
+def test_markdown_and_latex_hold_every_cell_of_the_tables(parse, times):
+    name, parsed = parse
+    expected = [[[*t.heads], *map(list, t.cells)] for t in table.tables(ROWS, times)]
+    assert len(expected) == 4 if times else 3
+    assert parsed(table.FORMATS[name](ROWS, times)) == expected
+
+
+@pytest.mark.parametrize("times", [True, False])
+def test_the_csv_holds_the_same_numbers_in_full(times):
+    rows = list(csv.DictReader(io.StringIO(table.FORMATS["csv"](ROWS, times))))
+    assert len(rows) == len(ROWS)
+    checked = set()
+    for found in table.tables(ROWS, times):
+        for line, cells in zip(found.lines, found.cells, strict=False):  # the foot is no row
+            row = rows[[x.key for x in ROWS].index(line.record.key)]
+            for head, cell in list(zip(found.heads, cells, strict=True))[1:]:
+                expected = number(cell)
+                if head == "size":
+                    expected *= 1e6
+                value = float(row[head]) if row[head] else None
+                assert value == (None if expected is None else pytest.approx(expected, rel=6e-3))
+                checked.add(head)
+    assert len(checked) == (13 if times else 9)
+    for row, made in zip(rows, ROWS, strict=True):
+        assert float(row["quality"]) == made.score
+        assert [row["run"], row["sha256"], row["device"]] == [made.run, made.sha256, "a device"]
+        assert row["network precision"] == "fp32"
+        assert not any("," in row[head] for head in row if head not in ("method", "first call, s"))
+    assert [row["warnings"] for row in rows] == ["", "", "", "collapsed", ""]
+    assert ("ms @1 q1" in rows[0]) == times
+
+
+def test_json_lines_are_the_records(tmp_path):
+    (tmp_path / "results.jsonl").write_text(table.FORMATS["jsonl"](ROWS, True))
+    assert records.read(tmp_path / "results.jsonl") == ROWS
+
+
+@pytest.mark.parametrize("width", [70, 120])
+def test_a_terminal_shows_every_cell_whole_however_narrow_it_is(monkeypatch, width):
+    screen = Console(width=width, file=io.StringIO(), soft_wrap=True, highlight=False)
+    monkeypatch.setattr(table, "out", screen)
+    rows = [replace(row, method=f"m{i}") for i, row in enumerate(ROWS)]
+    table.show("rich", rows)
+    shown = screen.file.getvalue()
+    for found in table.tables(rows):
+        missing = [cell for row in found.cells for cell in row if cell not in shown]
+        assert (missing == []) == (found.title != table.FURTHER)
+        assert found.title == table.FURTHER or found.caption in shown
+    grid = [line for line in shown.splitlines() if line.startswith(" ")]
+    assert max(map(len, grid)) <= width
+
+
+@pytest.mark.parametrize("name", ["markdown", "csv", "latex", "jsonl"])
+def test_what_is_shown_is_just_the_text_so_that_it_can_be_a_file(name, capsys):
+    table.show(name, ROWS)
+    assert capsys.readouterr().out == table.FORMATS[name](ROWS, True)
+
+
+@pytest.mark.parametrize("name", ["rich", "markdown", "csv", "latex"])
+def test_no_table_mixes_rows_that_are_not_comparable(name):
+    rows = [*ROWS, record("stranger", 3, num_images=7)]
+    with pytest.raises(UserError, match="num images 7 in stranger 3"):
+        table.FORMATS[name](rows, True)
+    other = {"device": "another", "precision": "fp32"}
+    rows = [*ROWS, record("stranger", 3, environment=other)]
+    with pytest.raises(UserError, match="--no-times"):
+        table.FORMATS[name](rows, True)
+    assert table.FORMATS[name](rows, False)
+
+
+def test_a_row_without_its_figures_is_not_shown_as_if_it_had_them():
+    with pytest.raises(UserError, match=r"progressive in 4 steps .*2 seeds"):
+        table.tables([TEACHER, replace(FOUR, quality=[4.0])])
+
+
+# --- ratios
+
+
+def family(name: str, score: float, seconds: float) -> list[Record]:
+    """A teacher and its line of students, told from another by its weights alone."""
+    first = record("teacher", 100, score, 100 * seconds, sha256=sha256(name), run=f"{name}/teacher")
+    short = record(
+        "teacher", 50, 9 * score, seconds, sha256=sha256(name), run=f"{name}/teacher"
+    )  # its other plan
+    made = [first, short]
+    for steps in (4, 2, 1):
+        parent = made[-1].sha256
+        weights = sha256(f"{name} {steps}")
+        run = f"{name}/progressive/{steps}"
+        made.append(
+            record("progressive", steps, 2 * score, seconds, sha256=weights, parent=parent, run=run)
+        )
+    return made
+
+
+def test_a_ratio_and_a_speed_up_are_to_the_rows_own_teacher():
+    one, two = family("one", 10.0, 0.1), family("two", 40.0, 0.3)
+    rows = [one[0], *two, *one[1:]]
+    found = {line.record.key: line for line in lines(rows)}
+    for each in (one, two):
+        teacher = each[0]
+        for row in each:
+            line = found[row.key]
+            assert line.teacher is teacher
+            assert line.ratio == pytest.approx(row.score / teacher.score)
+            assert line.speed_up == pytest.approx(teacher.batch.median / row.batch.median)
+    assert column(rows, "× teacher") == [
+        "1.00",
+        "1.00",
+        "9.00",
+        *["2.00"] * 3,
+        "9.00",
+        *["2.00"] * 3,
+    ]
+    names = column(rows, "method")
+    assert names[:3] == ["teacher [one]", "teacher [two]", "teacher [two]"]
+    assert {*names[3:6]} == {"progressive [two]"}
+
+
+def test_where_the_line_is_broken_the_tables_teacher_stands_in():
+    one = family("one", 10.0, 0.1)
+    orphan = record("orphan", 2, 30.0, parent=sha256("lost"))
+    assert column([*one, orphan], "× teacher")[-1] == "3.00"
+    del one[2]  # the first student: its own students' line is broken, and there is one teacher
+    assert column([*one, orphan], "× teacher") == ["1.00", "9.00", "2.00", "2.00", "3.00"]
+
+
+def test_a_line_that_ends_in_itself_is_no_endless_walk():
+    a = record("a", 2, parent=sha256("b"), sha256=sha256("a"))
+    b = record("b", 2, parent=sha256("a"), sha256=sha256("b"))
+    assert [line.ratio for line in lines([a, b])] == [None, None]
+    assert [line.ratio for line in lines([a, b, TEACHER])] == [1.0, 1.0, 1.0]
+
+
+def test_a_ratio_is_to_the_floor_where_the_teacher_is_below_it():
+    rows = [replace(TEACHER, floor=[5.0, 11.0]), replace(FOUR, floor=[5.0, 11.0])]
+    assert column(rows, "× teacher") == ["0.50", "0.55"]
+
+
+def test_without_a_teacher_there_is_no_ratio():
+    assert column([FOUR, ONE], "× teacher") == ["-", "-"]
+    assert column([FOUR, ONE], "speed-up") == ["-", "-"]
+    assert "× teacher" not in table.tables([FOUR, ONE])[0].caption
+
+
+# --- times
+
+
+def test_a_row_without_times_has_dashes_and_a_table_without_times_no_columns_for_them():
+    for head in table.TIMES:
+        assert column(ROWS, head)[-1] == "-"
+        assert head not in heads(ROWS, "Quality and cost", times=False)
+    assert heads(ROWS, "Speed", times=False) == ()
+    untimed = [replace(row, timings=[]) for row in ROWS]
+    assert heads(untimed, "Speed") == ()
+    assert "ms @1" not in table.tables(untimed)[0].caption
+
+
+def test_a_column_that_no_row_has_a_figure_for_is_left_out():
+    assert heads(ROWS, "Speed") == ("method", "steps", "first call, s", "ms @1", "images/s")
+    timings = [Timing(1, 0.5, (0.1,) * FOR_P90), Timing(50, None, (0.2,) * 3, 10**7, 10**8, 0.25)]
+    rich = replace(FOUR, timings=[*timings, Timing(64, seconds=(0.1, 0.1))])
+    full = [*heads(ROWS, "Speed")[:4], "p90, ms", "images/s", "best images/s", "peak MB", "J/image"]
+    assert [*heads([*ROWS[:3], rich], "Speed")] == full
+    assert column([TEACHER, rich], "best images/s", "Speed") == ["-", "640 @64"]
+    assert column([TEACHER, rich], "peak MB", "Speed") == ["-", "10"]
+    assert column([TEACHER, rich], "J/image", "Speed") == ["-", "0.25"]
+
+
+@pytest.mark.parametrize(("repeats", "shown"), [(FOR_P90 - 1, False), (FOR_P90, True)])
+def test_a_90th_percentile_is_shown_only_where_the_repeats_allow_it(repeats, shown):
+    seconds = tuple(0.001 * (i + 1) for i in range(repeats))
+    row = replace(FOUR, timings=[Timing(1, seconds=seconds)])
+    assert ("p90, ms" in heads([row], "Speed")) == shown
+    if shown:
+        assert column([row], "p90, ms", "Speed") == [f"{1 + 0.9 * (repeats - 1):.3g}"]
+
+
+def test_times_are_medians_with_their_quartiles():
+    seconds = (0.5, 0.1, 0.2, 0.4, 0.3)
+    row = replace(FOUR, timings=[Timing(1, seconds=seconds), Timing(50, seconds=seconds)])
+    assert column([row], "ms @1") == ["300"]
+    assert column([row], "ms @1", "Speed") == ["300 (200–400)"]
+    assert column([row], "images/s") == ["167"]
+    assert column([row], "images/s", "Speed") == ["167 (125–250)"]
+
+
+def test_a_batch_that_failed_says_why():
+    failed = [Timing(1, seconds=(0.1,)), Timing(50, failed="out of memory")]
+    row = replace(FOUR, timings=failed)
+    assert column([row], "images/s", "Speed") == ["out of memory"]
+    assert column([row], "images/s") == ["-"]
+
+
+# --- what a reader must not miss
+
+
+@pytest.mark.parametrize("title", ["Quality and cost", "Speed", table.FURTHER])
+def test_a_collapse_is_marked_in_the_first_cell_of_every_table(title):
+    found = column(ROWS, "method", title)
+    assert [name for name in found if "(collapsed)" in name] == ["progressive (collapsed)"]
+    assert "(collapsed): " in table.tables(ROWS)[0].caption
+    assert "(copies)" not in table.tables(ROWS)[0].caption
+
+
+def test_copies_are_marked_and_explained():
+    copies = {"memorisation-copied": [0.3, 0.3], "memorisation-copied_floor": [0.01, 0.01]}
+    found = table.tables([replace(FOUR, others=copies)])
+    assert found[0].cells[0][0] == "progressive (copies)"
+    assert "(copies): " in found[0].caption
+
+
+def test_one_seed_has_no_spread_to_show():
+    rows = [replace(row, seeds=[3], quality=[4.25], others={}) for row in (TEACHER, FOUR)]
+    assert column(rows, "quality") == ["4.25", "4.25"]
+    caption = table.tables(rows)[0].caption
+    assert "seed 3" in caption
+    assert "±" not in caption
+
+
+def test_held_out_images_close_the_further_figures():
+    assert column(ROWS, "kid", table.FURTHER) == [*["0.0013"] * 4, "-", "0.001"]
+    assert column(ROWS, "method", table.FURTHER)[-1] == "held-out images"
+
+
+def test_bits_per_dimension_are_those_of_the_rows_that_have_them():
+    assert heads(ROWS, "Likelihood") == ("method", "steps", "bits/dim ≤")
+    assert column(ROWS, "bits/dim ≤", "Likelihood") == ["3.457 ± 0.012"]
+    assert heads(ROWS[1:], "Likelihood") == ()
