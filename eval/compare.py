@@ -40,9 +40,9 @@ class Options:
     people, whose rows join the table."""
     steps: str | None = None
     """Network calls to compare at, e.g. 1,2,4,8; the teacher's own plan is always shown."""
-    solvers: tuple[str, ...] = ("ddim", "heun", "dpm-solver++")
-    """Samplers without training to compare with, of those that the teacher takes; others are
-    unipc, truncated, ancestral, stochastic and predictor-corrector."""
+    solvers: tuple[str, ...] = ("ddim", "dpm-solver++", "unipc")
+    """Samplers without training to compare with, of those that the teacher takes; others are heun,
+    truncated, ancestral, stochastic and predictor-corrector."""
     num_images: int = 1024
     """Images per seed."""
     search_steps: tuple[int, ...] = ()

@@ -115,18 +115,18 @@ def classifier(dataset: Dataset, device: torch.device, cache: Path = CACHE) -> E
         raise UserError(f"{name} has no classes to train a classifier on: use --features random")
     seen = weights_sha256({"images": dataset.train, "labels": dataset.train_labels})
     path = cache / "features" / f"cnn-{name}-{seen[:8]}-{STEPS}.safetensors"
-    model = Classifier(dataset.spec.channels, dataset.spec.num_classes)
-    if path.exists():
-        weights, metadata = load_tensors(path)
-        try:
-            model.load_state_dict(weights)
-            accuracy = json.loads(metadata["accuracy"])
-        except (RuntimeError, KeyError):
-            raise UserError(f"{path} is from another version: remove it, to train anew") from None
-    else:
-        say(f"features: training the classifier of {name}, once for all")
-        accuracy = _train(model, dataset, device)
-        save_tensors(path, model.state_dict(), {"accuracy": json.dumps(accuracy)})
+    with _repeatable(device):
+        model = Classifier(dataset.spec.channels, dataset.spec.num_classes)
+        if not path.exists():
+            say(f"features: training the classifier of {name}, once for all")
+            trained = {"accuracy": json.dumps(_train(model, dataset, device))}
+            save_tensors(path, model.state_dict(), trained)
+    weights, metadata = load_tensors(path)
+    try:
+        model.load_state_dict(weights)
+        accuracy = json.loads(metadata["accuracy"])
+    except (RuntimeError, KeyError):
+        raise UserError(f"{path} is from another version: remove it, to train anew") from None
     sha256 = weights_sha256(model.state_dict())
     say(f"features: classifier of {name}, accuracy {accuracy:.2%} on held-out images, {sha256[:8]}")
     model = model.to(device).eval().requires_grad_(False)
@@ -143,25 +143,17 @@ def classifier(dataset: Dataset, device: torch.device, cache: Path = CACHE) -> E
 def _train(model: Classifier, dataset: Dataset, device: torch.device) -> float:
     """Accuracy on the test images after STEPS steps of AdamW; the same weights every time."""
     images, labels = dataset.train.to(device), dataset.train_labels.to(device)
+    model.to(device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, STEPS)
     random = torch.Generator().manual_seed(0)
-
-    def step(_: int) -> None:
+    for _ in track(range(STEPS), "classifier", lambda i: (i + 1, STEPS, "steps")):
         which = torch.randint(len(images), (128,), generator=random).to(device)
         loss = F.cross_entropy(model(images[which]), labels[which], label_smoothing=0.1)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-
-    with _repeatable(device):
-        for module in model.modules():
-            if hasattr(module, "reset_parameters"):
-                module.reset_parameters()
-        model.to(device).train()
-        optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05, fused=True)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, STEPS)
-        for i in track(range(STEPS), "classifier", lambda i: (i + 1, STEPS, "steps")):
-            step(i)
     model.eval()
     with torch.no_grad():
         predicted = [model(part.to(device)).argmax(1).cpu() for part in dataset.test.split(1000)]

@@ -31,7 +31,7 @@ def count_calls(model: Model, plan: tuple[str, Tensor]) -> int:
             model.sample(plan, 0, *indices(model, 0, 1))
     finally:
         model.denoiser.net = counted.net
-    claimed = SOLVERS[sampler].calls(len(angles) - 1)
+    claimed = SOLVERS[sampler].calls(len(angles) - 1) * model.calls_per_step()
     if counted.calls != claimed:
         raise UserError(
             f"{sampler} claims {claimed} network calls in {len(angles) - 1} steps, "

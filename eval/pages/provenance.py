@@ -26,7 +26,7 @@ def facts(rows: list[Record], not_shown: list[str]) -> str:
         f"{escape(real['split'])}{pixels}",
         "floor": f"{mean(first.floor):.3g}: the same metric of {first.num_images:,} real images, mean of "
         f"{len(first.floor)} draws between {min(first.floor):.3g} and {max(first.floor):.3g}",
-        "NFE": "network calls per image, counted by a hook on the network",
+        "NFE": "network calls per image, counted by a wrapper of the network, in a pass of its own",
     }
     if any(record.timings for record in rows):
         pairs |= {
