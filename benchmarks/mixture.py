@@ -53,6 +53,8 @@ class Mlp(nn.Module):
             nn.SiLU(),
             nn.Linear(width, width),
             nn.SiLU(),
+            nn.Linear(width, width),
+            nn.SiLU(),
             nn.Linear(width, dimensions),
         )
 

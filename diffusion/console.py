@@ -4,6 +4,7 @@ import errno
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 from rich.console import Console
@@ -33,10 +34,15 @@ def silence() -> None:
     _quiet = True
 
 
-def divert() -> None:
-    """Show progress and plain lines on stderr from now on: stdout is a file's content."""
+@contextmanager
+def diverted(where: bool = True) -> Iterator[None]:
+    """Progress and plain lines go to stderr meanwhile: stdout is a file's content."""
     global _shown
-    _shown = err
+    before, _shown = _shown, err if where else _shown
+    try:
+        yield
+    finally:
+        _shown = before
 
 
 def say(line: str) -> None:

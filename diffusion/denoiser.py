@@ -31,8 +31,13 @@ class Denoiser(nn.Module):
     Told a Condition, D is the guided x0 (`guide`): a network with a guidance input makes it in
     one call, any other in two, as one call of twice the batch. Told a label alone, guidance is 1.
 
-    net: (x_t (B, C, H, W), t (B,) float32, label (B,) int64 or None) -> prediction (B, C, H, W);
-        with a guidance input it is given that (B,) too. Its `config` says which of these it is.
+    Asked for the variance too, it returns (x0, share) of a network that learns it: an ancestral
+    step t -> s then has variance beta^share beta'^(1 - share), where beta is the forward step's
+    and beta' the posterior's (Nichol & Dhariwal 2021, eq. 15). Guidance leaves the share as it is
+    without. All of this is in `forward`, for gradients are synchronised of no other call.
+
+    net: (x_t (B, C, H, W), t (B,) float32, label (B,) int64 or None) -> prediction (B, C, H, W),
+        or (B, 2 C, H, W) with the share; with a guidance input it is given that (B,) too. Its `config` says which of these it is.
     precision: "fp32" or "bf16" (autocast of the network alone; angles and sums stay float32).
     layout: of weights and activations; channels_last is the fast one on GPUs with tensor cores,
     while on CPUs group norm makes it the slow one (1.3 times at 8x8).
@@ -49,24 +54,40 @@ class Denoiser(nn.Module):
         self.precision, self.layout = precision, layout
         config = getattr(net, "config", UNetConfig())
         self.prediction, self.guidance = config.prediction, config.guidance
-        self.unknown = config.num_classes
+        self.unknown, self.learned_variance = config.num_classes, config.learned_variance
 
-    def forward(self, x_t: Tensor, t: Tensor, label: Tensor | Condition | None = None) -> Tensor:
-        """x0 (B, C, H, W) float32. t: (B,) or scalar radians; label: (B,), None without classes."""
+    def forward(
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        label: Tensor | Condition | None = None,
+        variance: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """x0 (B, C, H, W) float32, or (x0, share) of that shape both.
+
+        t: (B,) or scalar radians; label: (B,), None without classes.
+        """
+        if variance and not self.learned_variance:
+            raise UserError("this network knows no variance: train it with --learned-variance")
         t = t.expand(len(x_t))
         if not isinstance(label, Condition):
-            return self._x0(x_t, t, label)
-        if self.guidance:
-            return self._x0(x_t, t, *label)
-        label, weight = label
-        both = torch.cat([label, torch.full_like(label, self.unknown)])
-        return guide(*self._x0(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2), weight)
+            x0, share = self._predict(x_t, t, label)
+        elif self.guidance:
+            x0, share = self._predict(x_t, t, *label)
+        else:
+            label, weight = label
+            both = torch.cat([label, torch.full_like(label, self.unknown)])
+            x0, share = self._predict(torch.cat([x_t, x_t]), torch.cat([t, t]), both)
+            x0, share = guide(*x0.chunk(2), weight), share[: len(x_t)]
+        return (x0, share) if variance else x0
 
-    def _x0(self, x_t: Tensor, t: Tensor, *condition: Tensor | None) -> Tensor:
+    def _predict(self, x_t: Tensor, t: Tensor, *condition: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x0, and what the network puts out beyond its prediction."""
         with torch.autocast(x_t.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             x = x_t.contiguous(memory_format=self.layout)
-            prediction = self.net(x, t.float(), *condition)
-        return TO_X0[self.prediction](x_t, prediction.float(), t)
+            output = self.net(x, t.float(), *condition).float()
+        channels = x_t.shape[1]
+        return TO_X0[self.prediction](x_t, output[:, :channels], t), output[:, channels:]
 
 
 def guide(conditional: Tensor, unconditional: Tensor, weight: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Samplers: (denoise, noise, angles) -> x0 (B, C, H, W).
 
-denoise: (x_t, t scalar) -> x0. noise: an iterator over standard normal images; its first is
+denoise: (x_t, t scalar) -> x0, or with variance=True, which ancestral-learned alone asks, (x0,
+share) as diffusion.denoiser has it. noise: an iterator over standard normal images; its first is
 where sampling starts. angles: (N + 1,) float64, descending, ends at 0. Every solver here is
 a rotation towards some x0; they differ in which x0. The last, to s = 0, ends at that x0 itself.
 """
@@ -25,6 +26,21 @@ def ddim(denoise: Denoise, noise: Iterator[Tensor], angles: Tensor, eta: float =
     for t, s in pairwise(angles[:-1]):
         x0 = denoise(x, t)
         x = renewing_step(x, x0, t, s, next(noise), eta) if eta else rotate(x, x0, t, s)
+    return denoise(x, angles[-2])
+
+
+def ancestral_learned(denoise: Denoise, noise: Iterator[Tensor], angles: Tensor) -> Tensor:
+    """Ancestral steps whose variance the network chooses (Nichol & Dhariwal 2021, eq. 15): N calls.
+
+    beta is (sin t / sin s)^2 times the posterior's variance, so that exp(log-variance / 2) is the
+    posterior's deviation times (sin t / sin s)^share: ancestral sampling itself at a share of 0.
+    The best share of short steps is Var[x0 | x_t] / sin^2 t, whatever their length, so that one
+    learnt on 1000 steps serves fewer.
+    """
+    x = next(noise)
+    for t, s in pairwise(angles[:-1]):
+        x0, share = denoise(x, t, variance=True)
+        x = renewing_step(x, x0, t, s, broadcast(t.sin() / s.sin(), share) ** share * next(noise))
     return denoise(x, angles[-2])
 
 
@@ -168,6 +184,7 @@ def langevin_step(x: Tensor, score: Tensor, z: Tensor, ratio: float) -> Tensor:
 
 SAMPLERS = {
     "ancestral": partial(ddim, eta=1.0),
+    "ancestral-learned": ancestral_learned,
     "ddim": ddim,
     "heun": heun,
     "dpm-solver++": dpm_solver,
@@ -206,9 +223,10 @@ def two_calls(steps: int) -> int:
     return 2 * steps - 1
 
 
-# What may sample any trained denoiser without further training.
+# What may sample any trained denoiser without further training, if it has what the sampler asks.
 SOLVERS = {
     "ancestral": Solver(one_call, respace),
+    "ancestral-learned": Solver(one_call, respace),
     "ddim": Solver(one_call, respace),
     "heun": Solver(two_calls, respace),
     "dpm-solver++": Solver(one_call, respace),
@@ -225,4 +243,8 @@ def sample(
     denoise: Callable, noise: Iterator[Tensor], sampler: str, angles: Tensor, label=None
 ) -> Tensor:
     """x0 (B, C, H, W) by the sampler of that name. angles: ascending from 0, on the noise's device."""
-    return SAMPLERS[sampler](lambda x_t, t: denoise(x_t, t, label), noise, angles.flip(0))
+
+    def told(x_t: Tensor, t: Tensor, variance: bool = False):
+        return denoise(x_t, t, label, variance=True) if variance else denoise(x_t, t, label)
+
+    return SAMPLERS[sampler](told, noise, angles.flip(0))

@@ -10,8 +10,8 @@ import tyro
 from accelerate import PartialState
 
 from diffusion import data as datasets
-from diffusion.checkpoint import write_atomic
-from diffusion.console import UserError, divert, run, say, silence
+from diffusion.checkpoint import require_folder, write_atomic
+from diffusion.console import UserError, diverted, run, say, silence
 from diffusion.model import Model, load, require_same_images, this_device
 from diffusion.samplers import SOLVERS
 from eval import plots, records, table
@@ -81,12 +81,12 @@ def compare(options: Options) -> list[Record]:
     alone = PartialState().is_main_process
     if not alone:
         silence()
-    if options.table != "rich":
-        divert()
     files = [path for path in options.runs if path.suffix == ".jsonl"]
     paths = tuple(path for path in options.runs if path not in files)
     given = records.merge(map(records.read, files))
-    store = Store.open(options.out or home(paths))
+    folder = options.out or home(paths)
+    require_folder(folder)
+    store = Store.open(folder)
     measured, refused = [], []
     if paths:
         wanted = planned(options, paths)
@@ -205,7 +205,9 @@ def write_results(store: Store, shown: list[Record], options: Options) -> None:
 
 def main() -> None:
     config = (tyro.conf.OmitArgPrefixes,)
-    compare(tyro.cli(Options, prog="python -m eval.compare", config=config))
+    options = tyro.cli(Options, prog="python -m eval.compare", config=config)
+    with diverted(options.table != "rich"):
+        compare(options)
 
 
 if __name__ == "__main__":

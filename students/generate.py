@@ -11,7 +11,7 @@ import torch
 import tyro
 from torch import Tensor
 
-from diffusion.checkpoint import write_atomic
+from diffusion.checkpoint import require_folder, write_atomic
 from diffusion.console import UserError, run, say, track
 from diffusion.model import Model, load
 from diffusion.pictures import png, save_grid
@@ -135,6 +135,7 @@ def main() -> None:
             )
     if options.out.suffix not in WRITERS:
         raise UserError(f"--out must end in .png or .npz or be a folder, got {options.out}")
+    require_folder(options.out.parent if options.out.suffix else options.out)
     model = load(options.checkpoint, options.precision)
     sampler, angles = plan_of(model, options)
     WRITERS[options.out.suffix](options.out, model, options)

@@ -26,6 +26,7 @@ from diffusion.schedules import SCHEDULES
 from diffusion.training import Follower
 from teachers.levels import ImportanceSampling, Levels, LossHistory, log_normal, uniform
 from teachers.presets import preset
+from teachers.variance import VariationalBound
 
 SOLVERS = (
     "ddim",
@@ -48,18 +49,28 @@ class Denoising:
     weighting: str = "v"
     levels: Levels = uniform
     averages: Sequence[Follower] = ()
+    bound: VariationalBound | None = None
+    """For a student that learns its variance, and learns that alone from this: L_hybrid of Nichol
+    & Dhariwal 2021, eq. 16, with their lambda = 0.001."""
 
     def __call__(self, student, batch: Batch, progress: float) -> Tensor:
         t = self.levels(self.angles, batch.level)
         x_t = add_noise(batch.x0, batch.eps, t)
-        return x0_loss(student(x_t, t, batch.label), batch.x0, t, self.weighting)
+        if self.bound is None:
+            return x0_loss(student(x_t, t, batch.label), batch.x0, t, self.weighting)
+        x0, share = student(x_t, t, batch.label, variance=True)
+        loss = x0_loss(x0, batch.x0, t, self.weighting)
+        return loss + 0.001 * self.bound(x0.detach(), share, batch.x0, t)
 
 
-def _importance(angles: Tensor, weighting: str) -> ImportanceSampling:
-    return ImportanceSampling(Denoising(angles, weighting), LossHistory().to(angles.device))
+def _importance(
+    angles: Tensor, weighting: str, bound: VariationalBound | None = None
+) -> ImportanceSampling:
+    objective = Denoising(angles, weighting, bound=bound)
+    return ImportanceSampling(objective, LossHistory().to(angles.device))
 
 
-# Noise levels -> the objective, from angles and weighting.
+# Noise levels -> the objective, from angles, weighting and, for a learned variance, its bound.
 OBJECTIVES = {
     "uniform": Denoising,
     "log-normal": partial(Denoising, levels=log_normal),
@@ -116,18 +127,21 @@ def train_teacher(options: Options) -> Model:
     dataset = load_data(options)
     angles = SCHEDULES[options.schedule]()
     check_prediction(options.net.prediction, angles)
+    learned = options.net.learned_variance
     card = Card(
         method="teacher",
-        sampler="ancestral",
+        sampler="ancestral-learned" if learned else "ancestral",
         plans={len(angles) - 1: angles.tolist()},
-        solvers=SOLVERS,
+        solvers=(*SOLVERS, "ancestral-learned") if learned else SOLVERS,
         net=asdict(options.net),
         data=asdict(dataset.spec),
         training={name: getattr(options, name) for name in ("schedule", "levels", "weighting")},
     )
     torch.manual_seed(options.fit.seed)
     denoiser = build(options.net, options.fit.precision)
-    objective = OBJECTIVES[options.levels](angles.to(this_device()), options.weighting)
+    angles = angles.to(this_device())
+    bound = VariationalBound(angles, dataset.spec) if learned else None
+    objective = OBJECTIVES[options.levels](angles, options.weighting, bound=bound)
     out = options.out or run_folder(options.data) / "teacher"
     return train_model(out, denoiser, objective, dataset, options.fit, card)
 

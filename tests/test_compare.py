@@ -16,6 +16,7 @@ from eval.records import Record
 
 SETTINGS = {
     "steps": "1,2,4",
+    "solvers": ("ddim", "heun", "dpm-solver++"),
     "num_images": 100,
     "batch_size": 64,
     "features": "random",
@@ -153,7 +154,20 @@ def test_every_row_has_its_times_and_the_teacher_its_likelihood(compared):
 @pytest.mark.parametrize("form", ["markdown", "csv", "latex", "jsonl"])
 def test_a_table_to_be_piped_is_alone_on_stdout(compared, teacher, command, form):
     folder, rows = compared
-    told = ["--steps", "1,2,4", "--num-images", 100, "--batch-size", 64, "--features", "random"]
+    told = [
+        "--steps",
+        "1,2,4",
+        "--solvers",
+        "ddim",
+        "heun",
+        "dpm-solver++",
+        "--num-images",
+        100,
+        "--batch-size",
+        64,
+        "--features",
+        "random",
+    ]
     told += ["--precision", "fp32", "--table", form, "--out", folder, teacher.parent]
     outcome = command(compare.main, *told)
     assert outcome.code == 0

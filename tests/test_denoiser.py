@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -6,7 +7,7 @@ import torch.nn.functional as F
 
 from diffusion.circle import FROM_X0
 from diffusion.console import UserError
-from diffusion.denoiser import Denoiser, check_prediction
+from diffusion.denoiser import Condition, Denoiser, check_prediction, guide
 from diffusion.networks import UNet, UNetConfig
 from diffusion.networks.unet import Attention
 from diffusion.schedules import SCHEDULES
@@ -172,3 +173,58 @@ def test_every_width_that_is_a_multiple_of_8_makes_a_network(width):
     with torch.device("meta"):
         net = UNet(UNetConfig(width=width, multipliers=(1, 2, 4), attention=(8, 4)))
         assert net(torch.empty(2, 1, 8, 8), torch.ones(2)).shape == (2, 1, 8, 8)
+
+
+def with_variance(net: UNet, seed: int = 5) -> UNet:
+    """The network with a head that puts out a share as well, of random weights."""
+    wider = UNet(replace(net.config, learned_variance=True))
+    wider.load_state_dict(net.state_dict() | dict(wider.head.named_parameters(prefix="head")))
+    channels = net.config.channels
+    for mine, theirs in zip(wider.head.parameters(), net.head.parameters(), strict=True):
+        mine.data = torch.cat([theirs, normal(seed, *mine[channels:].shape)]).detach()
+    return wider
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("prediction", ["v", "x0", "eps"])
+def test_a_network_that_learns_its_variance_says_of_x0_what_its_first_channels_say(
+    prediction, channels
+):
+    x_t, net = normal(0, 4, channels, 8, 8), random_unet(prediction=prediction, channels=channels)
+    angles = ANGLES.clamp(max=1.5)  # where eps too says something of x0
+    denoiser = Denoiser(with_variance(net))
+    x0, share = denoiser(x_t, angles, variance=True)
+    assert torch.equal(denoiser(x_t, angles), x0)
+    close(x0, Denoiser(net)(x_t, angles))
+    output = denoiser.net(x_t, angles.float())
+    assert torch.equal(share, output[:, channels:])
+    assert not torch.equal(share, output[:, :channels])
+
+
+def test_an_untrained_network_that_learns_its_variance_is_the_other_with_a_share_of_0():
+    nets = []
+    for learns in (False, True):
+        torch.manual_seed(0)
+        nets.append(UNet(UNetConfig(learned_variance=learns)))
+    plain, learning = (net.state_dict() for net in nets)
+    for name in plain.keys() - {"head.weight", "head.bias"}:
+        assert torch.equal(plain[name], learning[name])
+    x_t = normal(0, 4, 1, 8, 8)
+    x0, share = Denoiser(nets[1])(x_t, ANGLES, variance=True)
+    assert torch.equal(x0, Denoiser(nets[0])(x_t, ANGLES))
+    assert torch.equal(share, torch.zeros_like(x_t))
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0, 2.5])
+def test_guidance_moves_x0_and_leaves_the_share_of_the_class(weight):
+    denoiser = Denoiser(with_variance(random_unet(num_classes=3)))
+    x_t, label = normal(0, 4, 1, 8, 8), torch.tensor([0, 2, 3, 1])
+    guided, share = denoiser(x_t, ANGLES, Condition(label, torch.full((4,), weight)), variance=True)
+    plain, expected = denoiser(x_t, ANGLES, label, variance=True)
+    close(share, expected)
+    close(guided, guide(plain, denoiser(x_t, ANGLES), torch.full((4,), weight)))
+
+
+def test_a_network_that_learns_no_variance_says_so():
+    with pytest.raises(UserError, match="--learned-variance"):
+        Denoiser(random_unet())(normal(0, 4, 1, 8, 8), ANGLES, variance=True)

@@ -11,7 +11,7 @@ from PIL import Image
 
 from diffusion import checkpoint
 from distill import consistency, midtraining, progressive
-from eval import compare
+from eval import compare, human, report
 from students import generate
 from teachers import ddpm
 
@@ -21,6 +21,8 @@ BASE = {
     midtraining: "--teacher runs/teacher --iterations 2 --batch-size 8",
     consistency: "--teacher runs/teacher --num-angles 4 --iterations 2 --batch-size 8",
     generate: "--num 2 --batch-size 2",
+    report: "",
+    human: "",
     compare: "--num-images 80 --features random --precision fp32 --steps 1",
 }
 
@@ -88,6 +90,17 @@ MISTAKES = [
     (compare, "runs --steps 9", ["8", "9"]),
     (compare, "runs --num-images 64", ["--num-images", "64"]),
     (compare, "runs --batch-size 0", ["--batch-size", "0"]),
+    (compare, "runs --solvers euler", ["--solvers", "ddim", "euler"]),
+    (compare, "runs --search-steps 1", ["--search-steps", "1"]),
+    (compare, "runs --features mine.pt", ["mine.pt"]),
+    (compare, "runs --features pixels", ["pixels", "classifier", "random", "inception"]),
+    (compare, "runs --features inception --inception file", ["--inception", "f58cb9b6"]),
+    (compare, "missing.jsonl", ["missing.jsonl"]),
+    (compare, "cut.jsonl --out new", ["cut.jsonl, line 1"]),
+    (report, "empty", ["results.jsonl", "eval.compare"]),
+    (human, "make runs/student missing", ["missing"]),
+    (human, "make runs/student empty --pairs 0", ["--pairs", "0"]),
+    (human, "read cut.jsonl", ["cut.jsonl"]),
     (compare, "--seeds --out new runs", ["--seeds"]),
     (compare, "runs --out file/new", ["file"]),
     (compare, "learned.safetensors --steps 3 --out new", ["--steps", "3"]),
@@ -110,6 +123,7 @@ def place(tmp_path_factory, teacher, student) -> Path:
     checkpoint.save(folder / "learned.safetensors", weights, learned)
     for name in ("empty", "pictures", "idx"):
         (folder / name).mkdir()
+    (folder / "cut.jsonl").write_text('{"format": 2, "run": "runs/te')
     (folder / "file").write_text("a file where a folder should be")
     for grey in (0, 255):
         Image.new("L", (8, 8), grey).save(folder / "pictures" / f"{grey}.png")

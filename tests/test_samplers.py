@@ -24,6 +24,16 @@ from tests.analytic import (
 close = torch.testing.assert_close
 
 
+def learned(data, share: float = 0.0):
+    """The data's denoiser as one that has learnt this share for every variance."""
+
+    def denoise(x_t, t, label=None, variance=False):
+        x0 = data(x_t, t, label)
+        return (x0, torch.full_like(x0, share)) if variance else x0
+
+    return denoise
+
+
 @dataclass(frozen=True)
 class Turned:
     """Two pixels, turned by 30 degrees from a product of two distributions; noise turns into itself."""
@@ -209,6 +219,34 @@ def test_an_ancestral_step_samples_ddpms_posterior():
     close(seen[1], x_s, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_ancestral_steps_of_a_learnt_share_of_0_are_ancestral_steps_bit_for_bit(dtype):
+    noises = (normals(0, 4, 1, 2, 2, dtype=dtype) for _ in range(2))
+    plain, chosen = (
+        sample(learned(BIMODAL), noise, sampler, respace(cosine(), 20))
+        for noise, sampler in zip(noises, ("ancestral", "ancestral-learned"), strict=True)
+    )
+    assert torch.equal(chosen, plain)
+
+
+@pytest.mark.parametrize("share", [-0.5, 0.0, 0.3, 1.0])
+@pytest.mark.parametrize("t", [1.2, math.pi / 2])
+def test_a_learnt_variance_lies_between_beta_and_the_posteriors_in_its_logarithm(t, share):
+    """Nichol & Dhariwal 2021, eq. 15, in alpha-bar: the step's second noise alone differs."""
+    t, s = torch.tensor([t, 0.9], dtype=torch.float64)
+    a_t, a_s = t.cos() ** 2, s.cos() ** 2
+    beta = 1 - a_t / a_s
+    posterior = (1 - a_s) / (1 - a_t) * beta
+    x_t, fresh = (normal(seed, 4, 1, 2, 2, dtype=torch.float64) for seed in (0, 1))
+    mean = a_s.sqrt() * beta / (1 - a_t) * SKEWED(x_t, t)
+    mean += (1 - beta).sqrt() * (1 - a_s) / (1 - a_t) * x_t
+    x_s = mean + (share * beta.log() + (1 - share) * posterior.log()).div(2).exp() * fresh
+    found = SAMPLERS["ancestral-learned"](
+        learned(SKEWED, share), iter([x_t, fresh]), torch.stack([t, s, 0 * s])
+    )
+    close(found, SKEWED(x_s, s), rtol=0, atol=1e-12)
+
+
 def test_ancestral_sampling_gives_back_the_datas_mean_and_variance():
     """Within 5 standard errors, and the 2% that 250 steps of the posterior's variance leave out."""
     count = 50_000
@@ -234,9 +272,9 @@ def calls_of(sampler: str, angles: torch.Tensor) -> int:
     """How often the sampler calls the denoiser."""
     calls = []
 
-    def denoise(x_t, t, label):
+    def denoise(x_t, t, label, variance=False):
         calls.append(t)
-        return SKEWED(x_t, t)
+        return learned(SKEWED)(x_t, t, label, variance)
 
     sample(denoise, normals(0, 2, 1, 1, 1), sampler, angles)
     return len(calls)
@@ -267,7 +305,7 @@ def test_a_solver_spends_its_budget_of_calls_and_never_more(solver, schedule, nf
 def test_every_solver_goes_from_noise_to_nearly_where_the_ode_or_its_data_is(solver, schedule):
     """The Gaussian's standard deviation, on the angles that the solver chooses for 64 calls."""
     angles = SOLVERS[solver].angles(schedule(), 64)
-    x0 = sample(SKEWED, Noise(0, torch.arange(64), (1, 8, 8)), solver, angles)
+    x0 = sample(learned(SKEWED), Noise(0, torch.arange(64), (1, 8, 8)), solver, angles)
     assert x0.std().item() == pytest.approx(0.5, rel=0.12)
 
 
@@ -275,9 +313,9 @@ def test_every_solver_goes_from_noise_to_nearly_where_the_ode_or_its_data_is(sol
 def test_every_call_gets_the_label_and_no_call_a_gradient(sampler):
     label, scale = torch.tensor([3, 1]), torch.ones((), requires_grad=True)
 
-    def denoise(x_t, t, given):
+    def denoise(x_t, t, given, variance=False):
         assert given is label
-        return scale * SKEWED(x_t, t)
+        return learned(lambda x_t, t, label: scale * SKEWED(x_t, t))(x_t, t, given, variance)
 
     x0 = sample(denoise, normals(0, 2, 1, 1, 1), sampler, even(cosine(), 3), label)
     assert not x0.requires_grad

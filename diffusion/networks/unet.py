@@ -37,6 +37,8 @@ class UNetConfig:
     prediction: Literal["v", "x0", "eps"] = "v"
     """What the network predicts. eps needs a schedule that ends before pure noise, and fails at
     few steps: near noise its errors count tan t times in x0."""
+    learned_variance: bool = False
+    """Predict how much noise the ancestral steps add, too (Nichol & Dhariwal 2021)."""
     guidance: Suppress[tuple[float, float] | None] = None
     """Range of the guidance weight that is a further input (Meng et al. 2023); set by
     distill.guidance alone."""
@@ -119,6 +121,7 @@ class Attention(nn.Module):
 class UNet(nn.Module):
     """(x_t (B, C, H, W), t (B,) radians, label (B,) or None) -> v, x0 or eps (B, C, H, W).
 
+    With a learned variance (B, 2 C, H, W): its share, as diffusion.denoiser has it, comes after.
     The output layer starts at zero: an untrained network predicts 0. A guidance weight, told where
     the configuration has its range, is 1 unless told; it is embedded as the angle atan(w), and
     its embedding starts at zero too, so that it changes nothing before it is trained.
@@ -165,7 +168,8 @@ class UNet(nn.Module):
                 self.up.append(nn.Conv2d(channels, channels, 3, padding=1))
                 size *= 2
         self.norm = _norm(channels)
-        self.head = _zero(nn.Conv2d(channels, config.channels, 3, padding=1))
+        outputs = config.channels * (1 + config.learned_variance)
+        self.head = _zero(nn.Conv2d(channels, outputs, 3, padding=1))
 
     def forward(
         self, x: Tensor, t: Tensor, label: Tensor | None = None, guidance: Tensor | None = None
