@@ -48,7 +48,7 @@ def network(path: Path, device: torch.device) -> Callable[[Tensor], Tensor]:
 
     @torch.no_grad()
     def extract(images: Tensor) -> Tensor:
-        if False:  # an exported network may take no batch of one
+        if len(images) == 1:  # an exported network may take no batch of one
             return extract(images.expand(2, -1, -1, -1))[:1]
         parts = images.tensor_split(-(-len(images) // BATCH))
         return torch.cat([model(part) for part in parts]).float()

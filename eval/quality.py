@@ -2,7 +2,7 @@
 
 import hashlib
 from dataclasses import dataclass, field
-from functools import reduce
+from functools import cached_property, reduce
 from math import isfinite
 from operator import add
 from pathlib import Path
@@ -17,7 +17,8 @@ from eval import sets
 from eval.features import Extractor
 from eval.metrics import Moments, frechet_distance
 
-SLICES = 128
+SLICES = 64
+NEIGHBOURS = 5  # in the balls of precision, recall, density and coverage
 PORTION = 1000  # images through an extractor at a time
 # Of how many images, the first ones, a row each is kept: the rest are in the moments alone.
 KEPT = {"features": 10_000, "nearest": 1024, "pixels": 16}
@@ -105,6 +106,7 @@ class Judge:
     """(M, 2): what "nearest" is of held-out images."""
     data: dict
     """The real images' name, split, number and sha256."""
+    known_balls: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     @staticmethod
     def of(
@@ -119,6 +121,24 @@ class Judge:
         data = {"name": dataset.spec.name, "split": "train", "images": len(train)}
         data |= {"sha256": images_sha256(dataset.train)}
         return Judge(dataset, extractor, cross, device, train, test, real, bank, near, data)
+
+    @cached_property
+    def some(self) -> Tensor:
+        """Features of so many training images, in random order, as are kept of generated ones."""
+        random = torch.Generator().manual_seed(0)
+        order = torch.randperm(len(self.train), generator=random)[: KEPT["features"]]
+        return self.train[order.to(self.device)]
+
+    @cached_property
+    def kernel_mean(self) -> float:
+        return sets.kernel_mean(self.some)
+
+    def balls(self, count: int) -> tuple[Tensor, Tensor]:
+        """The first `count` of `some`, and the radii of their balls among themselves."""
+        if count not in self.known_balls:
+            some = self.some[:count]
+            self.known_balls[count] = some, sets.radius(some, NEIGHBOURS)
+        return self.known_balls[count]
 
     def see(self, x0: Tensor, start: int) -> Seen:
         """Look at generated images, number `start` onwards: x0 (B, C, H, W), as sampled."""
@@ -153,14 +173,12 @@ class Judge:
 
     def others(self, found: Seen) -> dict[str, float]:
         """The further figures, by name."""
-        fake, random = found.rows("features"), torch.Generator().manual_seed(0)
-        order = torch.randperm(len(self.train), generator=random)[: KEPT["features"]]
-        real = self.train[order.to(self.device)]
-        slices = torch.Generator().manual_seed(0)
+        fake, slices = found.rows("features"), torch.Generator().manual_seed(0)
         cross = frechet_distance(found.moments["cross"], self.real["cross"])
-        figures = {self.cross.name: cross, "kid": sets.kid(fake, real)}
-        figures["sliced-wasserstein"] = sets.sliced_wasserstein(fake, real, SLICES, slices)
-        figures |= sets.precision_recall_density_coverage(real[: len(fake)], fake)
+        figures = {self.cross.name: cross, "kid": sets.kid(fake, self.some, self.kernel_mean)}
+        figures["sliced-wasserstein"] = sets.sliced_wasserstein(fake, self.some, SLICES, slices)
+        some, radius = self.balls(len(fake))
+        figures |= sets.precision_recall_density_coverage(some, fake, NEIGHBOURS, radius)
         if self.extractor.probabilities:
             figures["classifier-score"] = sets.inception_score(self.extractor.probabilities(fake))
         if len(fake) >= 4 * self.extractor.dim:

@@ -47,25 +47,29 @@ def frechet_infinity(
     return float(intercept)
 
 
-def kid(a: Tensor, b: Tensor) -> float:
+def kid(a: Tensor, b: Tensor, within_b: float | None = None) -> float:
     """Unbiased MMD^2 with the kernel k(x, y) = (x . y / D + 1)^3 (Bińkowski et al. 2018, eq. 4).
 
     Over all pairs, where the paper averages over subsets: the same expectation and less variance,
     and nothing is drawn. Unbiased, so near zero it may be negative. a: (N, D), b: (M, D).
+    within_b: kernel_mean(b), where it is known.
     """
+    within_b = kernel_mean(b) if within_b is None else within_b
+    return kernel_mean(a) + within_b - 2 * _kernel_sum(a, b) / (len(a) * len(b))
 
-    def kernel(dots: Tensor) -> Tensor:
-        return dots.div_(a.shape[1]).add_(1).pow_(3)
 
-    def total(a: Tensor, b: Tensor) -> float:
-        return sum(float(kernel(x @ y.T).sum()) for *_, x, y in _tiles(a, b))
+def kernel_mean(a: Tensor) -> float:
+    """The mean of KID's kernel over pairs of different vectors of one set."""
+    diagonal = float(_kernel(a.double().square().sum(1), a.shape[1]).sum())
+    return (_kernel_sum(a, a) - diagonal) / (len(a) * (len(a) - 1))
 
-    def own(a: Tensor) -> float:
-        """The mean over pairs of different vectors of one set."""
-        diagonal = float(kernel(a.double().square().sum(1)).sum())
-        return (total(a, a) - diagonal) / (len(a) * (len(a) - 1))
 
-    return own(a) + own(b) - 2 * total(a, b) / (len(a) * len(b))
+def _kernel(dots: Tensor, dim: int) -> Tensor:
+    return dots.div_(dim).add_(1).pow_(3)
+
+
+def _kernel_sum(a: Tensor, b: Tensor) -> float:
+    return sum(float(_kernel(x @ y.T, a.shape[1]).sum()) for *_, x, y in _tiles(a, b))
 
 
 def inception_score(probabilities: Tensor) -> float:
@@ -80,7 +84,9 @@ def inception_score(probabilities: Tensor) -> float:
     return float((torch.special.entr(p.mean(0)).sum() - torch.special.entr(p).sum(1).mean()).exp())
 
 
-def precision_recall_density_coverage(real: Tensor, fake: Tensor, k: int = 5) -> dict[str, float]:
+def precision_recall_density_coverage(
+    real: Tensor, fake: Tensor, k: int = 5, real_radius: Tensor | None = None
+) -> dict[str, float]:
     """Four shares that part fidelity from diversity; a set against itself has all four at 1.
 
     An image's ball reaches to its k-th nearest other image of its own set, edge excluded.
@@ -89,14 +95,15 @@ def precision_recall_density_coverage(real: Tensor, fake: Tensor, k: int = 5) ->
     over k, may exceed 1; coverage: of real images with a fake one in their ball (Naeem et al.
     2020). All four depend on the counts and on k: compare at equal ones.
 
-    real: (N, D), fake: (M, D), both of more than k.
+    real: (N, D), fake: (M, D), both of more than k. real_radius: radius(real, k), where it is known.
     """
     if min(len(real), len(fake)) <= k:
         raise UserError(
             f"a ball of {k} neighbours takes more than {k} images, "
             f"got {len(real)} real and {len(fake)} fake: add images or lower k"
         )
-    real_radius, fake_radius = (_nearest(x, x, k + 1)[0][:, -1] for x in (real, fake))
+    real_radius = radius(real, k) if real_radius is None else real_radius
+    fake_radius = radius(fake, k)
     balls = real_radius.new_zeros(len(fake))  # real ones, around each fake image
     recalled, covered = (torch.zeros_like(real_radius, dtype=torch.bool) for _ in range(2))
     for rows, columns, x, y in _tiles(real, fake):
@@ -111,6 +118,11 @@ def precision_recall_density_coverage(real: Tensor, fake: Tensor, k: int = 5) ->
         "density": float(balls.mean()) / k,
         "coverage": float(covered.double().mean()),
     }
+
+
+def radius(x: Tensor, k: int) -> Tensor:
+    """The distance of each vector to its k-th nearest other one (N,)."""
+    return _nearest(x, x, k + 1)[0][:, -1]
 
 
 def sliced_wasserstein(a: Tensor, b: Tensor, num_slices: int, generator: Generator) -> float:

@@ -42,14 +42,14 @@ class Layers(nn.Module):
 
 
 class Base(nn.Module):
-    """The interface of NVIDIA's inception-2015-12-05.pt."""
+    """The interface of NVIDIA's inception-2015-12-05.pt, which resizes by itself if called whole."""
 
     def __init__(self):
         super().__init__()
         self.layers = Layers()
 
     def forward(self, x: Tensor, return_features: bool = False) -> Tensor:
-        return self.layers((x - 128) / 128)
+        return self.layers(x / 255)
 
 
 @pytest.fixture(scope="module")
