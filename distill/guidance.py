@@ -25,6 +25,9 @@ from students.start import StudentOptions, find_teacher, student_card
 from teachers.presets import preset
 
 
+LEARNED = "ancestral-learned"  # takes a variance that is not trained here
+
+
 @dataclass(frozen=True)
 class Guidance:
     """The student's x0 = the teacher's guided x0, at a weight of its own for each image.
@@ -100,9 +103,9 @@ def distill(options: Options) -> Model:
     }
     card = Card(
         method="guided",
-        sampler=teacher.card.sampler,
+        sampler="ancestral" if teacher.card.sampler == LEARNED else teacher.card.sampler,
         plans=teacher.card.plans,
-        solvers=teacher.card.solvers,
+        solvers=tuple(solver for solver in teacher.card.solvers if solver != LEARNED),
         training={"own_guidance": options.own_guidance},
         **inherited,
     )

@@ -16,6 +16,7 @@ from diffusion.console import UserError, run, say, track
 from diffusion.model import Model, load
 from diffusion.pictures import png, save_grid
 from diffusion.runs import some_labels
+from diffusion.samplers import SAMPLERS
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Options:
     """Images to make."""
     steps: int | None = None
     """Network calls per image, before guidance; the checkpoint's own number unless told."""
-    sampler: Literal["ancestral", "ddim", "heun", "dpm-solver++", "consistency"] | None = None
+    sampler: Literal[tuple(SAMPLERS)] | None = None
     """The checkpoint's own, or ddim at other numbers of steps, unless told."""
     angles: tuple[float, ...] | None = None
     """Angles in radians to call the network at, falling, instead of --steps: for a consistency
