@@ -24,7 +24,6 @@ from diffusion.training import Average
 from students.start import StudentOptions, find_teacher, student_card
 from teachers.presets import preset
 
-
 LEARNED = "ancestral-learned"  # takes a variance that is not trained here
 
 
