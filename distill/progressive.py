@@ -1,7 +1,7 @@
 """Progressive distillation (Salimans & Ho 2022): `python -m distill.progressive`."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -81,16 +81,17 @@ class Options(StudentOptions):
 
     start_steps: int = 1000
     """Steps that the first round's teacher takes; at most the teacher's own 1000."""
-    end_steps: int = 1
-    """Where to stop."""
-    factor: int = 2
-    """Steps merged into one in each round."""
     rounds: tuple[int, ...] = ()
-    """The students' step counts, such as 16 4 1, in place of --factor and --end-steps."""
+    """The students' step counts, such as 16 4 1; those measured best for the data unless told."""
+    factor: int | None = None
+    """Or the steps that each round merges into one; 2 where --end-steps alone is told."""
+    end_steps: int | None = None
+    """Where to stop; 1 where --factor alone is told."""
     round_iterations: tuple[int, ...] = ()
-    """Each round's own --iterations, in place of --last-rounds."""
-    last_rounds: float = 2.5
-    """Rounds that end at 2 steps or fewer train this many times --iterations."""
+    """Each round's own --iterations."""
+    last_rounds: float | None = None
+    """Or rounds that end at 2 steps or fewer train this many times --iterations; 2.5 for rounds
+    that were told."""
     weighting: Literal["truncated", "v"] = "truncated"
     """max(SNR, 1) or SNR + 1, as weights of x0's squared error."""
     next_teacher: Literal["ema", "raw"] = "ema"
@@ -103,48 +104,57 @@ class Options(StudentOptions):
         return Options(fit=chosen.halving, start_steps=chosen.start_steps)
 
 
-def counts(options: Options) -> list[int]:
-    """The students' numbers of steps, round by round."""
-    start, end, factor = options.start_steps, options.end_steps, options.factor
+def counts(options: Options, usual: Sequence[int] = ()) -> list[int]:
+    """The students' numbers of steps, round by round. usual: where nothing is told of them."""
+    start, end, factor = options.start_steps, options.end_steps or 1, options.factor or 2
     if factor < 2:
         raise UserError(f"--factor must be at least 2, got {factor}")
-    if end < 1:
-        raise UserError(f"--end-steps must be at least 1, got {end}")
-    if not options.rounds:
-        if start <= end:
-            raise UserError(f"--start-steps {start} is not above --end-steps {end}")
-        found = [start]
-        while found[-1] > end:
-            found.append(math.ceil(found[-1] / factor))
-        return found[1:]
-    if (factor, end) != (Options.factor, Options.end_steps):
+    if options.end_steps is not None and options.end_steps < 1:
+        raise UserError(f"--end-steps must be at least 1, got {options.end_steps}")
+    chained = (options.factor, options.end_steps) != (None, None)
+    if options.rounds and chained:
         raise UserError("--rounds names every round: leave out --factor and --end-steps")
-    chain = (start, *options.rounds)
-    if not all(n > m >= 1 for n, m in pairwise(chain)):
-        told = " ".join(map(str, options.rounds))
-        raise UserError(f"--rounds must fall from below --start-steps {start} to 1, got {told}")
-    return list(options.rounds)
+    if options.rounds:
+        chain = (start, *options.rounds)
+        if not all(n > m >= 1 for n, m in pairwise(chain)):
+            told = " ".join(map(str, options.rounds))
+            raise UserError(f"--rounds must fall from below --start-steps {start} to 1, got {told}")
+        return list(options.rounds)
+    if start <= end:
+        raise UserError(f"--start-steps {start} is not above --end-steps {end}")
+    if usual and not chained:
+        return [num_steps for num_steps in usual if num_steps < start]
+    found = [start]
+    while found[-1] > end:
+        found.append(math.ceil(found[-1] / factor))
+    return found[1:]
 
 
-def budgets(options: Options, counts: list[int]) -> list[int]:
-    """Optimizer steps of each round."""
-    told = options.round_iterations
+def budgets(
+    options: Options, counts: Sequence[int], usual: Mapping[int, float] | None = None
+) -> list[int]:
+    """Optimizer steps of each round. usual: shares of --iterations, where nothing is told of them."""
+    told, last = options.round_iterations, options.last_rounds
     if told and (len(told) != len(counts) or min(told) < 1):
         raise UserError(
             f"--round-iterations must be a number from 1 for each of the {len(counts)} rounds, "
             f"to {' '.join(map(str, counts))} steps, got {' '.join(map(str, told))}"
         )
-    if options.last_rounds <= 0:
-        raise UserError(f"--last-rounds must be above 0, got {options.last_rounds:g}")
-    usual, last = options.fit.iterations, round(options.fit.iterations * options.last_rounds)
-    return list(told) or [last if num_steps <= 2 else usual for num_steps in counts]
+    if last is not None and last <= 0:
+        raise UserError(f"--last-rounds must be above 0, got {last:g}")
+    shares = {num_steps: (last or 2.5) if num_steps <= 2 else 1.0 for num_steps in counts}
+    if usual and last is None and set(counts) <= set(usual):
+        shares = usual
+    return list(told) or [max(1, round(options.fit.iterations * shares[n])) for n in counts]
 
 
 def distill(options: Options) -> list[Model]:
     """One student per round, each in its own folder and usable on its own."""
-    rounds = counts(options)
-    iterations = budgets(options, rounds)
+    counts(options)  # a mistake is told before a teacher is trained
     teacher, dataset, out = find_teacher(options, "progressive", options.fit)
+    usual = preset(teacher.spec.name).rounds
+    rounds = counts(options, [*usual])
+    iterations = budgets(options, rounds, usual)
     angles = respace(teacher.schedule, options.start_steps)
     students = []
     for num_steps, budget in zip(rounds, iterations, strict=True):
