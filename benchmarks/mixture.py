@@ -29,19 +29,39 @@ TEACHER = Mixture(weights=(0.4, 0.6), means=(-0.9, 0.6), scales=(0.5, 0.4))
 FIT = FitConfig(
     iterations=6000, batch_size=512, learning_rate=5e-3, warmup=50, ema=0.999, precision="fp32"
 )
-# Forward mode makes an iteration of scm about twice as long.
-SCM = replace(FIT, iterations=4000, learning_rate=3e-3)
-# What is told where the command's defaults will not do. The exact map is a mean over the data
-# that x_t may come from, but in one dimension the norm of a difference is least at a median: what
-# is taught by the data takes the square. So few iterations call for few angles and fast targets.
+
+
+@dataclass(frozen=True)
+class Method:
+    told: dict
+    """Options of distill.consistency, where its defaults will not do."""
+    fit: FitConfig = FIT
+    start: "Method | None" = None
+    """Whose student it starts from; untrained weights unless told."""
+    normalised: bool = True
+    """The tangent of scm."""
+
+
+# The exact map is a mean over the data that x_t may come from. In one dimension the norm of a
+# difference is least at a median, and normalised tangents cancel at one: what is taught by the
+# data takes the square and plain tangents. So few iterations call for few angles, fast targets,
+# and, in continuous time, a start near the map.
+SCM = replace(FIT, iterations=4000, learning_rate=1e-3)
+ECT = Method({"mode": "ect", "stages": 8, "distance": "squared"})
+NEAR = replace(ECT, fit=replace(FIT, iterations=3000))
 METHODS = {
-    "cd": ({"mode": "cd", "num_angles": 32}, FIT),
-    "ct": ({"mode": "ct", "num_angles": 80, "target_ema": 0.1, "distance": "squared"}, FIT),
-    "ict": ({"mode": "ict", "num_angles": 320, "distance": "squared"}, FIT),
-    "ect": ({"mode": "ect", "stages": 8, "distance": "squared"}, FIT),
-    "ect, teacher's step": ({"mode": "ect", "stages": 8, "solver": "heun"}, FIT),
-    "scm": ({"mode": "scm"}, SCM),
-    "scm, training": ({"mode": "scm", "solver": "data"}, SCM),
+    "cd": Method({"mode": "cd", "num_angles": 32}),
+    "ct": Method({"mode": "ct", "num_angles": 80, "target_ema": 0.1, "distance": "squared"}),
+    "ict": Method({"mode": "ict", "num_angles": 320, "distance": "squared"}),
+    "ect": ECT,
+    "ect, teacher's step": Method({"mode": "ect", "stages": 8, "solver": "heun"}),
+    "scm": Method({"mode": "scm", "tangent_warmup": 0.0}, SCM, NEAR),
+    "scm, training": Method(
+        {"mode": "scm", "solver": "data", "tangent_warmup": 0.0},
+        replace(SCM, iterations=2500, batch_size=1024),
+        NEAR,
+        normalised=False,
+    ),
 }
 
 
@@ -79,17 +99,20 @@ def samples(count: int, dimensions: int) -> Dataset:
     return Dataset(spec, x0, None, x0, None)
 
 
-def train(method: dict, dimensions: int, config: FitConfig) -> Denoiser:
-    """A student by these settings, of the mixture as its teacher."""
-    options = Settings(fit=config, **method)
+def train(method: Method, dimensions: int, share: float = 1.0) -> Denoiser:
+    """A student of the mixture, by this method in that share of its iterations."""
+    config = replace(method.fit, iterations=round(method.fit.iterations * share))
+    options = Settings(fit=config, **method.told)
     options = replace(options, **settings(options))
     teacher = SimpleNamespace(denoiser=TEACHER, schedule=cosine(), device=torch.device("cpu"))
     torch.manual_seed(config.seed)
-    student = Denoiser(Mlp(dimensions))
+    student = train(method.start, dimensions, share) if method.start else Denoiser(Mlp(dimensions))
     objective = MODES[options.mode].objective(options, teacher, student)
-    state = Path(tempfile.mkdtemp()) / "state"
-    for _ in fit(student, objective, samples(1 << 18, dimensions), config, state):
-        pass
+    if not method.normalised:
+        objective = replace(objective, normalise=lambda g: g)
+    with tempfile.TemporaryDirectory() as folder:
+        for _ in fit(student, objective, samples(1 << 18, dimensions), config, Path(folder, "s")):
+            pass
     return student
 
 
@@ -120,10 +143,8 @@ def main() -> None:
         ddim = distance(TEACHER, dimensions)
         out.print(f"{dimensions} dimensions, one step of DDIM: {ddim:.4f}")
         for name in options.methods:
-            method, config = METHODS[name]
-            iterations = round(config.iterations * options.share)
             start = time.process_time()
-            student = train(method, dimensions, replace(config, iterations=iterations))
+            student = train(METHODS[name], dimensions, options.share)
             seconds, ours = time.process_time() - start, distance(student, dimensions)
             out.print(f"{name:20} {ours:.4f}  {ddim / ours:6.1f} times nearer  {seconds:5.1f} s")
 
