@@ -34,6 +34,7 @@ from distill.pairs import (
     uniform,
 )
 from students.start import StudentOptions, find_teacher, student_card
+from teachers.ddpm import peek
 from teachers.presets import preset
 
 TOWARDS = {
@@ -76,7 +77,8 @@ class Options(StudentOptions):
 
     @staticmethod
     def default(data: str) -> "Options":
-        return Options(fit=preset(data).consistency)
+        mode = MODES.get(peek("--mode", "cd"), MODES["cd"])
+        return Options(fit=getattr(preset(data), mode.fit))
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,8 @@ class Mode:
     objective: Callable[[Options, Model, nn.Module], Objective]
     defaults: dict
     """The mode's own options and their values unless told; the other modes' are refused."""
+    fit: str = "consistency"
+    """Which of a dataset's presets it trains by."""
 
 
 def matching(
@@ -192,7 +196,15 @@ MODES = {
         from_teacher=True,
         objective=continuous,
         defaults={"solver": "euler", "tangent_warmup": 0.1},
+        fit="continuous",
     ),
+}
+
+LIMITS = {
+    "num_angles": ("at least 2", lambda n: n >= 2),
+    "target_ema": ("in [0, 1)", lambda decay: 0 <= decay < 1),
+    "stages": ("at least 1", lambda n: n >= 1),
+    "tangent_warmup": ("in [0, 1]", lambda share: 0 <= share <= 1),
 }
 
 
@@ -213,14 +225,6 @@ def settings(options: Options) -> dict:
             flag = name.replace("_", "-")
             raise UserError(f"--{flag} must be {words}, got {chosen[name]}")
     return chosen
-
-
-LIMITS = {
-    "num_angles": ("at least 2", lambda n: n >= 2),
-    "target_ema": ("in [0, 1)", lambda decay: 0 <= decay < 1),
-    "stages": ("at least 1", lambda n: n >= 1),
-    "tangent_warmup": ("in [0, 1]", lambda share: 0 <= share <= 1),
-}
 
 
 def beginning(options: Options, teacher: Model) -> tuple[Denoiser, str | None]:

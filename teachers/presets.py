@@ -13,6 +13,8 @@ class Preset:
     halving: FitConfig
     """One round of progressive distillation."""
     consistency: FitConfig
+    continuous: FitConfig
+    """Consistency in continuous time."""
     start_steps: int
     """Where progressive distillation begins."""
     rounds: dict[int, float] = field(default_factory=dict)
@@ -25,6 +27,8 @@ DIGITS = Preset(
     teacher=FitConfig(iterations=1600, learning_rate=2e-3, ema=0.998),
     halving=FitConfig(iterations=400, learning_rate=1e-3, warmup=20, anneal="linear", ema=0.98),
     consistency=FitConfig(iterations=1000, learning_rate=2e-3, warmup=20, ema=0.99),
+    # at 2e-3 a Frechet distance of 62 in one step after 200 iterations, where this gives 5.4
+    continuous=FitConfig(iterations=1000, learning_rate=5e-4, warmup=20, ema=0.99),
     start_steps=64,
     # few rounds from many steps beat halving from 32 at the same 1600 iterations
     rounds={8: 0.625, 4: 0.75, 2: 1.125, 1: 1.5},
@@ -36,6 +40,7 @@ FASHION_MNIST = Preset(
     teacher=FitConfig(iterations=40_000, learning_rate=5e-4, warmup=500, ema=0.9995),
     halving=FitConfig(iterations=2500, learning_rate=2e-4, warmup=50, anneal="linear", ema=0.99),
     consistency=FitConfig(iterations=20_000, learning_rate=2e-4, warmup=200, ema=0.999),
+    continuous=FitConfig(iterations=20_000, learning_rate=1e-4, warmup=200, ema=0.999),
     start_steps=64,
 )
 
@@ -63,6 +68,9 @@ CIFAR10 = Preset(
     consistency=FitConfig(
         iterations=200_000, batch_size=128, learning_rate=1e-4, warmup=1000, ema=0.9999, flip=True
     ),
+    continuous=FitConfig(
+        iterations=200_000, batch_size=128, learning_rate=1e-4, warmup=1000, ema=0.9999, flip=True
+    ),
     start_steps=1000,
 )
 
@@ -73,6 +81,5 @@ def preset(data: str) -> Preset:
     """The dataset's; a folder of images takes CIFAR-10's without its flip."""
     if data in PRESETS:
         return PRESETS[data]
-    fits = (CIFAR10.teacher, CIFAR10.halving, CIFAR10.consistency)
-    teacher, halving, consistency = (replace(fit, flip=False) for fit in fits)
-    return replace(CIFAR10, teacher=teacher, halving=halving, consistency=consistency)
+    names = ("teacher", "halving", "consistency", "continuous")
+    return replace(CIFAR10, **{n: replace(getattr(CIFAR10, n), flip=False) for n in names})

@@ -32,6 +32,7 @@ from distill.pairs import (
     target_decay,
     tightening,
 )
+from teachers.presets import preset
 from tests.analytic import (
     BIMODAL,
     SKEWED,
@@ -405,3 +406,9 @@ def test_a_start_of_another_network_is_refused(teacher, tmp_path, quick):
     )
     with pytest.raises(UserError, match=r"other\.safetensors is of another network"):
         distill(Options(teacher=teacher, start=tmp_path / "other.safetensors", fit=quick))
+
+
+def test_continuous_time_trains_by_its_own_preset(monkeypatch):
+    for arguments, name in [([], "consistency"), (["--mode", "scm"], "continuous")]:
+        monkeypatch.setattr("sys.argv", ["command", *arguments])
+        assert Options.default("digits").fit == getattr(preset("digits"), name)
