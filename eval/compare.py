@@ -1,5 +1,6 @@
 """Compare runs in one table and one plot: `python -m eval.compare runs/digits`."""
 
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import reduce
 from operator import or_
@@ -95,6 +96,9 @@ def compare(options: Options) -> list[Record]:
         wanted += searched(options, wanted, bench.judge)
         measured, refused = measure_rows(bench, wanted, store)
         store.put(images={"real": bench.judge.dataset.train[: KEPT["pixels"]]})
+        if alone:
+            with suppress(OSError):  # none was made, or a refused row's is still there
+                (folder / "partial").rmdir()
     shown = records.merge([measured, given])
     records.require_comparable(shown, options.times)
     if alone and shown:

@@ -3,7 +3,6 @@
 import json
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from functools import reduce
 from operator import add
 from pathlib import Path
@@ -78,8 +77,6 @@ def forget(part: Path) -> None:
     """Remove what `look` kept, once its result is on disk."""
     for path in _files(part):
         path.unlink(missing_ok=True)
-    with suppress(OSError):  # others' are still there, or there were none
-        part.parent.rmdir()
 
 
 def _trouble(found: Seen) -> str:
