@@ -184,8 +184,9 @@ def test_a_table_to_be_piped_is_alone_on_stdout(compared, teacher, command, form
 def test_a_sweep_times_ever_larger_batches_and_says_where_it_ended(student, tmp_path):
     (row,) = compare.compare(Options((student,), out=tmp_path, sweep=True, **SETTINGS))
     sizes = [timing.batch_size for timing in row.timings]
-    assert sizes == [2**i for i in range(len(sizes))]
-    assert 64 in sizes
+    doubled = [size for size in sizes if size != 64 or size // 2 in sizes]
+    assert doubled == [2**i for i in range(len(doubled))]  # it may have ended below the table's 64
+    assert {1, 2, 64} <= {*sizes}
     assert row.best.images_per_second == max(t.images_per_second for t in row.timings if t.seconds)
 
 
