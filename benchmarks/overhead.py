@@ -3,7 +3,6 @@
 Both are run in turn, many times, so that a drifting machine favours neither.
 """
 
-import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,6 +13,7 @@ import tyro
 
 from diffusion.console import out, run
 from diffusion.model import load
+from eval.timing import timed
 
 
 @dataclass(frozen=True)
@@ -43,13 +43,6 @@ def main() -> None:
             for _ in range(steps):
                 net(x, t, None)
 
-    def timed(call) -> float:
-        start = time.perf_counter()
-        call()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
-
     for steps in options.steps:
         for sampler in ("ddim", "dpm-solver++", "ancestral"):
             plan = model.plan(steps, sampler)
@@ -58,7 +51,7 @@ def main() -> None:
             ratios, seconds = [], []
             for i in range(options.repeats):
                 first, second = (ours, network) if i % 2 else (network, ours)
-                took = {first: timed(first), second: timed(second)}
+                took = {first: timed(first, device)[1], second: timed(second, device)[1]}
                 ratios.append(took[ours] / took[network])
                 seconds.append(took[network])
             ratio, network = median(ratios), median(seconds)

@@ -5,7 +5,6 @@ gradient, those of teachers and targets without, and those of forward mode. Both
 turn, many times, so that a drifting machine favours neither.
 """
 
-import time
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,6 +23,7 @@ from distill.consistency import MODES, settings
 from distill.consistency import Options as Settings
 from distill.continuous import derivative
 from distill.progressive import Halving, steps_table
+from eval.timing import timed
 from teachers.ddpm import Denoising
 
 
@@ -93,20 +93,13 @@ def main() -> None:
             prediction = net(eps, t, None)
         prediction.float().backward(dx)
 
-    def timed(call) -> float:
-        start = time.perf_counter()
-        call()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
-
     for row in rows(teacher, student):
         ours, network = partial(step, row), partial(bare, row)
         ours(), network()
         ratios, seconds = [], []
         for i in range(options.repeats):
             first, second = (ours, network) if i % 2 else (network, ours)
-            took = {first: timed(first), second: timed(second)}
+            took = {first: timed(first, device)[1], second: timed(second, device)[1]}
             ratios.append(took[ours] / took[network])
             seconds.append(took[network])
         out.print(

@@ -9,6 +9,7 @@ from typing import Literal
 
 import tyro
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 
 from diffusion import data as datasets
 from diffusion.checkpoint import require_folder, write_atomic
@@ -146,7 +147,8 @@ def searched(options: Options, wanted: list[Row], judge: Judge) -> list[Row]:
     found = []
     for path, model in students.items():
         for steps in options.search_steps:
-            angles = search_angles(judge, model, steps, options.num_images, options.batch_size)
+            angles = [search_angles(judge, model, steps, options.num_images, options.batch_size)]
+            (angles,) = broadcast_object_list(angles)  # the first process's, to the bit
             found.append(Row(path, model, "consistency", angles, own=True, note="searched"))
     return found
 

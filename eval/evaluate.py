@@ -16,7 +16,6 @@ from eval.quality import Judge
 from eval.race import Lap, race, sweep
 from eval.records import Record
 from eval.store import Store
-from eval.timing import Timing
 
 HELD_OUT = 1024  # images, at most, whose likelihood is measured
 
@@ -66,25 +65,24 @@ def template(bench: Bench, row: Row) -> Record:
 
 
 def time_rows(bench: Bench, rows: dict[Row, Record]) -> dict[Row, Record]:
-    """Those without times, timed: all rows in turn at batch 1, then all at the table's batch."""
-    device = bench.judge.device
-    untimed = [row for row, record in rows.items() if not record.timings]
-    if not bench.times or not untimed:
-        return rows
-    found: dict[Row, dict[int, Timing]] = {row: {} for row in untimed}
-    laps = [
-        race({row: partial(sample, row, size) for row in untimed}, size, device)
-        for size in sorted({1, bench.batch_size})
-    ]
-    if bench.sweep:
-        laps.append(sweep({row: partial(sample, row) for row in untimed}, device, found))
+    """With the times that are asked for and lacking: all rows in turn, size by size."""
+    device, sizes = bench.judge.device, sorted({1, bench.batch_size})
+    found = {row: {t.batch_size: t for t in record.timings} for row, record in rows.items()}
+    untimed = [row for row in rows if bench.times and not found[row]]
+    unswept = [row for row in rows if bench.times and bench.sweep and len(found[row]) <= len(sizes)]
+    laps = []
+    if untimed:
+        laps += [race({row: partial(sample, row, n) for row in untimed}, n, device) for n in sizes]
+    if unswept:
+        laps.append(sweep({row: partial(sample, row) for row in unswept}, device, found))
     for each in laps:
         for lap in track(each, "speed", Lap.progress):
             found[lap.key][lap.timing.batch_size] = lap.timing
+    changed = {row: [found[row][n] for n in sorted(found[row])] for row in [*untimed, *unswept]}
     conditions = machine.conditions(device)
-    sizes = {row: [timings[size] for size in sorted(timings)] for row, timings in found.items()}
     return rows | {
-        row: replace(rows[row], timings=sizes[row], conditions=conditions) for row in untimed
+        row: replace(rows[row], timings=timings, conditions=conditions)
+        for row, timings in changed.items()
     }
 
 

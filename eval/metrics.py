@@ -13,7 +13,7 @@ EPS = torch.finfo(torch.float64).eps
 
 @dataclass(frozen=True, eq=False)
 class Moments:
-    """Mean and covariance of a stream of vectors in float64 on the CPU; two of them merge exactly."""
+    """Mean and covariance of a stream of vectors in float64; two of them merge exactly."""
 
     count: int
     mean: Tensor
@@ -23,18 +23,12 @@ class Moments:
 
     @staticmethod
     def of(features: Tensor) -> "Moments":
-        """features: (N, D), summed where they lie if that device has float64."""
+        """features: (N, D), summed where they lie, without a wait, if that device has float64."""
         x = features.cpu() if features.device.type == "mps" else features
         x = x.to(torch.float64, copy=True)
         mean = x.mean(0)
-        if not mean.isfinite().all():
-            wrong = len(x) - int(x.isfinite().all(1).sum())
-            raise UserError(
-                f"the features of {wrong} of {len(x)} images are not finite: "
-                "choose other --features, or see what the extractor makes of these images"
-            )
         x -= mean
-        return Moments(len(x), mean.cpu(), (x.T @ x).cpu())
+        return Moments(len(x), mean, x.T @ x)
 
     def __add__(self, other: "Moments") -> "Moments":
         """Chan et al. 1979, eq. 2.1."""
@@ -48,6 +42,7 @@ class Moments:
     def covariance(self) -> Tensor:
         if self.count < 2:
             raise UserError(f"a covariance takes at least 2 images, got {self.count}")
+        self.refuse()
         return self.scatter / (self.count - 1)
 
     @cached_property
@@ -69,6 +64,14 @@ class Moments:
         found = int((values > 8 * EPS * values[-1]).sum())
         rank = max(1, min(found, self.count - 1))
         return (vectors[:, -rank:] * values[-rank:].clamp(min=0).sqrt()).flip(1)
+
+    def refuse(self) -> None:
+        """UserError where any of the features was not finite."""
+        if not self.mean.isfinite().all():
+            raise UserError(
+                f"the features of some of {self.count} images are not finite: "
+                "choose other --features, or see what the extractor makes of these images"
+            )
 
     def tensors(self) -> dict[str, Tensor]:
         """For a file, or to send to another process."""

@@ -53,6 +53,7 @@ class Seen:
         images, broken, flat, far = self.odd.tolist()
         if broken:
             raise UserError(f"{broken:.0f} of {images:.0f} images hold NaN or infinity")
+        self.moments["own"].refuse()
         same = images > 1 and self.moments["own"].scatter.trace() == 0
         if flat == images or same:
             raise UserError(f"all {images:.0f} images are the same, or of one flat colour each")

@@ -1,6 +1,5 @@
 """Images by the batch, shared out among processes, looked at and forgotten; resumable."""
 
-import json
 import time
 from collections.abc import Iterator
 from functools import reduce
@@ -60,7 +59,7 @@ def look(
         if time.monotonic() - saved > SAVE_EVERY:
             if trouble := _trouble(found):
                 break
-            save_tensors(mine, found.tensors(), {"format": json.dumps(1)})
+            save_tensors(mine, found.tensors(), {})
             saved = time.monotonic()
         if images < num_images:
             yield images, None

@@ -190,6 +190,13 @@ def test_a_sweep_times_ever_larger_batches_and_says_where_it_ended(student, tmp_
     assert row.best.images_per_second == max(t.images_per_second for t in row.timings if t.seconds)
 
 
+def test_a_sweep_of_rows_that_were_timed_before_adds_to_their_times(student, tmp_path):
+    (before,) = compare.compare(Options((student,), out=tmp_path, **SETTINGS))
+    (after,) = compare.compare(Options((student,), out=tmp_path, sweep=True, **SETTINGS))
+    assert after.timing(64) == before.timing(64)
+    assert len(after.timings) > len(before.timings) == 2
+
+
 def test_rows_of_another_machine_join_the_table_only_without_times(compared, student, tmp_path):
     _, rows = compared
     there = [
