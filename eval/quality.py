@@ -21,7 +21,7 @@ SLICES = 64
 NEIGHBOURS = 5  # in the balls of precision, recall, density and coverage
 PORTION = 1000  # images through an extractor at a time
 # Of how many images, the first ones, a row each is kept: the rest are in the moments alone.
-KEPT = {"features": 2048, "nearest": 1024, "pixels": 16}
+KEPT = {"features": 1024, "nearest": 512, "pixels": 16}
 FAR = 128.0  # grey levels beyond black or white
 
 

@@ -84,10 +84,16 @@ def test_kernel_distance_of_unequal_counts_is_the_double_loop():
 
 
 def test_kernel_distance_is_unbiased():
-    a, b = normal(6, 2), normal(5, 2, 1) * 2
+    a, b = normal(6, 2).double(), normal(5, 2, 1).double() * 2
     subsets = product(combinations(range(6), 3), combinations(range(5), 2))
     distances = [sets.kid(a[list(i)], b[list(j)]) for i, j in subsets]
     assert np.mean(distances) == pytest.approx(sets.kid(a, b), rel=1e-12)
+
+
+def test_kernel_distance_of_features_in_float32_is_that_in_float64(digits):
+    extract = random_network(digits, torch.device("cpu")).extract
+    a, b = (extract(images).detach() for images in (digits.train, digits.test))
+    assert sets.kid(a, b) == pytest.approx(sets.kid(a.double(), b.double()), rel=1e-4)
 
 
 # Inception score
@@ -264,7 +270,7 @@ def test_images_far_from_everything_are_no_copies(digits):
 
 
 def test_the_size_of_the_tiles_changes_nothing(monkeypatch, digits):
-    a, b = normal(45, 5), normal(38, 5, 1) + 0.5
+    a, b = normal(45, 5).double(), normal(38, 5, 1).double() + 0.5
     images, train, test = digits.test[:30], digits.train[:60], digits.test[30:70]
 
     def everything() -> list[float]:
