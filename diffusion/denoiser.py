@@ -81,11 +81,19 @@ class Denoiser(nn.Module):
             x0, share = guide(*x0.chunk(2), weight), share[: len(x_t)]
         return (x0, share) if variance else x0
 
+    def compile_network(self) -> None:
+        """torch.compile it for sampling; on a GPU as CUDA graphs, which wait for no launch."""
+        on_gpu = next(self.net.parameters()).is_cuda
+        self.net.compile(mode="reduce-overhead" if on_gpu else None)
+
     def _predict(self, x_t: Tensor, t: Tensor, *condition: Tensor | None) -> tuple[Tensor, Tensor]:
         """x0, and what the network puts out beyond its prediction."""
         with torch.autocast(x_t.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             x = x_t.contiguous(memory_format=self.layout)
-            output = self.net(x, t.float(), *condition).float()
+            output = self.net(x, t.float(), *condition)
+        # always a copy: a CUDA graph's next call writes where this one's output lies, while an x0
+        # or a share that is a view of it may be kept for the steps to come (dpm-solver++, heun)
+        output = output.to(torch.float32, copy=True)
         channels = x_t.shape[1]
         return TO_X0[self.prediction](x_t, output[:, :channels], t), output[:, channels:]
 

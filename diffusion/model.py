@@ -120,11 +120,14 @@ def build(net: dict | UNetConfig, precision: str) -> Denoiser:
         raise UserError(f"--dropout must be in [0, 1), got {net.dropout:g}")
     if not net.multipliers or min(net.multipliers) < 1:
         raise UserError(f"--multipliers must be 1 or more numbers from 1, got {net.multipliers}")
-    coarsest = 2 ** (len(net.multipliers) - 1)
+    if net.patch < 1:
+        raise UserError(f"--patch must be at least 1, got {net.patch}")
+    coarsest = net.patch * 2 ** (len(net.multipliers) - 1)
     if net.size % coarsest or net.width % 8 or net.width < 8:
         raise UserError(
-            f"a network of {len(net.multipliers)} levels needs a size divisible by {coarsest} "
-            f"and a width divisible by 8, got size {net.size} and width {net.width}"
+            f"a network of {len(net.multipliers)} levels on patches of {net.patch} needs a size "
+            f"divisible by {coarsest} and a width divisible by 8, got size {net.size} and width "
+            f"{net.width}"
         )
     layout = torch.channels_last if torch.cuda.is_available() else torch.contiguous_format
     return Denoiser(UNet(net), precision, layout)

@@ -32,7 +32,8 @@ def train_model(
 ) -> Model:
     """The model of this run: loaded where it is finished, else trained from where it was stopped.
 
-    The card's `training` names the objective's settings; a run made with others is an error.
+    The card's `training` names the objective's settings; a run made with others is an error. Its
+    `earlier_images`, those of the students it goes on from, count in the total.
     Leaves model.safetensors, log.jsonl and samples.png; state/ only while it is unfinished.
     """
     check(config)
@@ -64,7 +65,9 @@ def train_model(
     progress = _logged(fit(denoiser, objective, dataset, config, state), run / "log.jsonl")
     *_, last = track(progress, str(run), _describe)
     training = {"settings": settings, "iterations": config.iterations}
-    training |= {"images": config.iterations * config.batch_size, "seconds": last.seconds}
+    images = config.iterations * config.batch_size
+    training |= {"images": images, "total_images": images + settings.get("earlier_images", 0)}
+    training |= {"seconds": last.seconds}
     card = replace(card, training=training)
     if processes.is_main_process:
         weights = {name: value.cpu() for name, value in denoiser.net.state_dict().items()}

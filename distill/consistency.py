@@ -33,7 +33,7 @@ from distill.pairs import (
     tightening,
     uniform,
 )
-from students.start import StudentOptions, find_teacher, student_card
+from students.start import StudentOptions, find_teacher, images_spent, student_card
 from teachers.ddpm import peek
 from teachers.presets import preset
 
@@ -227,15 +227,15 @@ def settings(options: Options) -> dict:
     return chosen
 
 
-def beginning(options: Options, teacher: Model) -> tuple[Denoiser, str | None]:
-    """The student before its training, and the sha256 of the weights of --start."""
+def beginning(options: Options, teacher: Model) -> tuple[Denoiser, Model | None]:
+    """The student before its training, and the model of --start."""
     if options.start:
         start = load(options.start, options.fit.precision)
         if (start.card.net, start.card.data) != (teacher.card.net, teacher.card.data):
             raise UserError(
                 f"--start {options.start} is of another network or other images than the teacher"
             )
-        return start.denoiser.requires_grad_(True), start.sha256
+        return start.denoiser.requires_grad_(True), start
     if MODES[options.mode].from_teacher:
         return deepcopy(teacher.denoiser).requires_grad_(True), None
     torch.manual_seed(options.fit.seed)
@@ -253,12 +253,16 @@ def distill(options: Options) -> Model:
             "rests on: train a teacher with --prediction v"
         )
     student, start = beginning(options, teacher)
+    method, earlier = f"consistency-{options.mode}", {}
+    if start:
+        method = f"{start.card.method}+{method}"
+        earlier = {"start": start.sha256, "earlier_images": images_spent(start)}
     card = Card(
-        method=f"consistency-{options.mode}",
+        method=method,
         sampler="consistency",
         plans={n: even(teacher.schedule, n).tolist() for n in (1, 2, 4, 8)},
         solvers=("consistency",),
-        training={"mode": options.mode, "start": start, **chosen},
+        training={"mode": options.mode, **earlier, **chosen},
         **student_card(teacher),
     )
     aim = MODES[options.mode].objective(options, teacher, student)

@@ -21,7 +21,7 @@ from diffusion.model import Model, load
 from diffusion.runs import train_model
 from diffusion.schedules import halve, respace
 from diffusion.training import Average, frozen_copy
-from students.start import StudentOptions, find_teacher, student_card
+from students.start import StudentOptions, find_teacher, images_spent, student_card
 from teachers.presets import preset
 
 
@@ -169,6 +169,7 @@ def distill(options: Options) -> list[Model]:
                 "teacher_steps": before,
                 "weighting": options.weighting,
                 "next_teacher": options.next_teacher,
+                "earlier_images": images_spent(teacher),
             },
             **student_card(teacher),
         )

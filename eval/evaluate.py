@@ -40,7 +40,7 @@ def template(bench: Bench, row: Row) -> Record:
     """The record of a row before it is measured."""
     judge, card = bench.judge, row.model.card
     extractor = judge.extractor
-    spent = ("iterations", "images", "seconds")
+    spent = ("iterations", "images", "total_images", "seconds")
     return Record(
         run=str(row.path),
         method=row.method,
@@ -156,7 +156,7 @@ def measure_rows(bench: Bench, rows: list[Row], store: Store) -> tuple[list[Reco
             found[row] = replace(record, nfe=measure.count_calls(row.model, row.plan))
     if bench.compile:
         for model in {id(row.model): row.model for row in rows}.values():
-            model.denoiser.net.compile()
+            model.denoiser.compile_network()
     found, refused = time_rows(bench, found), {}
     store.put(*found.values())
     for _ in track(judge_rows(bench, found, store, refused), "quality", lambda told: told):

@@ -28,20 +28,26 @@ def cost_plot(
     found = [line for line in lines(records) if cost(line) is not None]
     if not found:
         return
+    points = [(line.title, cost(line), line.record.score, line.record.spread) for line in found]
+    curves(path, points, found[0].record, label)
+
+
+def curves(
+    path: Path, points: list[tuple[str, float, float, float]], any_of_them: Record, label: str
+) -> None:
+    """Points (title, cost, quality, spread) on log axes, a line a title; a solver's is dashed."""
     figure, axes = plt.subplots(figsize=(7.5, 5), dpi=120)
     markers = iter("osD^vP*X<>hd")
-    for title in dict.fromkeys(line.title for line in found):
-        rows = sorted((line for line in found if line.title == title), key=cost)
-        own = rows[0].record.own
-        points = ((cost(row), row.record.score, row.record.spread) for row in rows)
-        x, y, spread = zip(*points, strict=True)
+    for title in dict.fromkeys(title for title, *_ in points):
+        x, y, spread = zip(*sorted(rest for name, *rest in points if name == title), strict=True)
+        own = ", " not in title
         axes.errorbar(
             x, y, spread, label=title, marker=next(markers, "."), linestyle="-" if own else "--",
             capsize=2, alpha=1 if own else 0.6,
         )  # fmt: skip
-    first = found[0].record
-    axes.axhline(mean(first.floor), color="gray", linestyle=":", label="floor: real images")
-    axes.set(xscale="log", yscale="log", xlabel=label, ylabel=f"{first.metric} (lower is better)")
+    metric, floor = any_of_them.metric, mean(any_of_them.floor)
+    axes.axhline(floor, color="gray", linestyle=":", label="floor: real images")
+    axes.set(xscale="log", yscale="log", xlabel=label, ylabel=f"{metric} (lower is better)")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.grid(alpha=0.3, which="both")

@@ -106,7 +106,9 @@ def precision_recall_density_coverage(
         )
     real_radius = radius(real, k) if real_radius is None else real_radius
     fake_radius = radius(fake, k)
-    balls = real_radius.new_zeros(len(fake), dtype=torch.float64)  # real ones around each fake image
+    balls = real_radius.new_zeros(
+        len(fake), dtype=torch.float64
+    )  # real ones around each fake image
     recalled, covered = (torch.zeros_like(real_radius, dtype=torch.bool) for _ in range(2))
     for rows, columns, x, y in _tiles(real, fake):
         distance = _distances(x, y)

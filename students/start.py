@@ -55,6 +55,11 @@ def find_teacher(
     return teacher, dataset, options.out or home.parent / method
 
 
+def images_spent(model: Model) -> int:
+    """Images that this student, and those that it goes on from, took gradients of; 0 of a teacher."""
+    return model.card.training.get("total_images", 0) if model.card.parent else 0
+
+
 def _trained(teacher: Path) -> bool:
     return teacher.is_file() or (teacher / "model.safetensors").exists()
 

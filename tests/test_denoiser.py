@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from diffusion.circle import FROM_X0
 from diffusion.console import UserError
 from diffusion.denoiser import Condition, Denoiser, check_prediction, guide
+from diffusion.model import build
 from diffusion.networks import UNet, UNetConfig
 from diffusion.networks.unet import Attention
 from diffusion.schedules import SCHEDULES
@@ -228,3 +229,21 @@ def test_guidance_moves_x0_and_leaves_the_share_of_the_class(weight):
 def test_a_network_that_learns_no_variance_says_so():
     with pytest.raises(UserError, match="--learned-variance"):
         Denoiser(random_unet())(normal(0, 4, 1, 8, 8), ANGLES, variance=True)
+
+
+@pytest.mark.parametrize("learned_variance", [False, True])
+def test_a_network_on_patches_is_one_on_the_channels_that_they_unfold_to(learned_variance):
+    outputs = {"learned_variance": learned_variance}
+    whole = random_unet(size=16, channels=3, patch=2, **outputs)
+    plain = UNet(UNetConfig(size=8, channels=12, **outputs))
+    plain.load_state_dict(whole.state_dict())
+    x, t = normal(0, 2, 3, 16, 16), ANGLES[1:3].float()
+    expected = F.pixel_shuffle(plain(F.pixel_unshuffle(x, 2), t), 2)
+    close(whole(x, t), expected)
+    assert expected.abs().max() > 0.01
+
+
+@pytest.mark.parametrize("patch", [0, 3, 8])
+def test_patches_that_do_not_tile_the_image_are_refused(patch):
+    with pytest.raises(UserError, match="patch"):
+        build(UNetConfig(size=8, patch=patch), "fp32")

@@ -1,0 +1,227 @@
+"""Methods against network calls, over training seeds: `python -m eval.methods RESULTS`."""
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Literal
+
+import tyro
+from rich.table import Table
+from scipy.stats import kendalltau
+
+from diffusion.checkpoint import write_atomic
+from diffusion.console import UserError, diverted, out, run, say
+from eval import plots, records
+from eval.lines import Line, lines
+from eval.records import Record
+
+
+@dataclass(frozen=True)
+class Options:
+    """Pool the rows of students that differ in their training's seed alone, and rank the methods.
+
+    Writes methods.md, methods.json and methods.png beside the first file of results.
+    """
+
+    results: tyro.conf.Positional[tuple[Path, ...]] = (Path("runs/digits/compare/results.jsonl"),)
+    """results.jsonl of eval.compare, one or several."""
+    table: Literal["rich", "markdown", "json"] = "rich"
+    """How to print it; the rest then goes to stderr."""
+
+
+@dataclass(frozen=True)
+class Pool:
+    """One method at one number of calls: figures by name, one of each for each training seed."""
+
+    method: str
+    nfe: int
+    student: bool
+    images: int | None
+    """That the student, and those that it goes on from, took gradients of."""
+    figures: dict[str, list[float]]
+    ratio: float | None
+    """Of the mean to the larger of the teacher's figure and the floor."""
+
+    def mean(self, name: str) -> float:
+        return mean(self.figures[name])
+
+    def spread(self, name: str) -> float:
+        """Over the training seeds; 0 of one."""
+        found = self.figures[name]
+        return stdev(found) if len(found) > 1 else 0.0
+
+    @property
+    def text(self) -> str:
+        name = next(iter(self.figures))
+        spread = f" ± {self.spread(name):.2g}" if len(self.figures[name]) > 1 else ""
+        ratio = "" if self.ratio is None else f" ({self.ratio:.2f}×)"
+        return f"{self.mean(name):.3g}{spread}{ratio}"
+
+
+def pools(found: list[Record]) -> list[Pool]:
+    """Those of equal method, calls, angles, budget and teacher, in the records' order.
+
+    The first figure is the table's own; the others are distances too: on random features, sliced
+    Wasserstein and KID.
+    """
+    others = [n for n in found[0].others if _distance(n) and all(n in r.others for r in found)]
+    groups: dict[tuple, list[Line]] = {}
+    for line in lines(found):
+        record, teacher = line.record, line.teacher
+        what = (record.title, record.nfe, *record.angles, _images(record))
+        budget = (record.training.get("iterations"), teacher.sha256 if teacher else None)
+        groups.setdefault((*what, *budget), []).append(line)
+    met = Counter((same[0].record.title, same[0].record.nfe) for same in groups.values())
+    several = {title for (title, _), count in met.items() if count > 1}
+    made = []
+    for same in groups.values():
+        first, teacher = same[0].record, same[0].teacher
+        method = first.title
+        if method in several:
+            method += f", {first.training.get('iterations', 0):,} iterations"
+        figures = {first.metric: [line.record.score for line in same]}
+        figures |= {name: [line.record.further[name] for line in same] for name in others}
+        least = max(teacher.score, mean(first.floor)) if teacher else 0
+        ratio = mean(figures[first.metric]) / least if least > 0 else None
+        student = first.own and first.parent is not None
+        made.append(Pool(method, first.nfe, student, _images(first), figures, ratio))
+    return made
+
+
+def _distance(name: str) -> bool:
+    return name.startswith("fd-random") or name in ("sliced-wasserstein", "kid")
+
+
+def _images(record: Record) -> int | None:
+    training = record.training
+    return training.get("total_images", training.get("images"))
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """How far another distance orders the methods at so many calls as the first does."""
+
+    nfe: int
+    distance: str
+    tau: float
+    """Kendall's, 1 for the same order."""
+    swapped: list[tuple[str, str]]
+    """Pairs (better by the first distance, better by this one) further apart than their spreads."""
+
+
+def rankings(found: list[Pool]) -> list[Ranking]:
+    """One for each number of calls that several methods share, and each other distance."""
+    made = []
+    for nfe in sorted({pool.nfe for pool in found}):
+        same = [pool for pool in found if pool.nfe == nfe]
+        if len(same) < 2:
+            continue
+        own, *others = same[0].figures
+        for other in others:
+            tau = kendalltau([p.mean(own) for p in same], [p.mean(other) for p in same]).statistic
+            swapped = [
+                (a.method, b.method)
+                for pair in combinations(same, 2)
+                for a, b in (pair, pair[::-1])
+                if _below(a, b, own) and _below(b, a, other)
+            ]
+            made.append(Ranking(nfe, other, float(tau), swapped))
+    return made
+
+
+def _below(a: Pool, b: Pool, name: str) -> bool:
+    return a.mean(name) + a.spread(name) < b.mean(name) - b.spread(name)
+
+
+def told(found: list[Ranking]) -> list[str]:
+    """The rankings in words, one distance a line."""
+    words = []
+    for name in dict.fromkeys(ranking.distance for ranking in found):
+        same = [ranking for ranking in found if ranking.distance == name]
+        taus = ", ".join(f"{r.tau:.2f} at {r.nfe}" for r in same)
+        pairs = [f"{b} before {a} at {r.nfe}" for r in same for a, b in r.swapped]
+        else_ = f"; it puts {', '.join(pairs)}" if pairs else "; no pair beyond its spreads swaps"
+        words.append(f"{name} orders the methods with Kendall's tau {taus} calls{else_}")
+    return words
+
+
+def matrix(found: list[Pool]) -> tuple[list[str], list[list[str]]]:
+    """Heads and rows: a method a row, its calls a column."""
+    counts = sorted({pool.nfe for pool in found})
+    body = []
+    for method in dict.fromkeys(pool.method for pool in found):
+        same = {pool.nfe: pool for pool in found if pool.method == method}
+        # a chain of rounds has spent the most at its end
+        images = max((pool.images for pool in same.values() if pool.images), default=None)
+        cells = [same[n].text if n in same else "-" for n in counts]
+        body.append([method, "-" if images is None else f"{images:,}", *cells])
+    heads = ["method", "images", *(f"{n} call{'s' * (n > 1)}" for n in counts)]
+    return heads, body
+
+
+def markdown(heads: list[str], body: list[list[str]], notes: list[str]) -> str:
+    rows = [heads, ["---", *["--:"] * (len(heads) - 1)], *body]
+    text = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return text + "\n\n" + "\n\n".join(notes) + "\n"
+
+
+def summarise(options: Options) -> list[Pool]:
+    """The pooled table of these files; writes it, its figures and its plot."""
+    for path in options.results:
+        if not path.exists():
+            raise UserError(f"{path}: no such file of results: make it with eval.compare")
+    found = records.merge(map(records.read, options.results))
+    if not found:
+        raise UserError(f"{options.results[0]} holds no rows: measure some with eval.compare")
+    records.require_comparable(found, times=False)
+    pooled = pools(found)
+    seeds = max(len(next(iter(pool.figures.values()))) for pool in pooled)
+    first, ranked = found[0], rankings([pool for pool in pooled if pool.student])
+    notes = [
+        f"{first.metric} of {first.num_images} images (lower is better), the mean of noise seeds "
+        f"{', '.join(map(str, first.seeds))}; mean ± spread over up to {seeds} training seeds; in "
+        f"brackets the ratio to the larger of the teacher's and the floor, {mean(first.floor):.3g}. "
+        "Images: those that the student, and the students it goes on from, took gradients of.",
+        *told(ranked),
+    ]
+    folder, (heads, body) = options.results[0].parent, matrix(pooled)
+    text = markdown(heads, body, notes)
+    figures = {"pools": [asdict(p) for p in pooled], "rankings": [asdict(r) for r in ranked]}
+    write_atomic(folder / "methods.md", text)
+    write_atomic(folder / "methods.json", json.dumps(figures, indent=1) + "\n")
+    points = [(p.method, p.nfe, p.mean(first.metric), p.spread(first.metric)) for p in pooled]
+    plots.curves(folder / "methods.png", points, first, "network calls per image (NFE)")
+    show: dict[str, Callable[[], None]] = {
+        "rich": lambda: _rich(heads, body, notes),
+        "markdown": lambda: print(text, end=""),
+        "json": lambda: print(json.dumps(figures)),
+    }
+    show[options.table]()
+    say(f"{folder}: methods.md, methods.json, methods.png")
+    return pooled
+
+
+def _rich(heads: list[str], body: list[list[str]], notes: list[str]) -> None:
+    table = Table()
+    for i, head in enumerate(heads):
+        table.add_column(head, justify="right" if i else "left")
+    for row in body:
+        table.add_row(*row)
+    out.print(table)
+    for note in notes:
+        out.print(note, highlight=False)
+
+
+def main() -> None:
+    config = (tyro.conf.OmitArgPrefixes,)
+    options = tyro.cli(Options, prog="python -m eval.methods", config=config)
+    with diverted(options.table != "rich"):
+        summarise(options)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,95 @@
+"""Methods pooled over training seeds, and whether other distances rank them alike."""
+
+import json
+from statistics import mean, stdev
+
+import pytest
+
+from diffusion.console import UserError
+from eval import records
+from eval.methods import Options, Pool, pools, rankings, summarise, told
+from tests.made_up import record, sha256
+
+TEACHER = record(nfe=1000, score=2.0)
+RANDOM = "fd-random-digits-0123abcd"
+
+
+def students(method: str, scores: list[float], nfe: int = 2, **changes) -> list:
+    return [
+        record(
+            method, nfe, score, run=f"runs/{method}-{seed}", parent=TEACHER.sha256,
+            sha256=sha256(f"{method} {seed}"), **changes,
+        )
+        for seed, score in enumerate(scores)
+    ]  # fmt: skip
+
+
+def test_students_that_differ_in_their_seed_alone_are_one_figure_with_its_spread():
+    _, pool = pools([TEACHER, *students("cd", [3.0, 4.0, 8.0])])
+    assert pool.figures[TEACHER.metric] == pytest.approx([3, 4, 8])
+    assert pool.mean(TEACHER.metric) == pytest.approx(5)
+    assert pool.spread(TEACHER.metric) == pytest.approx(stdev([3, 4, 8]))
+    assert pool.ratio == pytest.approx(mean([3, 4, 8]) / 2)
+
+
+def test_a_teacher_below_the_floor_is_not_what_a_ratio_is_to():
+    floor = {"floor": [5.0, 5.0]}
+    pool = pools([record(nfe=1000, score=2.0, **floor), *students("cd", [10.0], **floor)])[1]
+    assert pool.ratio == pytest.approx(2)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"training": {"iterations": 10, "images": 276_544}},
+        {"training": {"iterations": 4321, "images": 276_544, "total_images": 300_000}},
+        {"nfe": 3},
+        {"angles": [0.0, 0.5, 1.5]},
+    ],
+)
+def test_students_of_other_budgets_calls_or_angles_are_not_pooled(other):
+    place = {"run": "runs/other", "sha256": sha256("other"), "parent": TEACHER.sha256}
+    changed = record("cd", **{"nfe": 2, "score": 7.0} | place | other)
+    found = pools([TEACHER, *students("cd", [3.0, 4.0]), changed])
+    assert [len(pool.figures[TEACHER.metric]) for pool in found] == [1, 2, 1]
+
+
+def ranked(first: dict[str, list[float]], other: dict[str, list[float]]):
+    return rankings(
+        [Pool(name, 2, True, 10, {"fd": first[name], RANDOM: other[name]}, None) for name in first]
+    )
+
+
+def test_another_distance_of_the_same_order_swaps_nothing():
+    (found,) = ranked({"a": [1, 2], "b": [5, 6]}, {"a": [10, 11], "b": [30, 40]})
+    assert (found.tau, found.swapped) == (1, [])
+
+
+def test_pairs_that_another_distance_orders_otherwise_beyond_the_spreads_are_named():
+    (found,) = ranked({"a": [1, 2], "b": [5, 6]}, {"a": [30, 31], "b": [10, 11]})
+    assert (found.tau, found.swapped) == (-1, [("a", "b")])
+    (words,) = told([found])
+    assert f"{RANDOM} orders" in words
+    assert "b before a at 2" in words
+
+
+def test_pairs_within_their_spreads_are_not_called_swapped():
+    (found,) = ranked({"a": [1, 2], "b": [5, 6]}, {"a": [10, 30], "b": [9, 28]})
+    assert (found.tau, found.swapped) == (-1, [])
+
+
+def test_the_command_leaves_a_table_figures_and_a_plot(tmp_path, capsys):
+    rows = [TEACHER, *students("cd", [3.0, 5.0]), *students("cd", [2.0, 4.0], nfe=4)]
+    records.write(tmp_path / "results.jsonl", rows)
+    summarise(Options(results=(tmp_path / "results.jsonl",), table="markdown"))
+    text = (tmp_path / "methods.md").read_text()
+    assert "| cd | 276,544 | 4 ± 1.4 (2.00×) | 3 ± 1.4 (1.50×) | - |" in text
+    assert text in capsys.readouterr().out
+    figures = json.loads((tmp_path / "methods.json").read_text())
+    assert [pool["nfe"] for pool in figures["pools"]] == [1000, 2, 4]
+    assert (tmp_path / "methods.png").stat().st_size > 1000
+
+
+def test_a_missing_file_of_results_is_one_line(tmp_path):
+    with pytest.raises(UserError, match="no such file of results"):
+        summarise(Options(results=(tmp_path / "none.jsonl",)))
