@@ -23,6 +23,12 @@ def short(number: float) -> str:
     return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
 
+def duration(seconds: float) -> str:
+    """In the largest unit that it has one of."""
+    unit, size = next((u, n) for u, n in (("h", 3600), ("min", 60), ("s", 0)) if seconds >= n)
+    return f"{short(seconds / (size or 1))} {unit}"
+
+
 def cell(value: float | None, text: Callable[[float], str] = short) -> Cell:
     return Cell("-") if value is None else Cell(text(value), value)
 
@@ -68,6 +74,12 @@ def _spread(record: Record) -> float | None:
     return record.spread if len(record.seeds) > 1 else None
 
 
+def _seconds_for(record: Record, images: int) -> float | None:
+    """At the most images/s that were timed."""
+    best = record.best
+    return images / best.images_per_second if best else None
+
+
 def _megabytes(record: Record) -> float | None:
     batch = record.batch
     return None if batch is None or batch.allocated is None else batch.allocated / 1e6
@@ -99,6 +111,7 @@ SPEED: Columns = NAMES | {
         line.record, line.record.batch_size, lambda seconds: line.record.batch_size / seconds
     ),
     "best images/s": _best_cell,
+    "50,000 images": lambda line: cell(_seconds_for(line.record, 50_000), duration),
     "peak MB": lambda line: cell(_megabytes(line.record)),
     "J/image": lambda line: cell(_joules(line.record)),
 }

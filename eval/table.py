@@ -114,6 +114,7 @@ def _speed_caption(columns: Columns, first: Record) -> str:
         "p90, ms": "p90: of ms @1, where the repeats are enough to tell",
         "images/s": f"images/s: at batch {first.batch_size}",
         "best images/s": "best images/s: @ the batch size that has them",
+        "50,000 images": "50,000 images: at the most images/s that were timed",
         "peak MB": "peak MB: beyond what was held before the call",
         "J/image": "J/image: of the whole device",
     }

@@ -100,10 +100,12 @@ def test_the_csv_holds_the_same_numbers_in_full(times):
                 expected = number(cell)
                 if head == "size":
                     expected *= 1e6
+                if head == "50,000 images" and expected:
+                    expected *= {"s": 1, "min": 60, "h": 3600}[cell.split()[-1]]
                 value = float(row[head]) if row[head] else None
                 assert value == (None if expected is None else pytest.approx(expected, rel=6e-3))
                 checked.add(head)
-    assert len(checked) == (13 if times else 9)
+    assert len(checked) == (14 if times else 9)
     for row, made in zip(rows, ROWS, strict=True):
         assert float(row["quality"]) == made.score
         assert [row["run"], row["sha256"], row["device"]] == [made.run, made.sha256, "a device"]
@@ -240,12 +242,22 @@ def test_a_row_without_times_has_dashes_and_a_table_without_times_no_columns_for
 
 
 def test_a_column_that_no_row_has_a_figure_for_is_left_out():
-    assert heads(ROWS, "Speed") == ("method", "steps", "first call, s", "ms @1", "images/s")
+    always = ("method", "steps", "first call, s", "ms @1", "images/s", "50,000 images")
+    assert heads(ROWS, "Speed") == always
     timings = [Timing(1, 0.5, (0.1,) * FOR_P90), Timing(50, None, (0.2,) * 3, 10**7, 10**8, 0.25)]
     rich = replace(FOUR, timings=[*timings, Timing(64, seconds=(0.1, 0.1))])
-    full = [*heads(ROWS, "Speed")[:4], "p90, ms", "images/s", "best images/s", "peak MB", "J/image"]
+    full = [
+        *always[:4],
+        "p90, ms",
+        "images/s",
+        "best images/s",
+        "50,000 images",
+        "peak MB",
+        "J/image",
+    ]
     assert [*heads([*ROWS[:3], rich], "Speed")] == full
     assert column([TEACHER, rich], "best images/s", "Speed") == ["-", "640 @64"]
+    assert column([rich], "50,000 images", "Speed") == ["1.3 min"]  # 50,000 / 640 s
     assert column([TEACHER, rich], "peak MB", "Speed") == ["-", "10"]
     assert column([TEACHER, rich], "J/image", "Speed") == ["-", "0.25"]
 
