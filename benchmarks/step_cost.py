@@ -5,6 +5,7 @@ gradient, those of teachers and targets without, and those of forward mode. Both
 turn, many times, so that a drifting machine favours neither.
 """
 
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
@@ -47,7 +48,9 @@ class Row:
     forward_mode: int = 0
 
 
-def rows(teacher: Model, student) -> list[Row]:
+def rows(teacher: Model, student) -> Iterator[Row]:
+    """Each made when it is asked for: scm's gives the student a parameter more."""
+
     def consistency(mode: str, **told) -> Objective:
         options = Settings(mode=mode, **told)
         options = replace(options, **settings(options))
@@ -56,27 +59,26 @@ def rows(teacher: Model, student) -> list[Row]:
     schedule = teacher.schedule.to(teacher.device)
     angles = respace(teacher.schedule, 32)
     table = steps_table(angles, halve(angles)).to(teacher.device)
-    return [
-        Row("denoising", Denoising(schedule)),
-        Row("halving", Halving(teacher.denoiser, table), 2),
-        Row("cd, heun", consistency("cd"), 3),
-        Row("cd, euler", consistency("cd", solver="euler"), 2),
-        Row("ct", consistency("ct"), 1),
-        Row("ict", consistency("ict"), 1),
-        Row("ect", consistency("ect"), 1),
-        Row("ect, heun", consistency("ect", solver="heun"), 3),
-        Row("scm", consistency("scm"), 1, 1),
-        Row("scm, training", consistency("scm", solver="data"), 0, 1),
-    ]
+    yield Row("denoising", Denoising(schedule))
+    yield Row("halving", Halving(teacher.denoiser, table), 2)
+    yield Row("cd, heun", consistency("cd"), 3)
+    yield Row("cd, euler", consistency("cd", solver="euler"), 2)
+    yield Row("ct", consistency("ct"), 1)
+    yield Row("ict", consistency("ict"), 1)
+    yield Row("ect", consistency("ect"), 1)
+    yield Row("ect, heun", consistency("ect", solver="heun"), 3)
+    yield Row("scm", consistency("scm"), 1, 1)
+    yield Row("scm, training", consistency("scm", solver="data"), 0, 1)
 
 
-def main() -> None:
-    options = tyro.cli(Options, prog="python -m benchmarks.step_cost")
-    teacher = load(options.teacher, "bf16")
+def costs(
+    teacher: Model, batch_size: int, repeats: int, names: Sequence[str] = ()
+) -> Iterator[tuple[str, float, float]]:
+    """(objective, seconds of its bare passes, the step's time over theirs), of some or of all."""
     student = deepcopy(teacher.denoiser).requires_grad_(True).train()
     device, net = teacher.device, student.net
-    x0, eps, dx = torch.randn(3, options.batch_size, *teacher.spec.shape, device=device)
-    level = (torch.arange(options.batch_size, device=device) + 0.5).double() / options.batch_size
+    x0, eps, dx = torch.randn(3, batch_size, *teacher.spec.shape, device=device)
+    level = (torch.arange(batch_size, device=device) + 0.5).double() / batch_size
     batch = Batch(x0, eps, level, label=None, seed=0)
     t, dt = level.float(), torch.ones_like(level, dtype=torch.float32)
 
@@ -94,18 +96,24 @@ def main() -> None:
         prediction.float().backward(dx)
 
     for row in rows(teacher, student):
+        if names and row.name not in names:
+            continue
         ours, network = partial(step, row), partial(bare, row)
         ours(), network()
         ratios, seconds = [], []
-        for i in range(options.repeats):
+        for i in range(repeats):
             first, second = (ours, network) if i % 2 else (network, ours)
             took = {first: timed(first, device)[1], second: timed(second, device)[1]}
             ratios.append(took[ours] / took[network])
             seconds.append(took[network])
-        out.print(
-            f"{row.name:14} passes {1000 * median(seconds):8.2f} ms  "
-            f"step / passes {median(ratios):.3f}"
-        )
+        yield row.name, median(seconds), median(ratios)
+
+
+def main() -> None:
+    options = tyro.cli(Options, prog="python -m benchmarks.step_cost")
+    teacher = load(options.teacher, "bf16")
+    for name, seconds, ratio in costs(teacher, options.batch_size, options.repeats):
+        out.print(f"{name:14} passes {1000 * seconds:8.2f} ms  step / passes {ratio:.3f}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,113 @@
+"""A whole comparison by one command, from data to report: `python -m benchmarks.line digits`.
+
+A line is a teacher, its students by every method at one budget, and how they are judged. Each of
+its parts is a command that a user could type; what is done is skipped and what was stopped goes on.
+"""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import tyro
+
+from benchmarks.lines import LINES, Line
+from diffusion.checkpoint import write_atomic
+from diffusion.console import UserError, run, say
+
+LOCK = threading.Lock()  # of the log
+
+
+@dataclass(frozen=True)
+class Options:
+    """Run a line of benchmarks/lines.py: teacher, students, eval.compare, eval.methods, eval.report.
+
+    Writes commands.json beside the table: every command, and the minutes that it took.
+    """
+
+    line: tyro.conf.Positional[str]
+    """Its name."""
+    out: Path | None = None
+    """The folder; runs/LINE unless told."""
+    seeds: int = 0
+    """Training seeds of each student; the line's own number unless told."""
+    jobs: int = 1
+    """Students trained side by side, each on its share of the CPU's cores."""
+    teacher: Path | None = None
+    """A finished teacher's run, in place of the line's own."""
+
+
+def python(command: str, *more: str) -> list[str]:
+    return [sys.executable, "-m", *shlex.split(command), *more]
+
+
+def students(line: Line, folder: Path, teacher: Path) -> list[list[list[str]]]:
+    """For each student and seed its commands, one after the other."""
+    found = []
+    for seed in range(line.seeds):
+        for name, commands in line.students.items():
+            home = folder / f"{name}-{seed}"
+            chain = []
+            for i, command in enumerate(commands):
+                last = i == len(commands) - 1
+                out = home if last else folder / "before" / f"{name}-{seed}"
+                told = ["--teacher", str(teacher), "--seed", str(seed), "--out", str(out)]
+                start = ["--start", str(folder / "before" / f"{name}-{seed}")] if i else []
+                chain.append(python(command, *told, *start))
+            found.append(chain)
+    return found
+
+
+def call(command: list[str], log: Path, threads: int | None = None) -> None:
+    """Run it, and add its minutes to those of its earlier starts. UserError where it fails."""
+    typed = shlex.join(["python", *command[1:]])
+    say(typed)
+    environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+    begun = time.monotonic()
+    code = subprocess.run(command, env=environment).returncode
+    with LOCK:
+        minutes = json.loads(log.read_text()) if log.exists() else {}
+        minutes[typed] = round(minutes.get(typed, 0) + (time.monotonic() - begun) / 60, 2)
+        write_atomic(log, json.dumps(minutes, indent=1) + "\n")
+    if code:
+        raise UserError(
+            f"exit code {code} of: {typed}: the same command of benchmarks.line resumes"
+        )
+
+
+def run_line(options: Options) -> None:
+    if options.line not in LINES:
+        raise UserError(f"no line {options.line!r}: expected one of {', '.join(LINES)}")
+    if options.jobs < 1 or options.seeds < 0:
+        raise UserError(f"--jobs must be at least 1, got {options.jobs}")
+    line = LINES[options.line]
+    line = replace(line, seeds=options.seeds or line.seeds)
+    folder = options.out or Path("runs") / options.line
+    compare, teacher = folder / "compare", options.teacher or folder / "teacher"
+    log = compare / "commands.json"
+    if not options.teacher:
+        call(python(line.teacher, "--out", str(teacher)), log)
+    threads = max(1, torch.get_num_threads() // options.jobs) if options.jobs > 1 else None
+    chains = students(line, folder, teacher)
+    with ThreadPoolExecutor(options.jobs) as pool:
+        list(pool.map(lambda chain: [call(part, log, threads) for part in chain], chains))
+    runs = [str(teacher), *(chain[-1][chain[-1].index("--out") + 1] for chain in chains)]
+    call(python(line.compare, *runs, "--out", str(compare)), log)
+    call(python("eval.methods", str(compare / "results.jsonl")), log)
+    call(python("eval.report", str(compare)), log)
+
+
+def main() -> None:
+    config = (tyro.conf.OmitArgPrefixes,)
+    run_line(tyro.cli(Options, prog="python -m benchmarks.line", config=config))
+
+
+if __name__ == "__main__":
+    run(main)

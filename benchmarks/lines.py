@@ -1,0 +1,105 @@
+"""Whole comparisons that benchmarks.line runs: each command as it is typed, but for where it writes."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Line:
+    teacher: str
+    students: dict[str, tuple[str, ...]]
+    """By name: a command, or several of which each starts from the one before."""
+    compare: str
+    seeds: int = 1
+    """Of the students' training."""
+
+
+# Every method at a fifth of the teacher's images: 409,600 gradients of an image.
+DIGITS = Line(
+    teacher="teachers.ddpm --iterations 8000",
+    students={
+        "cd": ("distill.consistency --mode cd --iterations 1600 --learning-rate 4e-3",),
+        "progressive": ("distill.progressive --iterations 1600 --batch-size 64",),
+        "ect": ("distill.consistency --mode ect --solver heun --iterations 1600",),
+        "midtraining-ect": (
+            "distill.midtraining --iterations 400",
+            "distill.consistency --mode ect --solver heun --iterations 1200",
+        ),
+        "midtraining-scm": (
+            "distill.midtraining --iterations 400",
+            "distill.consistency --mode scm --iterations 1200",
+        ),
+        "ict": (
+            "distill.consistency --mode ict --iterations 6400 --batch-size 64 --learning-rate 1e-3 "
+            "--num-angles 160",
+        ),
+        "ct": (
+            "distill.consistency --mode ct --iterations 6400 --batch-size 64 --learning-rate 1e-3",
+        ),
+    },
+    compare="eval.compare --no-times",
+    seeds=3,
+)
+
+# 2 CPU cores: about an hour. A network of 0.7 M weights on patches of 2x2 pixels.
+FASHION_CPU = Line(
+    teacher="teachers.ddpm --data fashion-mnist --width 32 --multipliers 1 2 --blocks 1 "
+    "--attention --patch 2 --iterations 4700 --batch-size 128 --learning-rate 1e-3 --warmup 200 "
+    "--ema 0.999",
+    students={
+        "cd": ("distill.consistency --iterations 940 --batch-size 128 --learning-rate 1e-3",),
+        "progressive": (
+            "distill.progressive --start-steps 32 --rounds 8 4 2 1 --batch-size 64 "
+            "--round-iterations 290 350 530 710 --learning-rate 5e-4",
+        ),
+        "ect": (
+            "distill.consistency --mode ect --solver heun --iterations 940 --batch-size 128 "
+            "--learning-rate 1e-3",
+        ),
+    },
+    compare="eval.compare --seeds 0",
+)
+
+# One GPU: meant for 20 minutes. Nothing here has been timed on a GPU yet.
+FASHION_GPU = Line(
+    teacher="teachers.ddpm --data fashion-mnist --iterations 20000 --learning-rate 1e-3 --compile",
+    students={
+        "cd": ("distill.consistency --iterations 4000 --learning-rate 1e-3",),
+        "progressive": (
+            "distill.progressive --rounds 8 4 2 1 --batch-size 128 --learning-rate 5e-4 "
+            "--round-iterations 1200 1500 2300 3000",
+        ),
+        "ect": ("distill.consistency --mode ect --solver heun --iterations 4000",),
+        "midtraining-scm": (
+            "distill.midtraining --iterations 1000",
+            "distill.consistency --mode scm --iterations 3000",
+        ),
+    },
+    compare="eval.compare --num-images 4096 --seeds 0 --compile --sweep",
+)
+
+# One GPU for a night, with three seeds of every student.
+FASHION_NIGHT = Line(
+    teacher="teachers.ddpm --data fashion-mnist --iterations 200000 --compile",
+    students={
+        "cd": ("distill.consistency --iterations 40000",),
+        "progressive": (
+            "distill.progressive --rounds 8 4 2 1 --batch-size 128 "
+            "--round-iterations 12000 15000 23000 30000",
+        ),
+        "ect": ("distill.consistency --mode ect --solver heun --iterations 40000",),
+        "ict": ("distill.consistency --mode ict --iterations 40000",),
+        "midtraining-scm": (
+            "distill.midtraining --iterations 10000",
+            "distill.consistency --mode scm --iterations 30000",
+        ),
+    },
+    compare="eval.compare --num-images 10000 --compile --sweep",
+    seeds=3,
+)
+
+LINES = {
+    "digits": DIGITS,
+    "fashion-mnist-cpu": FASHION_CPU,
+    "fashion-mnist-gpu": FASHION_GPU,
+    "fashion-mnist-night": FASHION_NIGHT,
+}
