@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -54,13 +54,14 @@ def students(line: Line, folder: Path, teacher: Path) -> list[list[list[str]]]:
     for seed in range(line.seeds):
         for name, commands in line.students.items():
             home = folder / f"{name}-{seed}"
-            chain = []
+            chain, before = [], ""
             for i, command in enumerate(commands):
                 last = i == len(commands) - 1
-                out = home if last else folder / "before" / f"{name}-{seed}"
+                out = home if last else folder / "before" / f"{name}-{seed}-{i}"
                 told = ["--teacher", str(teacher), "--seed", str(seed), "--out", str(out)]
-                start = ["--start", str(folder / "before" / f"{name}-{seed}")] if i else []
+                start = ["--start", before] if i else []
                 chain.append(python(command, *told, *start))
+                before = str(out)
             found.append(chain)
     return found
 
@@ -70,23 +71,34 @@ def call(command: list[str], log: Path, threads: int | None = None) -> None:
     typed = shlex.join(["python", *command[1:]])
     say(typed)
     environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
-    begun = time.monotonic()
-    code = subprocess.run(command, env=environment).returncode
-    with LOCK:
-        minutes = json.loads(log.read_text()) if log.exists() else {}
-        minutes[typed] = round(minutes.get(typed, 0) + (time.monotonic() - begun) / 60, 2)
-        write_atomic(log, json.dumps(minutes, indent=1) + "\n")
+    begun, process = time.monotonic(), subprocess.Popen(command, env=environment)
+    try:
+        code = process.wait()
+    except KeyboardInterrupt:
+        process.wait()  # it was interrupted too, and saves
+        raise
+    finally:
+        with LOCK:
+            minutes = json.loads(log.read_text()) if log.exists() else {}
+            minutes[typed] = round(minutes.get(typed, 0) + (time.monotonic() - begun) / 60, 2)
+            write_atomic(log, json.dumps(minutes, indent=1) + "\n")
     if code:
         raise UserError(
             f"exit code {code} of: {typed}: the same command of benchmarks.line resumes"
         )
 
 
+def each(chain: list[list[str]], log: Path, threads: int | None) -> None:
+    for command in chain:
+        call(command, log, threads)
+
+
 def run_line(options: Options) -> None:
     if options.line not in LINES:
         raise UserError(f"no line {options.line!r}: expected one of {', '.join(LINES)}")
-    if options.jobs < 1 or options.seeds < 0:
-        raise UserError(f"--jobs must be at least 1, got {options.jobs}")
+    for name, least in (("jobs", 1), ("seeds", 0)):
+        if getattr(options, name) < least:
+            raise UserError(f"--{name} must be at least {least}, got {getattr(options, name)}")
     line = LINES[options.line]
     line = replace(line, seeds=options.seeds or line.seeds)
     folder = options.out or Path("runs") / options.line
@@ -97,11 +109,24 @@ def run_line(options: Options) -> None:
     threads = max(1, torch.get_num_threads() // options.jobs) if options.jobs > 1 else None
     chains = students(line, folder, teacher)
     with ThreadPoolExecutor(options.jobs) as pool:
-        list(pool.map(lambda chain: [call(part, log, threads) for part in chain], chains))
+        started = [pool.submit(each, chain, log, threads) for chain in chains]
+        try:
+            for future in as_completed(started):
+                future.result()
+        finally:  # after the first failure no other begins
+            pool.shutdown(cancel_futures=True)
     runs = [str(teacher), *(chain[-1][chain[-1].index("--out") + 1] for chain in chains)]
-    call(python(line.compare, *runs, "--out", str(compare)), log)
-    call(python("eval.methods", str(compare / "results.jsonl")), log)
-    call(python("eval.report", str(compare)), log)
+    last = [python(line.compare, *runs, "--out", str(compare))]
+    last += [python("eval.methods", str(compare / "results.jsonl"))]
+    last += [python("eval.report", str(compare))]
+    failed = []
+    for command in last:  # rows that compare refuses are no reason to do without the others
+        try:
+            call(command, log)
+        except UserError as error:
+            failed.append(error)
+    if failed:
+        raise failed[0]
 
 
 def main() -> None:

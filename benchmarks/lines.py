@@ -20,14 +20,6 @@ DIGITS = Line(
         "cd": ("distill.consistency --mode cd --iterations 1600 --learning-rate 4e-3",),
         "progressive": ("distill.progressive --iterations 1600 --batch-size 64",),
         "ect": ("distill.consistency --mode ect --solver heun --iterations 1600",),
-        "midtraining-ect": (
-            "distill.midtraining --iterations 400",
-            "distill.consistency --mode ect --solver heun --iterations 1200",
-        ),
-        "midtraining-scm": (
-            "distill.midtraining --iterations 400",
-            "distill.consistency --mode scm --iterations 1200",
-        ),
         "ict": (
             "distill.consistency --mode ict --iterations 6400 --batch-size 64 --learning-rate 1e-3 "
             "--num-angles 160",
@@ -56,7 +48,7 @@ FASHION_CPU = Line(
             "--learning-rate 1e-3",
         ),
     },
-    compare="eval.compare --seeds 0",
+    compare="eval.compare --steps 1,2,4,8,10,50 --solvers ddim unipc --seeds 0 --batch-size 64",
 )
 
 # One GPU: meant for 20 minutes. Nothing here has been timed on a GPU yet.

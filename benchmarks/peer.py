@@ -37,7 +37,7 @@ from benchmarks.parts import begin, endless, rounds, untrained
 from diffusion import data as datasets
 from diffusion.checkpoint import write_atomic
 from diffusion.config import FitConfig
-from diffusion.console import out, run, say
+from diffusion.console import UserError, out, run, say
 from diffusion.data import Dataset
 from diffusion.model import Model, build
 from diffusion.networks import UNetConfig
@@ -206,6 +206,8 @@ def main() -> None:
         batch_size=options.batch_size,
         log_every=options.training_steps,
     )
+    if options.batch_size > len(images.train):
+        raise UserError(f"--batch-size must be at most {len(images.train)}, all images there are")
     networks = {"ours": model.denoiser, "diffusers": unet}
     parameters = {who: sum(p.numel() for p in n.parameters()) for who, n in networks.items()}
     environment = machine.environment(model.device, options.precision, False)

@@ -228,7 +228,7 @@ def settings(options: Options) -> dict:
 
 
 def beginning(options: Options, teacher: Model) -> tuple[Denoiser, Model | None]:
-    """The student before its training, and the model of --start."""
+    """The student before its training, and the model whose weights it has."""
     if options.start:
         start = load(options.start, options.fit.precision)
         if (start.card.net, start.card.data) != (teacher.card.net, teacher.card.data):
@@ -237,7 +237,7 @@ def beginning(options: Options, teacher: Model) -> tuple[Denoiser, Model | None]
             )
         return start.denoiser.requires_grad_(True), start
     if MODES[options.mode].from_teacher:
-        return deepcopy(teacher.denoiser).requires_grad_(True), None
+        return deepcopy(teacher.denoiser).requires_grad_(True), teacher
     torch.manual_seed(options.fit.seed)
     return build(teacher.card.net, options.fit.precision), None
 
@@ -252,11 +252,12 @@ def distill(options: Options) -> Model:
             f"{options.teacher} predicts x0, and nothing holds it to f(x, 0) = x, which consistency "
             "rests on: train a teacher with --prediction v"
         )
-    student, start = beginning(options, teacher)
+    student, before = beginning(options, teacher)
     method, earlier = f"consistency-{options.mode}", {}
-    if start:
-        method = f"{start.card.method}+{method}"
-        earlier = {"start": start.sha256, "earlier_images": images_spent(start)}
+    if options.start:
+        method, earlier = f"{before.card.method}+{method}", {"start": before.sha256}
+    if before and images_spent(before):
+        earlier["earlier_images"] = images_spent(before)
     card = Card(
         method=method,
         sampler="consistency",

@@ -1,9 +1,11 @@
 """Measure rows: network calls, times, quality and, of teachers, likelihood; resumable at every part."""
 
+import json
 from collections.abc import Iterator
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
+from hashlib import sha256
 from math import isfinite
 
 from accelerate import PartialState
@@ -36,11 +38,21 @@ class Bench:
     held_out: dict[str, float]
 
 
+def recipe(settings: dict) -> str:
+    """What trainings that differ in their seed alone have in common."""
+    own = ("seed", "parent", "start")  # a seed's parents are its own
+    rest = {name: value for name, value in settings.items() if name not in own}
+    return sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()[:8]
+
+
 def template(bench: Bench, row: Row) -> Record:
     """The record of a row before it is measured."""
     judge, card = bench.judge, row.model.card
     extractor = judge.extractor
     spent = ("iterations", "images", "total_images", "seconds")
+    training = {name: card.training[name] for name in spent if name in card.training}
+    if "settings" in card.training:
+        training["recipe"] = recipe(card.training["settings"])
     return Record(
         run=str(row.path),
         method=row.method,
@@ -51,7 +63,7 @@ def template(bench: Bench, row: Row) -> Record:
         own=row.own,
         angles=row.angles.tolist(),
         parameters=sum(p.numel() for p in row.model.denoiser.parameters()),
-        training={name: card.training[name] for name in spent if name in card.training},
+        training=training,
         data=judge.data,
         metric=extractor.name,
         extractor={"sha256": extractor.sha256, "accuracy": extractor.accuracy},

@@ -18,6 +18,7 @@ from diffusion.console import UserError, diverted, out, run, say
 from eval import plots, records
 from eval.lines import Line, lines
 from eval.records import Record
+from eval.report import latest
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class Pool:
 
     method: str
     nfe: int
+    own: bool
+    """Whether by its own plan, not a solver's."""
     student: bool
     images: int | None
     """That the student, and those that it goes on from, took gradients of."""
@@ -63,32 +66,31 @@ class Pool:
 
 
 def pools(found: list[Record]) -> list[Pool]:
-    """Those of equal method, calls, angles, budget and teacher, in the records' order.
+    """Those of equal method, calls, settings but the seed, and teacher, in the records' order.
 
     The first figure is the table's own; the others are distances too: on random features, sliced
     Wasserstein and KID.
     """
     others = [n for n in found[0].others if _distance(n) and all(n in r.others for r in found)]
-    groups: dict[tuple, list[Line]] = {}
+    groups: dict[tuple, dict[str, Line]] = {}
     for line in lines(found):
         record, teacher = line.record, line.teacher
-        what = (record.title, record.nfe, *record.angles, _images(record))
-        budget = (record.training.get("iterations"), teacher.sha256 if teacher else None)
-        groups.setdefault((*what, *budget), []).append(line)
-    met = Counter((same[0].record.title, same[0].record.nfe) for same in groups.values())
+        what = (record.title, record.nfe, record.training.get("recipe"), _images(record))
+        same = groups.setdefault((*what, teacher.sha256 if teacher else None), {})
+        same[record.sha256] = line  # of a checkpoint that was measured twice, once
+    met = Counter((title, nfe) for title, nfe, *_ in groups)
     several = {title for (title, _), count in met.items() if count > 1}
     made = []
-    for same in groups.values():
+    for same in map(list, map(dict.values, groups.values())):
         first, teacher = same[0].record, same[0].teacher
-        method = first.title
-        if method in several:
-            method += f", {first.training.get('iterations', 0):,} iterations"
+        folder = next((p for p in reversed(Path(first.run).parts) if not p.isdigit()), first.run)
+        method = f"{first.title} [{folder}]" if first.title in several else first.title
         figures = {first.metric: [line.record.score for line in same]}
         figures |= {name: [line.record.further[name] for line in same] for name in others}
         least = max(teacher.score, mean(first.floor)) if teacher else 0
         ratio = mean(figures[first.metric]) / least if least > 0 else None
         student = first.own and first.parent is not None
-        made.append(Pool(method, first.nfe, student, _images(first), figures, ratio))
+        made.append(Pool(method, first.nfe, first.own, student, _images(first), figures, ratio))
     return made
 
 
@@ -110,7 +112,8 @@ class Ranking:
     tau: float
     """Kendall's, 1 for the same order."""
     swapped: list[tuple[str, str]]
-    """Pairs (better by the first distance, better by this one) further apart than their spreads."""
+    """Pairs (better by the first distance, better by this one) further apart than their spreads
+    over training seeds, of which both have several."""
 
 
 def rankings(found: list[Pool]) -> list[Ranking]:
@@ -123,9 +126,10 @@ def rankings(found: list[Pool]) -> list[Ranking]:
         own, *others = same[0].figures
         for other in others:
             tau = kendalltau([p.mean(own) for p in same], [p.mean(other) for p in same]).statistic
+            several = [pool for pool in same if len(pool.figures[own]) > 1]
             swapped = [
                 (a.method, b.method)
-                for pair in combinations(same, 2)
+                for pair in combinations(several, 2)
                 for a, b in (pair, pair[::-1])
                 if _below(a, b, own) and _below(b, a, other)
             ]
@@ -174,7 +178,7 @@ def summarise(options: Options) -> list[Pool]:
     for path in options.results:
         if not path.exists():
             raise UserError(f"{path}: no such file of results: make it with eval.compare")
-    found = records.merge(map(records.read, options.results))
+    found = latest(records.merge(map(records.read, options.results)), times=False)
     if not found:
         raise UserError(f"{options.results[0]} holds no rows: measure some with eval.compare")
     records.require_comparable(found, times=False)
@@ -193,7 +197,8 @@ def summarise(options: Options) -> list[Pool]:
     figures = {"pools": [asdict(p) for p in pooled], "rankings": [asdict(r) for r in ranked]}
     write_atomic(folder / "methods.md", text)
     write_atomic(folder / "methods.json", json.dumps(figures, indent=1) + "\n")
-    points = [(p.method, p.nfe, p.mean(first.metric), p.spread(first.metric)) for p in pooled]
+    name = first.metric
+    points = [(p.method, p.own, p.nfe, p.mean(name), p.spread(name)) for p in pooled]
     plots.curves(folder / "methods.png", points, first, "network calls per image (NFE)")
     show: dict[str, Callable[[], None]] = {
         "rich": lambda: _rich(heads, body, notes),

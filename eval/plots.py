@@ -28,19 +28,22 @@ def cost_plot(
     found = [line for line in lines(records) if cost(line) is not None]
     if not found:
         return
-    points = [(line.title, cost(line), line.record.score, line.record.spread) for line in found]
+    points = [
+        (line.title, line.record.own, cost(line), line.record.score, line.record.spread)
+        for line in found
+    ]
     curves(path, points, found[0].record, label)
 
 
 def curves(
-    path: Path, points: list[tuple[str, float, float, float]], any_of_them: Record, label: str
+    path: Path, points: list[tuple[str, bool, float, float, float]], any_of_them: Record, label: str
 ) -> None:
-    """Points (title, cost, quality, spread) on log axes, a line a title; a solver's is dashed."""
+    """Points (title, own, cost, quality, spread) on log axes, a line a title; a solver's is dashed."""
     figure, axes = plt.subplots(figsize=(7.5, 5), dpi=120)
     markers = iter("osD^vP*X<>hd")
     for title in dict.fromkeys(title for title, *_ in points):
-        x, y, spread = zip(*sorted(rest for name, *rest in points if name == title), strict=True)
-        own = ", " not in title
+        same = sorted(rest for name, *rest in points if name == title)
+        (own, *_), x, y, spread = zip(*same, strict=True)
         axes.errorbar(
             x, y, spread, label=title, marker=next(markers, "."), linestyle="-" if own else "--",
             capsize=2, alpha=1 if own else 0.6,

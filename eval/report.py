@@ -32,7 +32,7 @@ class Options:
 
 def latest(found: list[Record], times: bool = True) -> list[Record]:
     """Those measured as the last one was, the latest of each run's plans alone, teachers first."""
-    setting = records.setting(newest(found), times)
+    setting = records.setting(newest(found), times) if found else {}
     same = [record for record in found if records.setting(record, times) == setting]
     kept = {(r.run, r.method, r.sampler, r.steps, r.environment["device"]): r for r in same}
     return sorted(kept.values(), key=lambda record: record.parent is not None)

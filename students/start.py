@@ -57,7 +57,8 @@ def find_teacher(
 
 def images_spent(model: Model) -> int:
     """Images that this student, and those that it goes on from, took gradients of; 0 of a teacher."""
-    return model.card.training.get("total_images", 0) if model.card.parent else 0
+    training = model.card.training
+    return training.get("total_images", training.get("images", 0)) if model.card.parent else 0
 
 
 def _trained(teacher: Path) -> bool:

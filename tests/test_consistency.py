@@ -394,6 +394,17 @@ def test_a_student_starts_from_another_checkpoint_where_told(mode, untrained, te
     close(untrained(mode=mode, start=student), checkpoint.load(student)[0], rtol=0, atol=1e-6)
 
 
+def test_a_student_that_goes_on_from_another_names_it_and_counts_its_images(
+    teacher, student, tmp_path, quick
+):
+    first = checkpoint.load(student)[1]
+    card = distill(Options(teacher=teacher, start=student, fit=quick, out=tmp_path / "on")).card
+    assert card.method == f"{first.method}+consistency-cd"
+    spent = quick.iterations * quick.batch_size
+    assert card.training["images"] == spent
+    assert card.training["total_images"] == spent + first.training["total_images"] > spent
+
+
 @pytest.mark.parametrize("mode", [mode for mode in MODES if MODES[mode].from_teacher])
 def test_a_distilled_student_starts_from_its_teacher(mode, untrained, teacher):
     close(untrained(mode=mode), checkpoint.load(teacher)[0], rtol=0, atol=1e-6)

@@ -75,7 +75,10 @@ def test_a_line_goes_from_data_to_report_and_resumes(tmp_path, monkeypatch):
     monkeypatch.setitem(line.LINES, "toy", toy)
     options = line.Options("toy", out=tmp_path)
     line.run_line(options)
-    compare = tmp_path / "compare"
+    compare, student = tmp_path / "compare", tmp_path / "cd-0" / "model.safetensors"
+    before = student.stat().st_mtime_ns, len((compare / "results.jsonl").read_bytes())
+    line.run_line(options)
+    assert before == (student.stat().st_mtime_ns, len((compare / "results.jsonl").read_bytes()))
     for name in ("results.jsonl", "methods.md", "report.html"):
         assert (compare / name).exists()
     minutes = json.loads((compare / "commands.json").read_text())

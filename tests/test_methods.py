@@ -41,22 +41,38 @@ def test_a_teacher_below_the_floor_is_not_what_a_ratio_is_to():
 @pytest.mark.parametrize(
     "other",
     [
-        {"training": {"iterations": 10, "images": 276_544}},
-        {"training": {"iterations": 4321, "images": 276_544, "total_images": 300_000}},
+        {"training": {"recipe": "0123abcd", "images": 276_544}},
+        {"training": {"images": 276_544, "total_images": 300_000}},
         {"nfe": 3},
-        {"angles": [0.0, 0.5, 1.5]},
+        {"parent": None},
     ],
 )
-def test_students_of_other_budgets_calls_or_angles_are_not_pooled(other):
+def test_students_of_other_settings_budgets_calls_or_teachers_are_not_pooled(other):
     place = {"run": "runs/other", "sha256": sha256("other"), "parent": TEACHER.sha256}
     changed = record("cd", **{"nfe": 2, "score": 7.0} | place | other)
     found = pools([TEACHER, *students("cd", [3.0, 4.0]), changed])
     assert [len(pool.figures[TEACHER.metric]) for pool in found] == [1, 2, 1]
 
 
+def test_a_checkpoint_that_was_measured_twice_is_one():
+    twice = [*students("cd", [3.0, 4.0]), *students("cd", [3.0, 4.0], batch_size=64)]
+    assert len(pools([TEACHER, *twice])[1].figures[TEACHER.metric]) == 2
+
+
+def test_methods_of_one_name_are_told_apart_by_their_folders():
+    other = {"training": {"recipe": "0123abcd"}, "run": "runs/hot/0004"}
+    found = pools(
+        [TEACHER, *students("cd", [3.0]), record("cd", 2, parent=TEACHER.sha256, **other)]
+    )
+    assert [pool.method for pool in found[1:]] == ["cd [cd-0]", "cd [hot]"]
+
+
 def ranked(first: dict[str, list[float]], other: dict[str, list[float]]):
     return rankings(
-        [Pool(name, 2, True, 10, {"fd": first[name], RANDOM: other[name]}, None) for name in first]
+        [
+            Pool(name, 2, True, True, 10, {"fd": first[name], RANDOM: other[name]}, None)
+            for name in first
+        ]
     )
 
 
@@ -75,6 +91,11 @@ def test_pairs_that_another_distance_orders_otherwise_beyond_the_spreads_are_nam
 
 def test_pairs_within_their_spreads_are_not_called_swapped():
     (found,) = ranked({"a": [1, 2], "b": [5, 6]}, {"a": [10, 30], "b": [9, 28]})
+    assert (found.tau, found.swapped) == (-1, [])
+
+
+def test_of_one_training_seed_no_pair_is_called_swapped():
+    (found,) = ranked({"a": [1], "b": [5]}, {"a": [30], "b": [10]})
     assert (found.tau, found.swapped) == (-1, [])
 
 

@@ -103,7 +103,8 @@ def checkpoints(found: list[Line]) -> str:
     for sha256, record in known.items():
         place = f"{escape(record.run)}<br><code>{escape(sha256)}</code>"
         place += "" if alike else f'<div class="long">{_words(record.environment)}</div>'
-        spent = (f"{value:,.0f} {name}" for name, value in record.training.items())
+        counts = {n: value for n, value in record.training.items() if not isinstance(value, str)}
+        spent = (f"{value:,.0f} {name.replace('_', ' ')}" for name, value in counts.items())
         line = f'<div class="long">{parents(record, known)}</div>'
         body.append(("", escape(record.method), place, "<br>".join(spent) or "-", line))
     heads = ("checkpoint", "file, sha256 of the weights", "its own training", "parents")
