@@ -20,15 +20,12 @@ DIGITS = Line(
         "cd": ("distill.consistency --mode cd --iterations 1600 --learning-rate 4e-3",),
         "progressive": ("distill.progressive --iterations 1600 --batch-size 64",),
         "ect": ("distill.consistency --mode ect --solver heun --iterations 1600",),
-        "ict": (
-            "distill.consistency --mode ict --iterations 6400 --batch-size 64 --learning-rate 1e-3 "
-            "--num-angles 160",
-        ),
-        "ct": (
-            "distill.consistency --mode ct --iterations 6400 --batch-size 64 --learning-rate 1e-3",
+        "midtraining-scm": (
+            "distill.midtraining --iterations 1300",
+            "distill.consistency --mode scm --iterations 300 --learning-rate 1e-4",
         ),
     },
-    compare="eval.compare --no-times",
+    compare="eval.compare --no-times --solvers ddim unipc --seeds 0 1 2 3",
     seeds=3,
 )
 

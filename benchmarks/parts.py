@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.step_cost import rows
+from diffusion.batches import batch_seed
 from diffusion.checkpoint import Card, require_folder
 from diffusion.config import FitConfig
 from diffusion.console import UserError
@@ -89,7 +90,7 @@ class Collated:
     def __init__(self, images: Tensor, config: FitConfig):
         def numbers() -> Iterator[list[int]]:
             for i in count():
-                random = torch.Generator().manual_seed((config.seed << 32) + i)
+                random = torch.Generator().manual_seed(batch_seed(config.seed, i))
                 drawn = torch.randint(len(images), (config.batch_size,), generator=random)
                 yield drawn.tolist()
 

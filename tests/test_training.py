@@ -14,10 +14,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 from diffusion import checkpoint, runs
 from diffusion import training as loops
+from diffusion.batches import Batch, Batches, batch_seed
 from diffusion.checkpoint import load_tensors
 from diffusion.console import Interrupted, UserError
 from diffusion.model import build, this_device
@@ -313,3 +315,19 @@ def test_a_process_killed_twice_and_restarted_ends_as_one_that_was_not(
     killed, whole = lines(Path("killed")), lines(Path("whole"))
     assert [line["iteration"] for line in killed] == list(range(5, 401, 5))
     assert [line["loss"] for line in killed] == [line["loss"] for line in whole]
+
+
+def test_every_training_seed_draws_other_batches(digits, quick):
+    def first(seed: int) -> Batch:
+        return Batches(digits, replace(quick, seed=seed), Accelerator(cpu=True)).draw(3)
+
+    assert torch.equal(first(1).eps, first(1).eps)
+    for seed in (1, 2, 2**31):
+        for mine, other in zip(first(0)[:3], first(seed)[:3], strict=True):
+            assert not torch.equal(mine, other)
+
+
+def test_no_two_of_a_thousand_seeds_share_a_batch_within_a_million_iterations():
+    starts = torch.tensor(sorted(batch_seed(seed, 0) for seed in range(1000)))
+    gaps = torch.cat([starts.diff(), starts[:1] + 2**32 - starts[-1:]])
+    assert gaps.min() > 10**6
