@@ -41,7 +41,9 @@ class Options:
     """Runs, checkpoints, folders that hold runs; and results.jsonl files of other machines or
     people, whose rows join the table."""
     steps: str | None = None
-    """Network calls to compare at, e.g. 1,2,4,8; the teacher's own plan is always shown."""
+    """Network calls to compare at, e.g. 1,2,4,8; the teacher's own plan is shown, too."""
+    long: bool = True
+    """Show the teacher's own plan, by far the slowest row and what the others' ratios are to."""
     solvers: tuple[str, ...] = ("ddim", "dpm-solver++", "unipc")
     """Samplers without training to compare with, of those that the teacher takes; others are heun,
     truncated, ancestral, stochastic and predictor-corrector."""
@@ -135,7 +137,8 @@ def planned(options: Options, paths: tuple[Path, ...]) -> list[Row]:
     first = models[0][1]
     for path, model in models:
         require_same_images(first.spec, model, path)
-    found = [row for path, model in models for row in rows(path, model, counts, options.solvers)]
+    asked = counts, options.solvers, options.long
+    found = [row for path, model in models for row in rows(path, model, *asked)]
     if not found:
         raise UserError(f"none of the runs samples in --steps {options.steps}")
     return found

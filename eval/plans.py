@@ -65,12 +65,17 @@ def counts_of(steps: str | None) -> list[int] | None:
 
 
 def rows(
-    path: Path, model: Model, counts: list[int] | None, solvers: tuple[str, ...]
+    path: Path, model: Model, counts: list[int] | None, solvers: tuple[str, ...], long: bool = True
 ) -> Iterator[Row]:
-    """Its own plans, then at the other counts those of the solvers that it takes."""
+    """Its own plans, then at the other counts those of the solvers that it takes.
+
+    long: a teacher's own plan too, where it is not among the counts.
+    """
     card = model.card
     for steps in card.plans:
-        if counts is None or steps in counts or len(card.plans) == 1:
+        wanted = counts is None or steps in counts or len(card.plans) == 1
+        skipped = not long and card.parent is None and steps not in (counts or ())
+        if wanted and not skipped:
             yield Row(path, model, *model.plan(steps), own=True)
     free = [solver for solver in solvers if solver in card.solvers and solver != card.sampler]
     for solver in free:

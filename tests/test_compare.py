@@ -248,3 +248,11 @@ def test_a_row_whose_images_are_none_is_left_out_with_the_reason(
     with pytest.raises(UserError, match=r"1 rows are left out: progressive 4 .*NaN"):
         compare.compare(Options(runs=(teacher.parent,), out=tmp_path, **settings))
     assert [row.method for row in records.read(tmp_path / "results.jsonl")] == ["teacher"] * 7
+
+
+def test_a_comparison_without_the_long_row_has_all_others(compared, teacher, tmp_path):
+    options = Options(runs=(teacher.parent,), out=tmp_path, **SETTINGS | {"long": False})
+    planned = compare.planned(options, options.runs)
+    found = [(row.model.sha256, row.sampler, len(row.angles) - 1) for row in planned]
+    _, rows = compared
+    assert found == [(r.sha256, r.sampler, r.steps) for r in rows][1:]
