@@ -24,8 +24,15 @@ DIGITS = Line(
             "distill.midtraining --iterations 1300",
             "distill.consistency --mode scm --iterations 300 --learning-rate 1e-4",
         ),
+        "ict": (
+            "distill.consistency --mode ict --iterations 6400 --batch-size 64 --learning-rate 1e-3 "
+            "--num-angles 160",
+        ),
+        "ct": (
+            "distill.consistency --mode ct --iterations 6400 --batch-size 64 --learning-rate 1e-3",
+        ),
     },
-    compare="eval.compare --no-times --solvers ddim unipc --seeds 0 1 2 3",
+    compare="eval.compare --no-times --solvers ddim unipc",
     seeds=3,
 )
 
@@ -59,8 +66,8 @@ FASHION_GPU = Line(
         ),
         "ect": ("distill.consistency --mode ect --solver heun --iterations 4000",),
         "midtraining-scm": (
-            "distill.midtraining --iterations 1000",
-            "distill.consistency --mode scm --iterations 3000",
+            "distill.midtraining --iterations 3200",
+            "distill.consistency --mode scm --iterations 800",
         ),
     },
     compare="eval.compare --num-images 4096 --seeds 0 --compile --sweep",
@@ -78,8 +85,8 @@ FASHION_NIGHT = Line(
         "ect": ("distill.consistency --mode ect --solver heun --iterations 40000",),
         "ict": ("distill.consistency --mode ict --iterations 40000",),
         "midtraining-scm": (
-            "distill.midtraining --iterations 10000",
-            "distill.consistency --mode scm --iterations 30000",
+            "distill.midtraining --iterations 32000",
+            "distill.consistency --mode scm --iterations 8000",
         ),
     },
     compare="eval.compare --num-images 10000 --compile --sweep",
