@@ -76,7 +76,8 @@ def sample_rows(path: Path, records: list[Record], samples: dict[str, Tensor]) -
         for x in lines(records)
     ]
     found += [("real images", "real")] if "real" in samples else []
-    width = 0.5 * len(samples[found[0][1]]) + 2.4
+    left = 0.1 + 0.063 * max(len(line) for words, _ in found for line in words.split("\n"))
+    width = 0.5 * len(samples[found[0][1]]) + left + 0.1
     figure, grids = plt.subplots(
         len(found), 1, figsize=(width, 0.54 * len(found)), dpi=120, squeeze=False
     )
@@ -85,7 +86,7 @@ def sample_rows(path: Path, records: list[Record], samples: dict[str, Tensor]) -
         axis.imshow(images.permute(1, 2, 0).numpy(), interpolation="nearest")
         axis.set_axis_off()
         axis.text(-0.01, 0.5, words, ha="right", va="center", fontsize=7, transform=axis.transAxes)
-    figure.subplots_adjust(left=2.3 / width, right=0.995, top=0.995, bottom=0.005, hspace=0.04)
+    figure.subplots_adjust(left=left / width, right=0.995, top=0.995, bottom=0.005, hspace=0.04)
     _save(path, figure, tight=False)
 
 
