@@ -30,7 +30,7 @@ class Seen:
     """What is kept of a set of images while it streams by; two of them merge, in any order."""
 
     moments: dict[str, Moments] = field(default_factory=dict)
-    """By extractor: "own" and "cross"."""
+    """Of the features, by extractor: "own" alone is of all images."""
     odd: Tensor | None = None
     """(4,) float64: images, those not finite, those of one flat colour, share of far-off values."""
     parts: dict[int, dict[str, Tensor]] = field(default_factory=dict)
@@ -159,12 +159,13 @@ class Judge:
 
     def see_images(self, images: Tensor, start: int = 0) -> Seen:
         """Look at uint8 images (B, C, H, W) on the device, number `start` onwards."""
-        ours, crossed = self.extractor.extract(images), self.cross.extract(images)
+        ours = self.extractor.extract(images)
         left = {name: max(0, limit - start) for name, limit in KEPT.items()}
         rows = {"features": ours[: left["features"]], "pixels": images[: left["pixels"]]}
+        rows["cross"] = self.cross.extract(images[: left["features"]])
         if len(self.held_out_nearest):
             rows["nearest"] = sets.two_nearest(images[: left["nearest"]], self.bank)
-        moments = {"own": Moments.of(ours), "cross": Moments.of(crossed)}
+        moments = {"own": Moments.of(ours)}
         odd = torch.zeros(4, dtype=torch.float64, device=images.device)
         return Seen(moments, odd, {start: rows})
 
@@ -175,7 +176,7 @@ class Judge:
     def others(self, found: Seen) -> dict[str, float]:
         """The further figures, by name."""
         fake, slices = found.rows("features"), torch.Generator().manual_seed(0)
-        cross = frechet_distance(found.moments["cross"], self.real["cross"])
+        cross = frechet_distance(Moments.of(found.rows("cross")), self.real["cross"])
         figures = {self.cross.name: cross, "kid": sets.kid(fake, self.some, self.kernel_mean)}
         figures["sliced-wasserstein"] = sets.sliced_wasserstein(fake, self.some, SLICES, slices)
         some, radius = self.balls(len(fake))
