@@ -18,7 +18,7 @@ from diffusion.console import UserError, diverted, out, run, say
 from eval import plots, records
 from eval.lines import Line, lines
 from eval.records import Record
-from eval.report import latest
+from eval.report import latest, left_out
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,7 @@ def pools(found: list[Record]) -> list[Pool]:
     made = []
     for same in map(list, map(dict.values, groups.values())):
         first, teacher = same[0].record, same[0].teacher
-        folder = next((p for p in reversed(Path(first.run).parts) if not p.isdigit()), first.run)
-        method = f"{first.title} [{folder}]" if first.title in several else first.title
+        method = f"{first.title} [{_home(first)}]" if first.title in several else first.title
         figures = {first.metric: [line.record.score for line in same]}
         figures |= {name: [line.record.further[name] for line in same] for name in others}
         least = max(teacher.score, mean(first.floor)) if teacher else 0
@@ -92,6 +91,13 @@ def pools(found: list[Record]) -> list[Pool]:
         student = first.own and first.parent is not None
         made.append(Pool(method, first.nfe, first.own, student, _images(first), figures, ratio))
     return made
+
+
+def _home(record: Record) -> Path:
+    """The run's folder, of a chain of rounds that of all."""
+    run = Path(record.run)
+    folder = run.parent if run.suffix == ".safetensors" else run
+    return folder.parent if folder.name.isdigit() else folder
 
 
 def _distance(name: str) -> bool:
@@ -148,8 +154,8 @@ def told(found: list[Ranking]) -> list[str]:
         same = [ranking for ranking in found if ranking.distance == name]
         taus = ", ".join(f"{r.tau:.2f} at {r.nfe}" for r in same)
         pairs = [f"{b} before {a} at {r.nfe}" for r in same for a, b in r.swapped]
-        else_ = f"; it puts {', '.join(pairs)}" if pairs else "; no pair beyond its spreads swaps"
-        words.append(f"{name} orders the methods with Kendall's tau {taus} calls{else_}")
+        swaps = f"it puts {', '.join(pairs)}" if pairs else "no pair beyond its spreads swaps"
+        words.append(f"{name} orders the methods with Kendall's tau {taus} calls; {swaps}")
     return words
 
 
@@ -178,10 +184,12 @@ def summarise(options: Options) -> list[Pool]:
     for path in options.results:
         if not path.exists():
             raise UserError(f"{path}: no such file of results: make it with eval.compare")
-    found = latest(records.merge(map(records.read, options.results)), times=False)
+    given = records.merge(map(records.read, options.results))
+    found = latest(given, times=False)
     if not found:
         raise UserError(f"{options.results[0]} holds no rows: measure some with eval.compare")
-    records.require_comparable(found, times=False)
+    for reason in left_out(given, found, times=False):
+        say(f"left out: {reason}")
     pooled = pools(found)
     seeds = max(len(next(iter(pool.figures.values()))) for pool in pooled)
     first, ranked = found[0], rankings([pool for pool in pooled if pool.student])

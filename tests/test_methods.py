@@ -17,8 +17,8 @@ RANDOM = "fd-random-digits-0123abcd"
 def students(method: str, scores: list[float], nfe: int = 2, **changes) -> list:
     return [
         record(
-            method, nfe, score, run=f"runs/{method}-{seed}", parent=TEACHER.sha256,
-            sha256=sha256(f"{method} {seed}"), **changes,
+            method, nfe, score, parent=TEACHER.sha256, sha256=sha256(f"{method} {seed}"),
+            **{"run": f"runs/{method}-{seed}/model.safetensors"} | changes,
         )
         for seed, score in enumerate(scores)
     ]  # fmt: skip
@@ -60,11 +60,24 @@ def test_a_checkpoint_that_was_measured_twice_is_one():
 
 
 def test_methods_of_one_name_are_told_apart_by_their_folders():
-    other = {"training": {"recipe": "0123abcd"}, "run": "runs/hot/0004"}
-    found = pools(
-        [TEACHER, *students("cd", [3.0]), record("cd", 2, parent=TEACHER.sha256, **other)]
+    other = {"training": {"recipe": "0123abcd"}, "run": "runs/hot/0002/model.safetensors"}
+    mine = students("cd", [3.0], run="runs/mild/model.safetensors")
+    found = pools([TEACHER, *mine, record("cd", 2, parent=TEACHER.sha256, **other)])
+    assert [pool.method for pool in found[1:]] == ["cd [runs/mild]", "cd [runs/hot]"]
+
+
+def test_rows_measured_otherwise_than_the_last_are_left_out_by_name(tmp_path, capsys):
+    old = record(
+        "old",
+        2,
+        parent=TEACHER.sha256,
+        num_images=50,
+        conditions={"date": "2024-01-02T03:04:05+00:00"},
     )
-    assert [pool.method for pool in found[1:]] == ["cd [cd-0]", "cd [hot]"]
+    records.write(tmp_path / "results.jsonl", [old, TEACHER, *students("cd", [3.0])])
+    pooled = summarise(Options(results=(tmp_path / "results.jsonl",)))
+    assert [pool.method for pool in pooled] == ["teacher", "cd"]
+    assert "left out: 1 row with num images 50" in capsys.readouterr().out
 
 
 def ranked(first: dict[str, list[float]], other: dict[str, list[float]]):
