@@ -33,6 +33,11 @@ class ImageSpec:
     def shape(self) -> tuple[int, int, int]:
         return self.channels, self.size, self.size
 
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """Black and white on the scale of to_unit."""
+        return (0 - self.mean) / self.std, (255 - self.mean) / self.std
+
     def to_unit(self, images: Tensor) -> Tensor:
         """uint8 0..255 -> float32 of zero mean and unit variance."""
         return (images.float() - self.mean) / self.std

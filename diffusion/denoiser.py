@@ -26,7 +26,11 @@ class Denoiser(nn.Module):
     al. 2022, table 1, and the boundary condition of a consistency model (Song et al. 2023, section
     3) at no cost. With x0, D is the network itself: it leaves D(x, 0) = x to be learnt. With eps,
     D = (x_t - sin(t) eps) / cos(t): an error of eps counts tan(t) times, and at t = pi/2 the
-    network says nothing of x0. Nothing is clamped: `check_prediction` refuses such a schedule.
+    network says nothing of x0: `check_prediction` refuses such a schedule.
+
+    A mean of images lies within their range. With bounds x0 is clamped there, in training too; the
+    gradient passes as if it were not, for no error pulls a clamped value further out. So the
+    network need not find the exact level of a black background, but only one no brighter.
 
     Told a Condition, D is the guided x0 (`guide`): a network with a guidance input makes it in
     one call, any other in two, as one call of twice the batch. Told a label alone, guidance is 1.
@@ -54,6 +58,7 @@ class Denoiser(nn.Module):
         self.precision, self.layout = precision, layout
         config = getattr(net, "config", UNetConfig())
         self.prediction, self.guidance = config.prediction, config.guidance
+        self.bounds = config.bounds
         self.unknown, self.learned_variance = config.num_classes, config.learned_variance
 
     def forward(
@@ -95,7 +100,10 @@ class Denoiser(nn.Module):
         # or a share that is a view of it may be kept for the steps to come (dpm-solver++, heun)
         output = output.to(torch.float32, copy=True)
         channels = x_t.shape[1]
-        return TO_X0[self.prediction](x_t, output[:, :channels], t), output[:, channels:]
+        x0 = TO_X0[self.prediction](x_t, output[:, :channels], t)
+        if self.bounds:
+            x0 = x0 + (x0.clamp(*self.bounds) - x0).detach()
+        return x0, output[:, channels:]
 
 
 def guide(conditional: Tensor, unconditional: Tensor, weight: Tensor) -> Tensor:

@@ -71,7 +71,7 @@ def _best_cell(line: Line) -> Cell:
 
 
 def _spread(record: Record) -> float | None:
-    return record.spread if len(record.seeds) > 1 else None
+    return record.spread if len(record.quality) > 1 else None
 
 
 def _seconds_for(record: Record, images: int) -> float | None:
@@ -93,8 +93,10 @@ NAMES: Columns = {
     "method": lambda line: Cell(line.name, line.name),
     "steps": lambda line: cell(line.record.steps, str),
 }
+TRAININGS = "trainings"
 QUALITY: Columns = NAMES | {
     "NFE": lambda line: cell(line.record.nfe, str),
+    TRAININGS: lambda line: cell(len(line.trainings), str),
     "quality": lambda line: cell(line.record.score, _within(_spread(line.record))),
     "× teacher": lambda line: cell(line.ratio, "{:.2f}".format),
     "ms @1": lambda line: cell(line.milliseconds),

@@ -1,20 +1,25 @@
-"""A record beside the others of its table: its name there, its own teacher, and what follows."""
+"""A line of a table: the records that differ in their training's seed alone, its name there, its own
+teacher, and what follows."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import mean
 
 from diffusion.console import UserError
 from eval import quality
-from eval.records import Record, titles
+from eval.records import Record, setting, titles
+from eval.timing import Timing
 
 
 @dataclass(frozen=True)
 class Line:
     record: Record
+    """Of several trainings, one that has a figure of each; else its only one's."""
     title: str
     """Its method, told apart from the others'."""
     teacher: Record | None
     """What it is compared with."""
+    trainings: tuple[Record, ...]
+    """By one recipe, from other seeds."""
 
     @property
     def warnings(self) -> list[str]:
@@ -51,15 +56,53 @@ class Line:
 
 
 def lines(records: list[Record]) -> list[Line]:
-    """A line for each. UserError where a row has not all its figures yet."""
+    """A line for each method by each plan. UserError where a row has not all its figures yet."""
     for record in records:
         if len(record.quality) != len(record.seeds):
             raise UserError(
                 f"{record.title} in {record.steps} steps ({record.run}) is not measured with all of "
                 f"its {len(record.seeds)} seeds yet: go on with eval.compare"
             )
-    found = zip(records, titles(records), teachers(records), strict=True)
-    return [Line(record, title, teacher) for record, title, teacher in found]
+    groups: dict[tuple, list[Record]] = {}
+    origins: dict[tuple, Record | None] = {}
+    for record, teacher in zip(records, teachers(records), strict=True):
+        kind = _kind(record, teacher)
+        while any(record.sha256 == other.sha256 for other in groups.get(kind, [])):
+            kind = (*kind, "again")  # one checkpoint by two plans is not two trainings
+        groups.setdefault(kind, []).append(record)
+        origins[kind] = teacher
+    names = titles([same[0] for same in groups.values()])
+    return [
+        Line(pooled(same), title, origins[kind], tuple(same))
+        for title, (kind, same) in zip(names, groups.items(), strict=True)
+    ]
+
+
+def _kind(record: Record, teacher: Record | None) -> tuple:
+    """What trainings of one line have in common; one of unknown recipe has it with no other."""
+    recipe = record.training.get("recipe", record.sha256)
+    origin = teacher.sha256 if teacher else None
+    plan = record.title, record.steps, record.nfe
+    return recipe, origin, *plan, record.training.get("total_images"), *setting(record).values()
+
+
+def pooled(same: list[Record]) -> Record:
+    """The first of several trainings, with a figure of each in place of one for each noise seed,
+    and with the times of all."""
+    if len(same) == 1:
+        return same[0]
+    shared = [name for name in same[0].others if all(name in record.others for record in same)]
+    times: dict[int, Timing] = {}
+    for timing in (timing for record in same for timing in record.timings):
+        before = times.get(timing.batch_size)
+        seconds = timing.seconds + (before.seconds if before else ())
+        times[timing.batch_size] = replace(before or timing, seconds=seconds)
+    return replace(
+        same[0],
+        quality=[record.score for record in same],
+        others={name: [record.further[name] for record in same] for name in shared},
+        timings=list(times.values()),
+    )
 
 
 def teachers(records: list[Record]) -> list[Record | None]:

@@ -1,7 +1,6 @@
 """Methods against network calls, over training seeds: `python -m eval.methods RESULTS`."""
 
 import json
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import combinations
@@ -16,7 +15,7 @@ from scipy.stats import kendalltau
 from diffusion.checkpoint import write_atomic
 from diffusion.console import UserError, diverted, out, run, say
 from eval import plots, records
-from eval.lines import Line, lines
+from eval.lines import lines
 from eval.records import Record
 from eval.report import latest, left_out
 
@@ -66,38 +65,22 @@ class Pool:
 
 
 def pools(found: list[Record]) -> list[Pool]:
-    """Those of equal method, calls, settings but the seed, and teacher, in the records' order.
+    """The lines of the table, in its order.
 
     The first figure is the table's own; the others are distances too: on random features, sliced
     Wasserstein and KID.
     """
-    others = [n for n in found[0].others if _distance(n) and all(n in r.others for r in found)]
-    groups: dict[tuple, dict[str, Line]] = {}
-    for line in lines(found):
-        record, teacher = line.record, line.teacher
-        what = (record.title, record.nfe, record.training.get("recipe"), _images(record))
-        same = groups.setdefault((*what, teacher.sha256 if teacher else None), {})
-        same[record.sha256] = line  # of a checkpoint that was measured twice, once
-    met = Counter((title, nfe) for title, nfe, *_ in groups)
-    several = {title for (title, _), count in met.items() if count > 1}
+    names = [n for n in found[0].others if _distance(n) and all(n in r.others for r in found)]
     made = []
-    for same in map(list, map(dict.values, groups.values())):
-        first, teacher = same[0].record, same[0].teacher
-        method = f"{first.title} [{_home(first)}]" if first.title in several else first.title
-        figures = {first.metric: [line.record.score for line in same]}
-        figures |= {name: [line.record.further[name] for line in same] for name in others}
-        least = max(teacher.score, mean(first.floor)) if teacher else 0
-        ratio = mean(figures[first.metric]) / least if least > 0 else None
-        student = first.own and first.parent is not None
-        made.append(Pool(method, first.nfe, first.own, student, _images(first), figures, ratio))
+    for line in lines(found):
+        record, same = line.record, line.trainings
+        figures = {record.metric: [training.score for training in same]}
+        figures |= {name: [training.further[name] for training in same] for name in names}
+        student = record.own and record.parent is not None
+        made.append(
+            Pool(line.title, record.nfe, record.own, student, _images(record), figures, line.ratio)
+        )
     return made
-
-
-def _home(record: Record) -> Path:
-    """The run's folder, of a chain of rounds that of all."""
-    run = Path(record.run)
-    folder = run.parent if run.suffix == ".safetensors" else run
-    return folder.parent if folder.name.isdigit() else folder
 
 
 def _distance(name: str) -> bool:

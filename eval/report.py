@@ -86,6 +86,7 @@ def page(options: Options) -> str:
     rows, others, images = gather(options.paths, options.times)
     tables = table.tables(rows, options.times)
     found = tables[0].lines
+    several = max(len(line.trainings) for line in found) > 1
     looks, ship = chart.looks(found), choice(found)
     quality = f"{rows[0].metric} (lower is better)"
     by_calls = chart.draw(found, lambda x: x.record.nfe, "network calls per image (NFE)", quality)
@@ -105,7 +106,7 @@ def page(options: Options) -> str:
         samples=pictures.same_noise(found, images),
         nearest=near,
         further="".join(shown[2:]),
-        facts=provenance.facts(rows, others),
+        facts=provenance.facts(rows, others, several),
         measured=provenance.measured(found),
         checkpoints=provenance.checkpoints(found),
     )

@@ -14,7 +14,18 @@ from rich.text import Text
 
 from diffusion.console import out
 from eval import records as results
-from eval.columns import LIKELIHOOD, QUALITY, SPEED, TIMES, Cell, Columns, cell, further, plain
+from eval.columns import (
+    LIKELIHOOD,
+    QUALITY,
+    SPEED,
+    TIMES,
+    TRAININGS,
+    Cell,
+    Columns,
+    cell,
+    further,
+    plain,
+)
 from eval.lines import Line, lines
 from eval.records import Record
 
@@ -55,8 +66,7 @@ def tables(records: list[Record], times: bool = True) -> list[Table]:
     """
     results.require_comparable(records, times)
     found, times = lines(records), times and any(record.timings for record in records)
-    costs = {head: column for head, column in QUALITY.items() if times or head not in TIMES}
-    made = [Table("Quality and cost", costs, found, caption(found, times))]
+    made = [Table("Quality and cost", _costs(found, times), found, caption(found, times))]
     if times:
         speed = _filled(SPEED, found)
         made.append(Table("Speed", speed, found, _speed_caption(speed, records[0])))
@@ -73,6 +83,13 @@ def tables(records: list[Record], times: bool = True) -> list[Table]:
     return made
 
 
+def _costs(found: list[Line], times: bool) -> Columns:
+    """QUALITY without what these rows have nothing to say of."""
+    idle = () if times else TIMES
+    idle += (TRAININGS,) * (max(len(line.trainings) for line in found) == 1)
+    return {head: column for head, column in QUALITY.items() if head not in idle}
+
+
 def _filled(columns: Columns, found: list[Line]) -> Columns:
     """Those in which any row has something."""
     return {
@@ -86,10 +103,10 @@ def caption(found: list[Line], times: bool) -> str:
     """What the figures of the first table are."""
     first = found[0].record
     accuracy = first.extractor.get("accuracy")
-    seeds = ", ".join(map(str, first.seeds))
+    several = max(len(line.trainings) for line in found) > 1
     parts = [
         f"quality (lower is better): {first.metric} of {first.num_images} images, "
-        + (f"mean ± spread over seeds {seeds}" if len(first.seeds) > 1 else f"seed {seeds}"),
+        + over(first, several),
         f"floor (as many real images) {mean(first.floor):.3g}"
         + (f", classifier's accuracy {accuracy:.1%}" if accuracy else ""),
     ]
@@ -105,6 +122,15 @@ def caption(found: list[Line], times: bool) -> str:
     if any("copies" in line.warnings for line in found):
         parts.append("(copies): images too often lie on a training image")
     return "; ".join(parts)
+
+
+def over(first: Record, several: bool) -> str:
+    """What the means are of; several: whether any row has more than one training."""
+    seeds = ", ".join(map(str, first.seeds))
+    noise = f"mean ± spread over seeds {seeds}" if len(first.seeds) > 1 else f"seed {seeds}"
+    if not several:
+        return noise
+    return f"{noise}; of a row of several trainings, mean ± spread over these"
 
 
 def _speed_caption(columns: Columns, first: Record) -> str:

@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -94,13 +94,15 @@ class Options:
     """How often each is trained: all alike; as EDM; or where the loss is large, and weighted less."""
     weighting: Literal["v", "truncated", "eps"] = "v"
     """Of the loss: SNR + 1, max(SNR, 1), or SNR as in DDPM's simple loss (all as weights of x0's)."""
+    clamp: bool = True
+    """Clamp every x0 to the range of images, in training and in sampling: a sharper black and white."""
     net: UNetConfig = field(default_factory=UNetConfig)
     fit: FitConfig = field(default_factory=FitConfig)
 
     @staticmethod
     def default(data: str = "digits") -> "Options":
         chosen = preset(data)
-        return Options(data=data, net=chosen.net, fit=chosen.teacher)
+        return Options(data=data, clamp=chosen.clamp, net=chosen.net, fit=chosen.teacher)
 
 
 def load_data(options: Options) -> Dataset:
@@ -127,18 +129,19 @@ def train_teacher(options: Options) -> Model:
     dataset = load_data(options)
     angles = SCHEDULES[options.schedule]()
     check_prediction(options.net.prediction, angles)
-    learned = options.net.learned_variance
+    net = replace(options.net, bounds=dataset.spec.bounds if options.clamp else None)
+    learned = net.learned_variance
     card = Card(
         method="teacher",
         sampler="ancestral-learned" if learned else "ancestral",
         plans={len(angles) - 1: angles.tolist()},
         solvers=(*SOLVERS, "ancestral-learned") if learned else SOLVERS,
-        net=asdict(options.net),
+        net=asdict(net),
         data=asdict(dataset.spec),
         training={name: getattr(options, name) for name in ("schedule", "levels", "weighting")},
     )
     torch.manual_seed(options.fit.seed)
-    denoiser = build(options.net, options.fit.precision)
+    denoiser = build(net, options.fit.precision)
     angles = angles.to(this_device())
     bound = VariationalBound(angles, dataset.spec) if learned else None
     objective = OBJECTIVES[options.levels](angles, options.weighting, bound=bound)

@@ -17,6 +17,7 @@ class Preset:
     """Consistency in continuous time."""
     start_steps: int
     """Where progressive distillation begins."""
+    clamp: bool = True
     rounds: dict[int, float] = field(default_factory=dict)
     """Its students' step counts, with the shares of halving.iterations; none to halve down to 1."""
 
@@ -30,6 +31,7 @@ DIGITS = Preset(
     # after distill.midtraining; at 5e-4 it walks away, and at this after more iterations
     continuous=FitConfig(iterations=300, learning_rate=1e-4, warmup=20, ema=0.99),
     start_steps=64,
+    clamp=False,  # its published figures are without
     # few rounds from many steps beat halving from 32 at the same 1600 iterations
     rounds={8: 0.625, 4: 0.75, 2: 1.125, 1: 1.5},
 )

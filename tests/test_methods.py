@@ -11,6 +11,7 @@ from eval.methods import Options, Pool, pools, rankings, summarise, told
 from tests.made_up import record, sha256
 
 TEACHER = record(nfe=1000, score=2.0)
+MILD = {"recipe": "3456cdef", "images": 276_544}
 RANDOM = "fd-random-digits-0123abcd"
 
 
@@ -18,7 +19,7 @@ def students(method: str, scores: list[float], nfe: int = 2, **changes) -> list:
     return [
         record(
             method, nfe, score, parent=TEACHER.sha256, sha256=sha256(f"{method} {seed}"),
-            **{"run": f"runs/{method}-{seed}/model.safetensors"} | changes,
+            **{"run": f"runs/{method}-{seed}/model.safetensors", "training": MILD} | changes,
         )
         for seed, score in enumerate(scores)
     ]  # fmt: skip
@@ -41,29 +42,31 @@ def test_a_teacher_below_the_floor_is_not_what_a_ratio_is_to():
 @pytest.mark.parametrize(
     "other",
     [
-        {"training": {"recipe": "0123abcd", "images": 276_544}},
-        {"training": {"images": 276_544, "total_images": 300_000}},
+        {"training": MILD | {"recipe": "0123abcd"}},
+        {"training": MILD | {"total_images": 300_000}},
+        {"training": {"images": 276_544}},
         {"nfe": 3},
         {"parent": None},
     ],
 )
 def test_students_of_other_settings_budgets_calls_or_teachers_are_not_pooled(other):
     place = {"run": "runs/other", "sha256": sha256("other"), "parent": TEACHER.sha256}
-    changed = record("cd", **{"nfe": 2, "score": 7.0} | place | other)
+    changed = record("cd", **{"nfe": 2, "score": 7.0, "training": MILD} | place | other)
     found = pools([TEACHER, *students("cd", [3.0, 4.0]), changed])
     assert [len(pool.figures[TEACHER.metric]) for pool in found] == [1, 2, 1]
 
 
-def test_a_checkpoint_that_was_measured_twice_is_one():
-    twice = [*students("cd", [3.0, 4.0]), *students("cd", [3.0, 4.0], batch_size=64)]
-    assert len(pools([TEACHER, *twice])[1].figures[TEACHER.metric]) == 2
+def test_a_checkpoint_by_two_plans_is_not_two_trainings():
+    twice = [*students("cd", [3.0, 4.0]), *students("cd", [5.0, 6.0], angles=[0.0, 0.5, 1.5])]
+    found = [pool.figures[TEACHER.metric] for pool in pools([TEACHER, *twice])]
+    assert found[1:] == [pytest.approx([3, 4]), pytest.approx([5, 6])]
 
 
 def test_methods_of_one_name_are_told_apart_by_their_folders():
-    other = {"training": {"recipe": "0123abcd"}, "run": "runs/hot/0002/model.safetensors"}
+    other = {"training": MILD | {"recipe": "0123abcd"}, "run": "runs/hot/model.safetensors"}
     mine = students("cd", [3.0], run="runs/mild/model.safetensors")
     found = pools([TEACHER, *mine, record("cd", 2, parent=TEACHER.sha256, **other)])
-    assert [pool.method for pool in found[1:]] == ["cd [runs/mild]", "cd [runs/hot]"]
+    assert [pool.method for pool in found[1:]] == ["cd [mild]", "cd [hot]"]
 
 
 def test_rows_measured_otherwise_than_the_last_are_left_out_by_name(tmp_path, capsys):

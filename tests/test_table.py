@@ -322,3 +322,39 @@ def test_bits_per_dimension_are_those_of_the_rows_that_have_them():
     assert heads(ROWS, "Likelihood") == ("method", "steps", "bits/dim ≤")
     assert column(ROWS, "bits/dim ≤", "Likelihood") == ["3.457 ± 0.012"]
     assert heads(ROWS[1:], "Likelihood") == ()
+
+
+def trainings(scores: list[float], **changes) -> list[Record]:
+    """Students of one recipe by several training seeds."""
+    return [
+        record(
+            "cd", 2, score, parent=TEACHER.sha256, sha256=sha256(f"cd {seed}"),
+            run=f"runs/cd-{seed}/model.safetensors", training={"recipe": "3456cdef"}, **changes,
+        )
+        for seed, score in enumerate(scores)
+    ]  # fmt: skip
+
+
+def test_trainings_of_one_recipe_are_one_row_with_their_mean_and_their_spread():
+    rows = [TEACHER, *trainings([3.0, 4.0, 8.0]), FOUR]
+    assert column(rows, "method") == ["teacher", "cd", "progressive"]
+    assert column(rows, "trainings") == ["1", "3", "1"]
+    assert column(rows, "quality")[1] == "5 ± 2.6"
+    assert column(rows, "× teacher")[1] == "1.25"
+    assert "of several trainings" in table.tables(rows)[0].caption
+
+
+def test_a_row_of_several_trainings_has_the_means_of_their_further_figures_and_all_their_times():
+    slow, fast = (
+        replace(each, others={"kid": [kid, 3 * kid]}, timings=[Timing(1, 9.0, (seconds, seconds))])
+        for each, kid, seconds in zip(trainings([3.0, 4.0]), (1.0, 2.0), (5.0, 3.0), strict=True)
+    )
+    (line,) = lines([slow, fast])
+    assert line.record.further["kid"] == pytest.approx(3)
+    assert line.record.single.seconds == (3, 3, 5, 5)
+    assert [training.quality for training in line.trainings] == [slow.quality, fast.quality]
+
+
+def test_where_no_row_has_several_trainings_the_table_says_nothing_of_them():
+    assert "trainings" not in heads(ROWS, "Quality and cost")
+    assert "trainings" not in table.tables(ROWS)[0].caption

@@ -42,6 +42,8 @@ class UNetConfig:
     few steps: near noise its errors count tan t times in x0."""
     learned_variance: bool = False
     """Predict how much noise the ancestral steps add, too (Nichol & Dhariwal 2021)."""
+    bounds: Suppress[tuple[float, float] | None] = None
+    """Of x0's values, to which it is clamped; set by teachers.ddpm from the data, with --clamp."""
     guidance: Suppress[tuple[float, float] | None] = None
     """Range of the guidance weight that is a further input (Meng et al. 2023); set by
     distill.guidance alone."""

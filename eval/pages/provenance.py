@@ -9,17 +9,18 @@ from eval.columns import short
 from eval.lines import Line
 from eval.pages import table as grid
 from eval.records import Record
+from eval.table import over
 
 
-def facts(rows: list[Record], not_shown: list[str]) -> str:
-    """not_shown: what else the files hold."""
+def facts(rows: list[Record], not_shown: list[str], several: bool) -> str:
+    """not_shown: what else the files hold; several: whether any row has several trainings."""
     first, real = rows[0], rows[0].data
     accuracy = first.extractor.get("accuracy")
     dates = [_when(date) for date in sorted(filter(None, map(records.date, rows)))]
     pixels = f", sha256 <code>{escape(real['sha256'])}</code>" if "sha256" in real else ""
     pairs = {
-        "quality": f"{escape(first.metric)}, lower is better: mean ± spread over the noise seeds "
-        f"{', '.join(map(str, first.seeds))}, {first.num_images:,} images each",
+        "quality": f"{escape(first.metric)}, lower is better, of {first.num_images:,} images: "
+        + over(first, several),
         "extractor": f"sha256 <code>{escape(first.extractor['sha256'])}</code>"
         + (f", {accuracy:.2%} of held-out images classified rightly" if accuracy else ""),
         "real images": f"{real['images']:,} of {escape(Path(real['name']).name)}, "
@@ -65,7 +66,9 @@ def measured(found: list[Line]) -> str:
         sizes = [f"{t.failed or f'×{len(t.seconds)}'} @{t.batch_size:,}" for t in record.timings]
         others = {k: v for k, v in record.conditions.items() if k != "date"}
         angles = f"{max(record.angles):.3g} to {min(record.angles):.3g}"
-        by_seed = ", ".join(f"{figure:.3g}" for figure in record.quality)
+        by_seed = "; ".join(
+            ", ".join(f"{figure:.3g}" for figure in each.quality) for each in line.trainings
+        )
         cells = (angles, by_seed, times, escape(", ".join(sizes)) or "-")
         name, sampler = escape(line.title), escape(record.sampler)
         body.append(
@@ -79,7 +82,14 @@ def measured(found: list[Line]) -> str:
                 _words(others) or "-",
             )
         )
-    heads = ("row", "steps", "sampler", "angles, rad", "quality by seed", "ms @1, range")
+    heads = (
+        "row",
+        "steps",
+        "sampler",
+        "angles, rad",
+        "quality by seed; by training",
+        "ms @1, range",
+    )
     return grid((*heads, "repeats @batch", "measured", "conditions"), body)
 
 
@@ -96,8 +106,8 @@ def parents(record: Record, known: dict[str, Record]) -> str:
 def checkpoints(found: list[Line]) -> str:
     """Each checkpoint once: where it lay, how it was trained, what it comes from."""
     known: dict[str, Record] = {}
-    for line in found:
-        known.setdefault(line.record.sha256, line.record)
+    for record in (record for line in found for record in line.trainings):
+        known.setdefault(record.sha256, record)
     alike = len({str(record.environment) for record in known.values()}) == 1
     body = []
     for sha256, record in known.items():
