@@ -7,6 +7,7 @@ its parts is a command that a user could type; what is done is skipped and what 
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import threading
@@ -20,9 +21,10 @@ import tyro
 
 from benchmarks.lines import LINES, Line
 from diffusion.checkpoint import write_atomic
-from diffusion.console import UserError, run, say
+from diffusion.console import Interrupted, UserError, run, say
 
 LOCK = threading.Lock()  # of the log
+RUNNING: set[subprocess.Popen] = set()
 
 
 @dataclass(frozen=True)
@@ -72,12 +74,14 @@ def call(command: list[str], log: Path, threads: int | None = None) -> None:
     say(typed)
     environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
     begun, process = time.monotonic(), subprocess.Popen(command, env=environment)
+    RUNNING.add(process)
     try:
         code = process.wait()
-    except KeyboardInterrupt:
-        process.wait()  # it was interrupted too, and saves
+    except (KeyboardInterrupt, Interrupted):
+        process.wait()  # it was told, too, and saves
         raise
     finally:
+        RUNNING.discard(process)
         with LOCK:
             minutes = json.loads(log.read_text()) if log.exists() else {}
             minutes[typed] = round(minutes.get(typed, 0) + (time.monotonic() - begun) / 60, 2)
@@ -129,8 +133,16 @@ def run_line(options: Options) -> None:
         raise failed[0]
 
 
+def stop(number: int, _) -> None:
+    """Pass a signal on that a terminal would have sent to all."""
+    for process in [*RUNNING]:
+        process.send_signal(number)
+    raise Interrupted("stopped; the same command resumes", number)
+
+
 def main() -> None:
     config = (tyro.conf.OmitArgPrefixes,)
+    signal.signal(signal.SIGTERM, stop)
     run_line(tyro.cli(Options, prog="python -m benchmarks.line", config=config))
 
 

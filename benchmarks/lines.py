@@ -65,7 +65,8 @@ FASHION_CPU = Line(
             "--learning-rate 1e-3 --warmup 50 --num-angles 160",
         ),
     },
-    compare="eval.compare --steps 1,2,4,8,10,50 --solvers ddim unipc --batch-size 64",
+    compare="eval.compare --steps 1,2,4,8,10,50 --solvers ddim unipc --batch-size 64 "
+    "--likelihood 256",
 )
 
 # One GPU: meant for 20 minutes. Nothing here has been timed on a GPU yet.

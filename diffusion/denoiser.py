@@ -28,9 +28,9 @@ class Denoiser(nn.Module):
     D = (x_t - sin(t) eps) / cos(t): an error of eps counts tan(t) times, and at t = pi/2 the
     network says nothing of x0: `check_prediction` refuses such a schedule.
 
-    A mean of images lies within their range. With bounds x0 is clamped there, in training too; the
-    gradient passes as if it were not, for no error pulls a clamped value further out. So the
-    network need not find the exact level of a black background, but only one no brighter.
+    A mean of images lies within their range. With bounds x0 is clamped there, in training too
+    (`Inward`): the network need not find the exact level of a black background, but only one no
+    brighter.
 
     Told a Condition, D is the guided x0 (`guide`): a network with a guidance input makes it in
     one call, any other in two, as one call of twice the batch. Told a label alone, guidance is 1.
@@ -102,8 +102,34 @@ class Denoiser(nn.Module):
         channels = x_t.shape[1]
         x0 = TO_X0[self.prediction](x_t, output[:, :channels], t)
         if self.bounds:
-            x0 = x0 + (x0.clamp(*self.bounds) - x0).detach()
+            x0 = Inward.apply(x0, *self.bounds) if self.training else x0.clamp(*self.bounds)
         return x0, output[:, channels:]
+
+
+class Inward(torch.autograd.Function):
+    """x.clamp(low, high), but a gradient that pulls what is outside back in passes, too.
+
+    The clamp's own is 0 there, and what once got out would stay. Forward-mode derivatives, which
+    are no pull, are the clamp's own.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, low: float, high: float) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.save_for_forward(x)
+        ctx.bounds = low, high
+        return x.clamp(low, high)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        (x,), (low, high) = ctx.saved_tensors, ctx.bounds
+        outward = (x < low) & (gradient > 0) | (x > high) & (gradient < 0)
+        return gradient.masked_fill(outward, 0), None, None
+
+    @staticmethod
+    def jvp(ctx, change: Tensor, *_):
+        (x,), (low, high) = ctx.saved_tensors, ctx.bounds
+        return change.masked_fill((x < low) | (x > high), 0)
 
 
 def guide(conditional: Tensor, unconditional: Tensor, weight: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Literal
 import tyro
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+from torch import Tensor
 
 from diffusion import data as datasets
 from diffusion.checkpoint import require_folder, write_atomic
@@ -19,6 +20,8 @@ from diffusion.samplers import SOLVERS
 from eval import plots, records, table
 from eval.evaluate import Bench, measure_rows, template
 from eval.features import extractor
+from eval.lines import lines
+from eval.pages.verdict import choice
 from eval.plans import Row, counts_of, find_runs, rows
 from eval.quality import KEPT, Judge
 from eval.records import Record
@@ -49,6 +52,8 @@ class Options:
     truncated, ancestral, stochastic and predictor-corrector."""
     num_images: int = 1024
     """Images per seed."""
+    likelihood: int = 1024
+    """Held-out images whose bits per dimension are measured of a teacher; 0 for none."""
     search_steps: tuple[int, ...] = ()
     """Search the best angles for consistency students to restart at, for these step counts; the
     figures in the table are of other noise than the search's."""
@@ -106,7 +111,7 @@ def compare(options: Options) -> list[Record]:
     records.require_comparable(shown, options.times)
     if alone and shown:
         store.put(*shown, images=reduce(or_, (samples_of(file.parent) for file in files), {}))
-        write_results(store, shown, options)
+        write_results(store, shown, options, bench.judge.dataset.train if paths else None)
     if refused:
         raise UserError(f"{len(refused)} rows are left out: {'; '.join(refused)}")
     return shown
@@ -117,6 +122,8 @@ def check(options: Options) -> None:
         if getattr(options, name) < 1:
             flag = f"--{name.replace('_', '-')}"
             raise UserError(f"{flag} must be at least 1, got {getattr(options, name)}")
+    if options.likelihood < 0 or options.likelihood == 1:
+        raise UserError(f"--likelihood must be 0 or at least 2, got {options.likelihood}")
     if unknown := [name for name in options.solvers if name not in SOLVERS]:
         raise UserError(f"--solvers must be of {', '.join(SOLVERS)}, got {unknown[0]}")
     if min(options.search_steps, default=2) < 2:
@@ -183,6 +190,7 @@ def prepare(options: Options, model: Model) -> Bench:
         compile=options.compile,
         times=options.times,
         sweep=options.sweep,
+        likelihood=options.likelihood,
         floor=judge.floor(options.num_images, DRAWS),
         held_out=judge.held_out(options.num_images),
     )
@@ -196,7 +204,10 @@ def home(paths: tuple[Path, ...]) -> Path:
     return (named.parent if (named / "model.safetensors").exists() else named) / "compare"
 
 
-def write_results(store: Store, shown: list[Record], options: Options) -> None:
+def write_results(
+    store: Store, shown: list[Record], options: Options, train: Tensor | None
+) -> None:
+    """The tables and pictures; train: the training images, where they are at hand."""
     folder, samples = store.folder, store.samples
     write_atomic(folder / "table.md", table.markdown(shown, options.times))
     plots.nfe_plot(folder / "quality_nfe.png", shown)
@@ -208,6 +219,12 @@ def write_results(store: Store, shown: list[Record], options: Options) -> None:
     if pictured:
         plots.sample_rows(folder / "samples.png", pictured, samples)
         written.append("samples.png")
+    found = lines(shown)
+    ship = choice(found)
+    few = [x for x in found if (x is found[0] or x is ship) and x.record.tag in samples]
+    if train is not None and few:
+        plots.nearest_rows(folder / "nearest.png", few, samples, train)
+        written.append("nearest.png")
     table.show(options.table, shown, options.times)
     say(f"{folder}: {', '.join(written)}")
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from diffusion.checkpoint import write_atomic
 from diffusion.pictures import grid
+from eval import sets
 from eval.lines import Line, lines
 from eval.records import Record
 
@@ -71,19 +72,36 @@ def sample_rows(path: Path, records: list[Record], samples: dict[str, Tensor]) -
 
     samples: by the records' tags, and of real images by "real" where there are any.
     """
-    found = [
-        (f"{x.title}\n{x.record.steps} steps, {x.record.nfe} calls", x.record.tag)
-        for x in lines(records)
-    ]
-    found += [("real images", "real")] if "real" in samples else []
+    found = [(_words(line), samples[line.record.tag]) for line in lines(records)]
+    found += [("real images", samples["real"])] if "real" in samples else []
+    _strips(path, found)
+
+
+def nearest_rows(path: Path, shown: list[Line], samples: dict[str, Tensor], train: Tensor) -> None:
+    """Each line's images, and below them the training images nearest to them, pixel by pixel."""
+    found = []
+    for line in shown:
+        made = samples[line.record.tag]
+        distance, which = sets.nearest(made, train)
+        away = f"nearest training images:\n{distance.median():.0f} of 255 away in the median"
+        found += [(_words(line), made), (away, train[which])]
+    _strips(path, found)
+
+
+def _words(line: Line) -> str:
+    return f"{line.title}\n{line.record.steps} steps, {line.record.nfe} calls"
+
+
+def _strips(path: Path, found: list[tuple[str, Tensor]]) -> None:
+    """A row of images each, with words at its left."""
     left = 0.1 + 0.063 * max(len(line) for words, _ in found for line in words.split("\n"))
-    width = 0.5 * len(samples[found[0][1]]) + left + 0.1
+    width = 0.5 * len(found[0][1]) + left + 0.1
     figure, grids = plt.subplots(
         len(found), 1, figsize=(width, 0.54 * len(found)), dpi=120, squeeze=False
     )
-    for axis, (words, tag) in zip(grids[:, 0], found, strict=True):
-        images = grid(samples[tag], columns=len(samples[tag]))
-        axis.imshow(images.permute(1, 2, 0).numpy(), interpolation="nearest")
+    for axis, (words, images) in zip(grids[:, 0], found, strict=True):
+        picture = grid(images, columns=len(images)).permute(1, 2, 0)
+        axis.imshow(picture.numpy(), interpolation="nearest")
         axis.set_axis_off()
         axis.text(-0.01, 0.5, words, ha="right", va="center", fontsize=7, transform=axis.transAxes)
     figure.subplots_adjust(left=left / width, right=0.995, top=0.995, bottom=0.005, hspace=0.04)

@@ -21,6 +21,7 @@ SETTINGS = {
     "batch_size": 64,
     "features": "random",
     "precision": "fp32",
+    "likelihood": 8,
 }
 CALLS = {  # of each sampler in so many steps
     "ancestral": lambda steps: steps,
@@ -32,10 +33,9 @@ CALLS = {  # of each sampler in so many steps
 
 @pytest.fixture(scope="module", autouse=True)
 def quickly():
-    """The fewest repeats, and the likelihood of a few images."""
+    """The fewest repeats."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(race.race, "__defaults__", (0.0,))
-        patch.setattr(evaluate, "HELD_OUT", 8)
         yield
 
 
@@ -47,7 +47,7 @@ def compared(tmp_path_factory, teacher, student) -> tuple[Path, list[Record]]:
     return folder, compare.compare(options)
 
 
-def test_a_comparison_leaves_its_records_its_table_and_three_pictures(compared):
+def test_a_comparison_leaves_its_records_its_table_and_its_pictures(compared):
     folder, rows = compared
     assert [(r.method, r.sampler, r.steps, r.own) for r in rows] == [
         ("teacher", "ancestral", 8, True),
@@ -61,7 +61,7 @@ def test_a_comparison_leaves_its_records_its_table_and_three_pictures(compared):
     ]
     assert records.read(folder / "results.jsonl") == rows
     assert (folder / "table.md").read_text() == table.markdown(rows)
-    for name in ("quality_nfe.png", "quality_ms.png", "samples.png"):
+    for name in ("quality_nfe.png", "quality_ms.png", "samples.png", "nearest.png"):
         assert Image.open(io.BytesIO((folder / name).read_bytes())).size > (300, 100)
 
 

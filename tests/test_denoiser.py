@@ -3,11 +3,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 
 from diffusion.circle import FROM_X0
 from diffusion.console import UserError
-from diffusion.denoiser import Condition, Denoiser, check_prediction, guide
+from diffusion.denoiser import Condition, Denoiser, Inward, check_prediction, guide
 from diffusion.model import build
 from diffusion.networks import UNet, UNetConfig
 from diffusion.networks.unet import Attention
@@ -247,3 +248,60 @@ def test_a_network_on_patches_is_one_on_the_channels_that_they_unfold_to(learned
 def test_patches_that_do_not_tile_the_image_are_refused(patch):
     with pytest.raises(UserError, match="patch"):
         build(UNetConfig(size=8, patch=patch), "fp32")
+
+
+BOUNDS = (-0.5, 1.0)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_with_bounds_x0_is_the_same_but_clamped(training):
+    free = Denoiser(random_unet())
+    held = Denoiser(random_unet(bounds=BOUNDS)).train(training)
+    held.load_state_dict(free.state_dict())
+    x_t = normal(0, 4, 1, 8, 8)
+    x0 = free(x_t, ANGLES)
+    assert x0.min() < BOUNDS[0] < BOUNDS[1] < x0.max()
+    assert torch.equal(held(x_t, ANGLES), x0.clamp(*BOUNDS))
+
+
+def test_a_gradient_passes_a_bound_inwards_alone_and_a_derivative_not_at_all():
+    x = torch.tensor([-2.0, -2.0, 0.3, 2.0, 2.0], requires_grad=True)
+    pull = torch.tensor([-1.0, 1.0, 1.0, -1.0, 1.0])
+    (Inward.apply(x, *BOUNDS) * pull).sum().backward()
+    assert x.grad.tolist() == [-1, 0, 1, 0, 1]
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x.detach(), torch.ones(5))
+        change = forward_ad.unpack_dual(Inward.apply(dual, *BOUNDS)).tangent
+    assert change.tolist() == [0, 0, 1, 0, 0]
+
+
+class Constant(torch.nn.Module):
+    """Predicts the x0 that it is, whatever it sees."""
+
+    def __init__(self, x0: torch.Tensor):
+        super().__init__()
+        self.x0 = torch.nn.Parameter(x0)
+        self.config = UNetConfig(prediction="x0", bounds=BOUNDS)
+
+    def forward(self, x_t, t, label=None):
+        return self.x0.expand(x_t.shape)
+
+
+@pytest.mark.parametrize("start", [-3.0, 0.2, 3.0])
+def test_the_least_squares_of_a_clamped_x0_are_at_the_mean_from_wherever_they_start(start):
+    data = torch.tensor([BOUNDS[0], BOUNDS[0], BOUNDS[1]])[:, None, None, None]
+    denoiser = Denoiser(Constant(torch.tensor(start)))
+    optimizer = torch.optim.SGD(denoiser.parameters(), lr=0.1)
+    for _ in range(200):
+        optimizer.zero_grad()
+        x0 = denoiser(torch.zeros(3, 1, 1, 1), torch.tensor(1.0))
+        (x0 - data).square().mean().backward()
+        optimizer.step()
+    close(x0.mean(), data.mean())
+
+
+def test_what_is_beyond_a_bound_where_the_image_is_at_it_is_left_there():
+    denoiser = Denoiser(Constant(torch.tensor(-0.7)))
+    x0 = denoiser(torch.zeros(3, 1, 1, 1), torch.tensor(1.0))
+    (x0 - BOUNDS[0]).square().mean().backward()
+    assert denoiser.net.x0.grad == 0

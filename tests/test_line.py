@@ -1,6 +1,10 @@
 """A whole comparison by one command, at toy length."""
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from itertools import chain
 
 import pytest
@@ -99,3 +103,26 @@ def test_a_command_that_fails_stops_the_line_with_one_line(tmp_path, monkeypatch
 def test_a_line_that_is_not_there_is_refused(told, match, tmp_path):
     with pytest.raises(UserError, match=match):
         line.run_line(line.Options(**{"line": "digits", "out": tmp_path} | told))
+
+
+def test_a_signal_to_a_line_goes_on_to_its_commands_and_the_line_waits_for_them(tmp_path):
+    """The training saves and says so; nothing runs on."""
+    command = [
+        sys.executable,
+        "-c",
+        "from benchmarks import line; from diffusion.console import run",
+    ]
+    toy = "Line('teachers.ddpm --iterations 1000000 --width 8', {}, 'eval.compare')"
+    command[-1] += f"; from benchmarks.lines import Line; line.LINES['toy'] = {toy}; run(line.main)"
+    out = tmp_path / "toy"
+    process = subprocess.Popen(
+        [*command, "toy", "--out", str(out)], stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 60
+    while not (out / "teacher" / "log.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "the same command resumes" in said
+    assert (out / "teacher" / "state").exists() or list((out / "teacher").glob("state*"))

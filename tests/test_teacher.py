@@ -11,9 +11,10 @@ from torch import Tensor
 from diffusion import checkpoint
 from diffusion.batches import Batch
 from diffusion.checkpoint import load_tensors
-from diffusion.model import build, this_device
+from diffusion.model import build, load, this_device
 from diffusion.schedules import SCHEDULES, cosine
 from diffusion.training import Progress, fit
+from distill import consistency
 from teachers import ddpm
 from teachers.ddpm import OBJECTIVES, Denoising
 from teachers.levels import ImportanceSampling, LossHistory, log_normal, uniform
@@ -215,3 +216,21 @@ def test_a_teacher_trains_on_every_schedule_with_every_proposal(tmp_path, comman
     card = checkpoint.load(tmp_path / "run")[1]
     assert card.training["settings"]["schedule"] == schedule
     assert card.training["settings"]["levels"] == which
+
+
+@pytest.mark.parametrize("flag", ["--clamp", "--no-clamp"])
+def test_with_clamp_a_teacher_and_its_students_know_the_range_of_the_images(
+    tmp_path, command, flag
+):
+    settings = ["--iterations", "2", "--batch-size", "8", "--precision", "fp32"]
+    small = f"--width 8 --multipliers 1 --blocks 1 --attention --out {tmp_path}/teacher {flag}"
+    assert command(ddpm.main, *settings, *small.split()).code == 0
+    own = ["--mode", "ect", "--teacher", f"{tmp_path}/teacher", "--out", f"{tmp_path}/ect"]
+    assert command(consistency.main, *settings, *own).code == 0
+    for run in ("teacher", "ect"):
+        model = load(tmp_path / run)
+        expected = model.spec.bounds if flag == "--clamp" else None
+        assert model.denoiser.bounds == expected
+        if expected:
+            levels = torch.tensor([0, 255], dtype=torch.uint8)
+            close(model.spec.to_unit(levels), torch.tensor(expected))
