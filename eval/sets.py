@@ -1,7 +1,8 @@
 """Further comparisons of a set of generated images with a set of real ones: pure functions.
 
 Both sets are on one device and are compared tile by tile, so memory grows with the sets and never
-with the product of their counts. Features are compared in their own precision, images in float64.
+with the product of their counts. Vectors are compared in their own precision; of images the nearest
+are found in float32, whose rounding is far below a grey level, and their distances are then exact.
 """
 
 from collections.abc import Iterator
@@ -157,16 +158,24 @@ def sliced_wasserstein(a: Tensor, b: Tensor, num_slices: int, generator: Generat
 def nearest(images: Tensor, bank: Tensor) -> tuple[Tensor, Tensor]:
     """RMS grey levels to the nearest image of the bank (N,) float64, and its index (N,).
 
-    Exact: squared distances of uint8 images are whole numbers far below 2^53.
     images: (N, C, H, W) uint8, bank: (M, C, H, W) uint8.
     """
-    distance, index = _nearest(images.flatten(1), bank.flatten(1), 1)
+    distance, index = _nearest_images(images, bank, 1)
     return distance[:, 0] / images[0].numel() ** 0.5, index[:, 0]
 
 
 def two_nearest(images: Tensor, bank: Tensor) -> Tensor:
     """Distances to the nearest and the second nearest image of the bank (N, 2) float64, in pixels."""
-    return _nearest(images.flatten(1), bank.flatten(1), 2)[0]
+    return _nearest_images(images, bank, 2)[0]
+
+
+def _nearest_images(images: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """As _nearest, of uint8 images."""
+    images, bank = images.flatten(1), bank.flatten(1)
+    _, index = _nearest(images, bank, k)
+    distance = (images[:, None].double() - bank[index].double()).norm(dim=2)
+    distance, order = distance.sort(1)
+    return distance, index.gather(1, order)
 
 
 def memorisation(ours: Tensor, held_out: Tensor) -> dict[str, float]:
@@ -200,22 +209,21 @@ def _tiles(a: Tensor, b: Tensor) -> Iterator[tuple[slice, slice, Tensor, Tensor]
     """(rows, columns, a[rows], b[columns]) over all pairs of tiles, row by row."""
     for i, j in product(range(0, len(a), TILE), range(0, len(b), TILE)):
         rows, columns = slice(i, i + TILE), slice(j, j + TILE)
-        yield rows, columns, _exact(a[rows]), _exact(b[columns])
+        yield rows, columns, _real(a[rows]), _real(b[columns])
 
 
-def _exact(x: Tensor) -> Tensor:
-    """Whole numbers in float64: sums of their products have no rounding."""
-    return x if x.is_floating_point() else x.double()
+def _real(x: Tensor) -> Tensor:
+    return x if x.is_floating_point() else x.float()
 
 
 def _distances(x: Tensor, y: Tensor) -> Tensor:
-    """Euclidean, by the product of matrices; of whole numbers exact but for the root."""
+    """Euclidean, by the product of matrices."""
     return torch.cdist(x, y, compute_mode="use_mm_for_euclid_dist")
 
 
 def _nearest(a: Tensor, b: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k vectors of b nearest to each of a: distances (N, k), ascending, and indices (N, k)."""
-    distance = torch.full((len(a), k), torch.inf, dtype=_exact(a[:0]).dtype, device=a.device)
+    distance = torch.full((len(a), k), torch.inf, dtype=_real(a[:0]).dtype, device=a.device)
     index = torch.zeros((len(a), k), dtype=torch.long, device=a.device)
     for rows, columns, x, y in _tiles(a, b):
         found, where = _distances(x, y).topk(min(k, len(y)), largest=False)
