@@ -89,7 +89,8 @@ def nearest_rows(path: Path, shown: list[Line], samples: dict[str, Tensor], trai
 
 
 def _words(line: Line) -> str:
-    return f"{line.title}\n{line.record.steps} steps, {line.record.nfe} calls"
+    steps, nfe = line.record.steps, line.record.nfe
+    return f"{line.title}\n{steps} step{'s' * (steps > 1)}, {nfe} call{'s' * (nfe > 1)}"
 
 
 def _strips(path: Path, found: list[tuple[str, Tensor]]) -> None:

@@ -42,13 +42,15 @@ class Look:
 
 def looks(found: list[Line]) -> dict[str, Look]:
     """By title. Students have the colours, teachers and solvers without training the greys."""
-    made, shapes = {}, {True: cycle(SHAPES), False: cycle(SHAPES)}
+    # a student's colours and shapes are as many as have no common factor: 30 looks, all different
+    made, shapes = {}, {True: cycle(SHAPES[1:]), False: cycle(SHAPES)}
     colours = cycle(f"c{i}" for i in range(1, COLOURS))
     for line in found:
         own, parent = line.record.own, line.record.parent
         if line.title not in made:
             grey = "muted" if not own else "c0" if parent is None else None
-            made[line.title] = Look(own, grey or next(colours), next(shapes[own]))
+            shape = SHAPES[0] if grey == "c0" else next(shapes[own])
+            made[line.title] = Look(own, grey or next(colours), shape)
     return made
 
 
