@@ -38,7 +38,8 @@ for run, command in {RUNS!r}.items():
     sys.argv[1:] = [*arguments, "--out", home + "/" + run.split("/")[0]]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 from accelerate import PartialState
-print("processes:", PartialState().num_processes)
+# written whole: of two processes the parts of a line may alternate
+sys.stdout.write("processes: %d\\n" % PartialState().num_processes)
 """
 
 
