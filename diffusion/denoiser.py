@@ -29,7 +29,7 @@ class Denoiser(nn.Module):
     network says nothing of x0: `check_prediction` refuses such a schedule.
 
     A mean of images lies within their range. With bounds x0 is clamped there, in training too
-    (`Inward`): the network need not find the exact level of a black background, but only one no
+    (`Inward`), and D(x, 0) = x holds within them: the network need not find the exact level of a black background, but only one no
     brighter.
 
     Told a Condition, D is the guided x0 (`guide`): a network with a guidance input makes it in
