@@ -24,6 +24,7 @@ from distill.consistency import MODES, settings
 from distill.consistency import Options as Settings
 from distill.continuous import derivative
 from distill.progressive import Halving, steps_table
+from distill.steps import euler_step
 from eval.timing import timed
 from teachers.ddpm import Denoising
 
@@ -60,7 +61,7 @@ def rows(teacher: Model, student) -> Iterator[Row]:
     angles = respace(teacher.schedule, 32)
     table = steps_table(angles, halve(angles)).to(teacher.device)
     yield Row("denoising", Denoising(schedule))
-    yield Row("halving", Halving(teacher.denoiser, table), 2)
+    yield Row("halving", Halving(euler_step(teacher.denoiser), table), 2)
     yield Row("cd, heun", consistency("cd"), 3)
     yield Row("cd, euler", consistency("cd", solver="euler"), 2)
     yield Row("ct", consistency("ct"), 1)

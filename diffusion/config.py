@@ -1,8 +1,12 @@
 """How a network is trained, whatever the objective: settings, and the learning rate they give."""
 
 import math
+import os
+import shutil
 from dataclasses import asdict, dataclass
 from typing import Literal
+
+import torch
 
 from diffusion.console import UserError
 
@@ -36,7 +40,8 @@ class FitConfig:
     precision: Literal["fp32", "bf16"] = "bf16"
     """Of the network's passes; weights, sums and losses stay float32."""
     compile: bool = False
-    """torch.compile the network; pays after a minute or two on a GPU."""
+    """torch.compile the networks, the teacher's and the target's too; pays after a minute or two. On
+    a CPU it takes a C++ compiler."""
     label_dropout: float = 0.1
     """Share of labels that a conditional model sees as its null class."""
     flip: bool = False
@@ -67,6 +72,17 @@ def check(config: FitConfig) -> None:
         value = getattr(config, name)
         if not holds(value):
             raise UserError(f"--{name.replace('_', '-')} must be {words}, got {value:g}")
+    check_compiler(config.compile)
+
+
+def check_compiler(compile: bool) -> None:
+    """UserError where torch.compile would find no compiler."""
+    compiler = os.environ.get("CXX", "g++")  # as torch.compile has it
+    if compile and not torch.cuda.is_available() and not shutil.which(compiler):
+        raise UserError(
+            f"--compile needs a C++ compiler on a CPU, and {compiler} was not found: install it, name "
+            "another in the environment's CXX, or leave --compile out"
+        )
 
 
 def learning_rate(config: FitConfig, i: int) -> float:

@@ -20,6 +20,7 @@ from diffusion.checkpoint import load_tensors, save_tensors
 from diffusion.config import FitConfig, check, learning_rate
 from diffusion.console import Interrupted, UserError
 from diffusion.data import Dataset
+from diffusion.denoiser import Denoiser
 
 
 class Follower(Protocol):
@@ -102,8 +103,10 @@ def fit(
     optimizer = torch.optim.AdamW(denoiser.parameters(), config.learning_rate, **settings)
     before = _restore(state, denoiser, averages, optimizer)
     start, spent = (before.iteration, before.seconds) if before else (0, 0.0)
-    if config.compile:
-        denoiser.net.compile()
+    if config.compile:  # what is never called is never compiled
+        for module in (denoiser, *(average.module for average in averages)):
+            if isinstance(module, Denoiser):
+                module.net.compile()
     student, prepared = worker.prepare(denoiser, optimizer)
 
     sums, counted = torch.zeros(2, device=worker.device), 0

@@ -19,7 +19,7 @@ from diffusion.runs import train_model
 from diffusion.schedules import even
 from diffusion.training import Average, Objective, frozen_copy
 from distill.continuous import ContinuousConsistency, LogWeight, unit
-from distill.discrete import DISTANCES, STEPS, WEIGHTS, Consistency
+from distill.discrete import DISTANCES, WEIGHTS, Consistency
 from distill.pairs import (
     CURRICULA,
     Curriculum,
@@ -29,10 +29,12 @@ from distill.pairs import (
     even_lists,
     fixed,
     growing,
+    segments,
     target_decay,
     tightening,
     uniform,
 )
+from distill.steps import STEPS
 from students.start import StudentOptions, find_teacher, images_spent, student_card
 from teachers.ddpm import peek
 from teachers.presets import preset
@@ -69,6 +71,9 @@ class Options(StudentOptions):
     """All but scm."""
     weight: Literal["one", "gap", "sigma-gap"] | None = None
     """All but scm: of a pair's loss, 1, 1 / (t - s) or 1 / (tan t - tan s)."""
+    segments: int | None = None
+    """All but scm: into how many the angles are cut. The student goes from any angle to the end of
+    its segment, and samples in so many steps; 1 for a consistency model (Heek et al. 2024)."""
     stages: int | None = None
     """ect: stages of equal length; the gap between t and s halves from each to the next."""
     tangent_warmup: float | None = None
@@ -109,6 +114,7 @@ def matching(
         weight=WEIGHTS[options.weight],
         target=target,
         averages=(Average(target, decay),) if target else (),
+        ends=segments(even(teacher.schedule, options.segments).to(teacher.device)),
     )
 
 
@@ -152,6 +158,7 @@ MODES = {
             "solver": "heun",
             "curriculum": "fixed",
             "num_angles": 16,
+            "segments": 1,
             "target_ema": 0.95,
             "distance": "l2",
             "weight": "one",
@@ -164,6 +171,7 @@ MODES = {
             "solver": "data",
             "curriculum": "root",
             "num_angles": 150,
+            "segments": 1,
             "target_ema": 0.9,
             "distance": "l2",
             "weight": "one",
@@ -176,6 +184,7 @@ MODES = {
             "solver": "data",
             "curriculum": "doubling",
             "num_angles": 1280,
+            "segments": 1,
             "target_ema": 0.0,
             "distance": "pseudo-huber",
             "weight": "sigma-gap",
@@ -187,6 +196,7 @@ MODES = {
         defaults={
             "solver": "data",
             "stages": 4,
+            "segments": 1,
             "target_ema": 0.0,
             "distance": "pseudo-huber",
             "weight": "sigma-gap",
@@ -203,6 +213,7 @@ MODES = {
 LIMITS = {
     "num_angles": ("at least 2", lambda n: n >= 2),
     "target_ema": ("in [0, 1)", lambda decay: 0 <= decay < 1),
+    "segments": ("at least 1", lambda n: n >= 1),
     "stages": ("at least 1", lambda n: n >= 1),
     "tangent_warmup": ("in [0, 1]", lambda share: 0 <= share <= 1),
 }
@@ -224,6 +235,11 @@ def settings(options: Options) -> dict:
         if name in chosen and not holds(chosen[name]):
             flag = name.replace("_", "-")
             raise UserError(f"--{flag} must be {words}, got {chosen[name]}")
+    if chosen.get("num_angles", 0) % chosen.get("segments", 1):
+        raise UserError(
+            f"--num-angles must be a multiple of --segments {chosen['segments']}, so that every "
+            f"segment's border is trained, got {chosen['num_angles']}"
+        )
     return chosen
 
 
@@ -242,6 +258,15 @@ def beginning(options: Options, teacher: Model) -> tuple[Denoiser, Model | None]
     return build(teacher.card.net, options.fit.precision), None
 
 
+def sampling(teacher: Model, segments: int) -> dict:
+    """What the card says of it: any number of calls, or a rotation over each segment."""
+    if segments > 1:
+        plans = {segments: even(teacher.schedule, segments).tolist()}
+        return {"sampler": "ddim", "plans": plans, "solvers": ()}
+    plans = {n: even(teacher.schedule, n).tolist() for n in (1, 2, 4, 8)}
+    return {"sampler": "consistency", "plans": plans, "solvers": ("consistency",)}
+
+
 def distill(options: Options) -> Model:
     """The consistency student of these options: loaded where it is finished, else trained."""
     chosen = settings(options)
@@ -253,16 +278,15 @@ def distill(options: Options) -> Model:
             "rests on: train a teacher with --prediction v"
         )
     student, before = beginning(options, teacher)
-    method, earlier = f"consistency-{options.mode}", {}
+    parts = chosen.get("segments", 1)
+    method, earlier = f"{'multistep' if parts > 1 else 'consistency'}-{options.mode}", {}
     if options.start:
         method, earlier = f"{before.card.method}+{method}", {"start": before.sha256}
     if before and images_spent(before):
         earlier["earlier_images"] = images_spent(before)
     card = Card(
         method=method,
-        sampler="consistency",
-        plans={n: even(teacher.schedule, n).tolist() for n in (1, 2, 4, 8)},
-        solvers=("consistency",),
+        **sampling(teacher, parts),
         training={"mode": options.mode, **earlier, **chosen},
         **student_card(teacher),
     )

@@ -8,18 +8,20 @@ import torch
 from torch import Tensor, nn
 
 from diffusion.batches import Batch
-from diffusion.circle import add_noise, rotate
+from diffusion.circle import add_noise, broadcast, rotate
 from diffusion.training import Average
-from distill.pairs import Pairs
-
-Step = Callable[[Batch, Tensor, Tensor, Tensor], Tensor]  # (batch, x_t, t, s) -> x_s
+from distill.pairs import Ends, Pairs, to_data
+from distill.steps import Step
 
 
 @dataclass(frozen=True)
 class Consistency:
-    """f(x_t, t) = f(x_s, s), where `step` goes from x_t to x_s (Song et al. 2023, eq. 7 and 10).
+    """f(x_t, t) = f(x_s, s), where `step` leads from x_t to x_s (Song et al. 2023, eq. 7 and 10).
 
-    s = 0 needs no case: there f is the identity, and the target is x_s itself.
+    With segments (Heek et al. 2024, multistep consistency models) f is the x0 whose rotation to
+    the end a of t's segment arrives where the ODE does: from x_s f rotates there, too, and both
+    rotations made one are the target. s = a needs no case, nor does a = 0, the plain model, for
+    which f(x_s, s) itself is the target.
     """
 
     step: Step
@@ -31,38 +33,32 @@ class Consistency:
     target: nn.Module | None = None
     """What judges x_s: an average of the student, or None for the student itself."""
     averages: Sequence[Average] = ()
+    ends: Ends = to_data
+    """t -> the angle a < t where its segment ends; no step goes beyond it."""
 
     def __call__(self, student, batch: Batch, progress: float) -> Tensor:
         t, s = self.pairs(batch.level, progress)
+        a = self.ends(t)
+        s = torch.maximum(s, a)
         x_t = add_noise(batch.x0, batch.eps, t)
         with torch.no_grad():
-            x_s = self.step(batch, x_t, t, s)
+            x0 = self.step(batch, x_t, t, s)
             torch.manual_seed(batch.seed)
-            target = (self.target or student)(x_s, s, batch.label)
+            f = (self.target or student)(rotate(x_t, x0, t, s), s, batch.label)
+            target = join(x0, f, t, s, a)
         torch.manual_seed(batch.seed)  # the same dropout mask for both passes
         loss = self.distance(student(x_t, t, batch.label) - target)
         return loss * self.weight(t, s).float()
 
 
-def euler_step(teacher) -> Step:
-    """One DDIM step of the teacher."""
-    return lambda batch, x_t, t, s: rotate(x_t, teacher(x_t, t, batch.label), t, s)
+def join(x0: Tensor, f: Tensor, t: Tensor, s: Tensor, a: Tensor) -> Tensor:
+    """The x0 whose rotation t -> a is x0's t -> s, then f's s -> a: diffusion.circle.merge_steps.
 
-
-def heun_step(teacher) -> Step:
-    """One second-order step of the teacher: the trapezoid rule in cot t, diffusion.samplers.heun."""
-
-    def step(batch: Batch, x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
-        x0 = teacher(x_t, t, batch.label)
-        x0_s = teacher(rotate(x_t, x0, t, s), s, batch.label)
-        return rotate(x_t, (x0 + x0_s) / 2, t, s)
-
-    return step
-
-
-def data_step(batch: Batch, x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
-    """The true x0 in the teacher's place: consistency training."""
-    return rotate(x_t, batch.x0, t, s)
+    In a form that is finite where s = a = 0, and exactly f for a = 0.
+    """
+    tiny = torch.finfo(t.dtype).tiny
+    share = (t - s).sin() * a.sin() / (s.sin().clamp(min=tiny) * (t - a).sin())
+    return torch.lerp(f, x0, broadcast(share, f))
 
 
 def _pseudo_huber(difference: Tensor) -> Tensor:
@@ -72,7 +68,6 @@ def _pseudo_huber(difference: Tensor) -> Tensor:
     return (flat.square().sum(1) + c * c).sqrt() - c
 
 
-STEPS = {"heun": heun_step, "euler": euler_step, "data": lambda teacher: data_step}
 DISTANCES = {
     "l2": lambda difference: (difference.flatten(1).square().sum(1) + 1e-12).sqrt(),
     "pseudo-huber": _pseudo_huber,

@@ -12,6 +12,7 @@ from diffusion.schedules import even
 
 Curriculum = Callable[[float], int]  # progress -> equal steps of the discretisation
 Pairs = Callable[[Tensor, float], tuple[Tensor, Tensor]]  # (level, progress) -> t, s
+Ends = Callable[[Tensor], Tensor]  # t -> where its segment ends
 Share = Callable[[Tensor], Tensor]  # angles of a list -> the share of pairs below each
 
 
@@ -103,3 +104,17 @@ def tightening(top: float, stages: int, proposal: LogNormal) -> Pairs:
         return ratio.atan(), (ratio * (1 - gap).clamp(min=0)).atan()
 
     return pairs
+
+
+def to_data(t: Tensor) -> Tensor:
+    """One segment: every angle's ends at the data."""
+    return torch.zeros_like(t)
+
+
+def segments(borders: Tensor) -> Ends:
+    """Between neighbouring borders, ascending from 0 (Heek et al. 2024, section 3.1).
+
+    A border belongs to the segment below it: a student's step starts there.
+    """
+    inner = borders[1:-1] + 1e-9  # a border that rounding put above itself is one still
+    return lambda t: borders[torch.searchsorted(inner, t)]

@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 from accelerate import PartialState
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffusion import checkpoint
 from diffusion.batches import Batch
@@ -21,6 +21,7 @@ from diffusion.model import Model, load
 from diffusion.runs import train_model
 from diffusion.schedules import halve, respace
 from diffusion.training import Average, frozen_copy
+from distill.steps import STEPS, Step
 from students.start import StudentOptions, find_teacher, images_spent, student_card
 from teachers.presets import preset
 
@@ -29,7 +30,8 @@ from teachers.presets import preset
 class Halving:
     """The student's one rotation over some steps of the teacher's list = the teacher's rotations."""
 
-    teacher: nn.Module
+    step: Step
+    """The teacher's, from one angle of its list to the next."""
     table: Tensor
     """(n, k + 1) float64 from steps_table: the teacher's angles in each student step."""
     weighting: str = "truncated"
@@ -41,15 +43,15 @@ class Halving:
         t = angles[0]
         x_t = add_noise(batch.x0, batch.eps, t)
         with torch.no_grad():
-            target = merged_target(self.teacher, x_t, angles, batch.label)
+            target = merged_target(self.step, batch, x_t, angles)
         return x0_loss(student(x_t, t, batch.label), target, t, self.weighting)
 
 
-def merged_target(teacher, x_t: Tensor, angles: list[Tensor], label=None) -> Tensor:
+def merged_target(step: Step, batch: Batch, x_t: Tensor, angles: list[Tensor]) -> Tensor:
     """The x0 with which one rotation angles[0] -> angles[-1] arrives where the teacher's steps do."""
     predictions = []
     for t, s in pairwise(angles):
-        predictions.append(teacher(x_t, t, label))
+        predictions.append(step(batch, x_t, t, s))
         x_t = rotate(x_t, predictions[-1], t, s)
     return merge_steps(predictions, angles)
 
@@ -81,6 +83,8 @@ class Options(StudentOptions):
 
     start_steps: int = 1000
     """Steps that the first round's teacher takes; at most the teacher's own 1000."""
+    solver: Literal["euler", "heun"] = "euler"
+    """How it takes them: DDIM, or in two calls each, of second order. A student's are DDIM's."""
     rounds: tuple[int, ...] = ()
     """The students' step counts, such as 16 4 1; those measured best for the data unless told."""
     factor: int | None = None
@@ -157,9 +161,10 @@ def distill(options: Options) -> list[Model]:
     iterations = budgets(options, rounds, usual)
     angles = respace(teacher.schedule, options.start_steps)
     students = []
-    for num_steps, budget in zip(rounds, iterations, strict=True):
+    for i, (num_steps, budget) in enumerate(zip(rounds, iterations, strict=True)):
         before, kept = len(angles) - 1, merged(angles, num_steps)
         say(f"round: {num_steps} steps from the teacher's {before}, {budget} iterations")
+        solver = "euler" if i else options.solver
         card = Card(
             method="progressive",
             sampler="ddim",
@@ -167,6 +172,7 @@ def distill(options: Options) -> list[Model]:
             solvers=(),
             training={
                 "teacher_steps": before,
+                "solver": solver,
                 "weighting": options.weighting,
                 "next_teacher": options.next_teacher,
                 "earlier_images": images_spent(teacher),
@@ -178,7 +184,8 @@ def distill(options: Options) -> list[Model]:
         # an average without memory: the student itself
         averages = (Average(last, lambda done: 0.0),) if last else ()
         table = steps_table(angles, kept).to(teacher.device)
-        objective = Halving(teacher.denoiser, table, options.weighting, averages)
+        step = STEPS[solver](teacher.denoiser)
+        objective = Halving(step, table, options.weighting, averages)
         folder, fit = out / f"{num_steps:04d}", replace(options.fit, iterations=budget)
         finished = (folder / "model.safetensors").exists()
         teacher, angles = train_model(folder, student, objective, dataset, fit, card), kept
@@ -188,6 +195,8 @@ def distill(options: Options) -> list[Model]:
                 checkpoint.save(folder / "raw.safetensors", last.net.state_dict(), teacher.card)
             PartialState().wait_for_everyone()
             teacher = load(folder / "raw.safetensors", fit.precision)
+        if fit.compile:
+            teacher.denoiser.net.compile()
     return students
 
 

@@ -23,7 +23,7 @@ from eval.features import extractor
 from eval.lines import lines
 from eval.pages.verdict import choice
 from eval.plans import Row, counts_of, find_runs, rows
-from eval.quality import KEPT, Judge
+from eval.quality import SHOWN, Judge
 from eval.records import Record
 from eval.search import SEED, search_angles
 from eval.store import Store, samples_of
@@ -103,7 +103,7 @@ def compare(options: Options) -> list[Record]:
         records.require_comparable([*given, template(bench, wanted[0])], options.times)
         wanted += searched(options, wanted, bench.judge)
         measured, refused = measure_rows(bench, wanted, store)
-        store.put(images={"real": bench.judge.dataset.train[: KEPT["pixels"]]})
+        store.put(images={"real": bench.judge.dataset.train[:SHOWN]})
         if alone:
             with suppress(OSError):  # none was made, or a refused row's is still there
                 (folder / "partial").rmdir()

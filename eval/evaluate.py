@@ -14,7 +14,7 @@ from torch import Tensor
 from diffusion.console import UserError, track
 from eval import likelihood, machine, measure, stream
 from eval.plans import Row
-from eval.quality import Judge
+from eval.quality import SHOWN, Judge
 from eval.race import Lap, race, sweep
 from eval.records import Record
 from eval.store import Store
@@ -131,7 +131,8 @@ def judge_rows(
             if PartialState().is_main_process:
                 found[row] = record = with_seed(record, judge.distance(seen), judge.others(seen))
                 first = len(record.quality) == 1
-                store.put(record, images={record.tag: seen.rows("pixels").cpu()} if first else None)
+                shown = {record.tag: seen.rows("pixels")[:SHOWN].cpu()}
+                store.put(record, images=shown if first else None)
                 stream.forget(part)
 
 

@@ -21,7 +21,8 @@ SLICES = 64
 NEIGHBOURS = 5  # in the balls of precision, recall, density and coverage
 PORTION = 1000  # images through an extractor at a time
 # Of how many images, the first ones, a row each is kept: the rest are in the moments alone.
-KEPT = {"features": 1024, "nearest": 512, "pixels": 16}
+KEPT = {"features": 1024, "pixels": 512}
+SHOWN = 16  # of the pixels, on pictures
 FAR = 128.0  # grey levels beyond black or white
 
 
@@ -104,7 +105,7 @@ class Judge:
     bank: Tensor
     """The training images on the device, for the nearest ones."""
     held_out_nearest: Tensor
-    """(M, 2): what "nearest" is of held-out images."""
+    """(M, 2): sets.two_nearest of held-out images."""
     data: dict
     """The real images' name, split, number and sha256."""
     known_balls: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
@@ -116,7 +117,7 @@ class Judge:
         train = reference(dataset.train, extractor, device)
         crossed = reference(dataset.train, cross, device)
         test = reference(dataset.test, extractor, device)
-        bank, some = dataset.train.to(device), dataset.test[: KEPT["nearest"]].to(device)
+        bank, some = dataset.train.to(device), dataset.test[: KEPT["pixels"]].to(device)
         near = sets.two_nearest(some, bank) if len(some) else torch.zeros(0, 2)
         real = {"own": Moments.of(train), "cross": Moments.of(crossed)}
         data = {"name": dataset.spec.name, "split": "train", "images": len(train)}
@@ -163,8 +164,6 @@ class Judge:
         left = {name: max(0, limit - start) for name, limit in KEPT.items()}
         rows = {"features": ours[: left["features"]], "pixels": images[: left["pixels"]]}
         rows["cross"] = self.cross.extract(images[: left["features"]])
-        if len(self.held_out_nearest):
-            rows["nearest"] = sets.two_nearest(images[: left["nearest"]], self.bank)
         moments = {"own": Moments.of(ours)}
         odd = torch.zeros(4, dtype=torch.float64, device=images.device)
         return Seen(moments, odd, {start: rows})
@@ -187,7 +186,8 @@ class Judge:
             thinned = torch.Generator().manual_seed(0)
             figures["infinity"] = sets.frechet_infinity(fake, self.real["own"], thinned)
         if len(self.held_out_nearest):
-            near = sets.memorisation(found.rows("nearest"), self.held_out_nearest)
+            ours = sets.two_nearest(found.rows("pixels"), self.bank)
+            near = sets.memorisation(ours, self.held_out_nearest)
             figures |= {f"memorisation-{name}": value for name, value in near.items()}
         return figures
 

@@ -7,7 +7,7 @@ from typing import Self
 import tyro
 
 from diffusion import data as datasets
-from diffusion.config import FitConfig
+from diffusion.config import FitConfig, check
 from diffusion.console import UserError
 from diffusion.data import Dataset
 from diffusion.model import Model, load
@@ -42,7 +42,10 @@ def find_teacher(
     """The teacher on its device, its data, and the folder for the run."""
     if not _trained(options.teacher) and options.teacher == StudentOptions.teacher:
         ddpm.train_teacher(ddpm.Options.default("digits"))
+    check(fit)
     teacher = load(options.teacher, fit.precision)
+    if fit.compile:
+        teacher.denoiser.net.compile()
     spec = teacher.spec
     dataset = datasets.load(options.data or spec.name, options.data_dir, spec.size, spec.channels)
     if dataset.spec.shape != spec.shape:

@@ -7,18 +7,17 @@ import pytest
 import torch
 
 from diffusion import checkpoint
-from diffusion.circle import add_noise, rotate
+from diffusion.circle import add_noise, implied_x0, merge_steps, rotate
 from diffusion.console import UserError
 from diffusion.denoiser import Denoiser
+from diffusion.samplers import sample
 from diffusion.schedules import cosine, even
 from distill.consistency import ICT, MODES, Options, distill, settings
 from distill.discrete import (
     DISTANCES,
     WEIGHTS,
     Consistency,
-    data_step,
-    euler_step,
-    heun_step,
+    join,
 )
 from distill.pairs import (
     CURRICULA,
@@ -29,12 +28,16 @@ from distill.pairs import (
     growing,
     neighbours,
     root,
+    segments,
     target_decay,
     tightening,
 )
+from distill.steps import data_step, euler_step, heun_step
 from teachers.presets import preset
 from tests.analytic import (
     BIMODAL,
+    DATA,
+    NOISE,
     SKEWED,
     consistency_function,
     grid_batch,
@@ -53,7 +56,7 @@ def squared(step, pairs=NEIGHBOURS, **options) -> Consistency:
 
 
 def exact_step(data):
-    return lambda batch, x_t, t, s: data.flow(x_t, t, s)
+    return lambda batch, x_t, t, s: implied_x0(x_t, data.flow(x_t, t, s), t, s)
 
 
 @both_kinds_of_data
@@ -62,6 +65,55 @@ def test_the_exact_consistency_function_has_no_loss_along_the_exact_ode(data):
     student = consistency_function(data)
     assert squared(exact_step(data))(student, BATCH, 0.0).max() < 1e-16
     assert squared(exact_step(data))(data, BATCH, 0.0).mean() > 1e-4  # the denoiser is not it
+
+
+SEGMENTS = segments(even(cosine(), 3))
+
+
+@both_kinds_of_data
+def test_with_segments_the_exact_map_to_each_ones_end_has_no_loss_and_samples_in_so_many(data):
+    """Heek et al. 2024, algorithm 1: consistency within each segment of the angles."""
+
+    def student(x_t, t, label=None):
+        a = SEGMENTS(t)
+        x0 = implied_x0(x_t, data.flow(x_t, t, a), t, a)
+        return torch.where(t[..., None, None, None] > 0, x0, x_t)
+
+    objective = squared(exact_step(data), ends=SEGMENTS)
+    assert objective(student, BATCH, 0.0).max() < 1e-16
+    assert objective(consistency_function(data), BATCH, 0.0).mean() > 1e-3  # past the ends
+    noise = normal(0, 64, 1, 2, 2, dtype=torch.float64)
+    x0 = sample(student, iter([noise]), "ddim", even(cosine(), 3))
+    close(x0, data.flow(noise, NOISE, DATA), rtol=0, atol=1e-9)
+
+
+def test_a_border_ends_the_segment_above_it_and_begins_the_one_below():
+    for count in (1, 2, 3, 5, 7):  # 5 and 7: borders that differ from the list's in rounding
+        borders, angles = even(cosine(), count), even(cosine(), 30 * count)
+        ends = segments(borders)(angles[1:])
+        close(ends, borders[:-1].repeat_interleave(30), rtol=0, atol=1e-15)
+
+
+def test_no_step_leaves_its_segment():
+    """As tightening pairs would, whose s is 0 at first: there it is the segment's end."""
+    taken = []
+
+    def step(batch, x_t, t, s):
+        taken.append((t, s))
+        return data_step(batch, x_t, t, s)
+
+    wide = tightening(math.pi / 2, 4, ICT)
+    squared(step, wide, ends=SEGMENTS)(SKEWED, BATCH, 0.0)
+    (t, s), (_, further) = taken[0], wide(BATCH.level, 0.0)
+    assert torch.equal(s, torch.maximum(further, SEGMENTS(t)))
+    assert (s > further).any()
+
+
+def test_joined_steps_are_merged_ones_and_at_the_data_end_the_second_alone():
+    x0, f = normal(0, 2, 1, 2, 2, dtype=torch.float64), normal(1, 2, 1, 2, 2, dtype=torch.float64)
+    t, s, a = torch.tensor([[1.2, 1.5], [0.7, 0.4], [0.3, 0.4]], dtype=torch.float64)
+    close(join(x0, f, t, s, a), merge_steps([x0, f], [t, s, a]))
+    assert torch.equal(join(x0, f, t, torch.zeros(2).double(), torch.zeros(2).double()), f)
 
 
 @both_kinds_of_data
@@ -114,7 +166,7 @@ def test_halving_a_step_divides_its_error_by_4_for_euler_and_8_for_heun(data, st
     t = torch.full((41,), 1.0, dtype=torch.float64)
 
     def error(size: float) -> float:
-        x_s = step(data)(BATCH, x_t, t, t - size)
+        x_s = rotate(x_t, step(data)(BATCH, x_t, t, t - size), t, t - size)
         return (x_s - data.flow(x_t, t, t - size)).square().mean().sqrt().item()
 
     assert math.log2(error(0.02) / error(0.01)) == pytest.approx(order, abs=0.1)
@@ -134,7 +186,8 @@ def test_consistency_trainings_step_adds_less_of_the_same_noise():
     """Song et al. 2023, eq. 10."""
     batch = grid_batch(18, 1, 2, 2)
     t, s = NEIGHBOURS(batch.level, 0.0)
-    x_s = data_step(batch, add_noise(batch.x0, batch.eps, t), t, s)
+    x_t = add_noise(batch.x0, batch.eps, t)
+    x_s = rotate(x_t, data_step(batch, x_t, t, s), t, s)
     close(x_s, add_noise(batch.x0, batch.eps, s), rtol=1e-6, atol=1e-6)
 
 

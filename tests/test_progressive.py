@@ -17,6 +17,7 @@ from distill.progressive import (
     merged_target,
     steps_table,
 )
+from distill.steps import euler_step, heun_step
 from tests.analytic import BIMODAL, SKEWED, grid_batch, normal
 
 close = torch.testing.assert_close
@@ -29,6 +30,11 @@ def ddim_steps(teacher, x: torch.Tensor, angles: list[torch.Tensor]) -> torch.Te
         v = (t.cos() * x - teacher(x, t)) / t.sin()
         x = (t - s).cos() * x - (t - s).sin() * v
     return x
+
+
+def target_of(teacher, x_t: torch.Tensor, angles: list[torch.Tensor]) -> torch.Tensor:
+    """Of its DDIM steps, unlabelled."""
+    return merged_target(euler_step(teacher), grid_batch(1, 1, 2, 2), x_t, angles)
 
 
 def columns(table: torch.Tensor) -> list[torch.Tensor]:
@@ -100,29 +106,42 @@ def test_the_target_is_the_x0_of_one_step_that_does_all_the_teachers(table, teac
     x_s = ddim_steps(teacher, x_t.double(), columns(table))
     t, s = table[:, 0, None, None, None], table[:, -1, None, None, None]
     exact = (t.sin() * x_s - s.sin() * x_t) / (t - s).sin()
-    target = merged_target(teacher, x_t, columns(table))
+    target = target_of(teacher, x_t, columns(table))
     assert target.dtype == torch.float32
     close(target.double(), exact, rtol=1e-6, atol=1e-6)
 
 
 def test_a_rotation_towards_the_target_arrives_where_the_teachers_steps_do(table):
     x_t = normal(0, len(table), 1, 2, 2)
-    target = merged_target(SKEWED, x_t, columns(table))
+    target = target_of(SKEWED, x_t, columns(table))
     x_s = rotate(x_t, target, table[:, 0], table[:, -1])
     close(x_s.double(), ddim_steps(SKEWED, x_t.double(), columns(table)), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("teacher", [SKEWED, BIMODAL], ids=["gaussian", "mixture"])
+def test_heuns_steps_merge_to_an_end_far_nearer_to_the_odes(teacher):
+    angles = columns(steps_table(SCHEDULES["cosine"](32), SCHEDULES["cosine"](32)[::8]))
+    x_t = normal(0, 4, 1, 2, 2, dtype=torch.float64)
+    exact = teacher.flow(x_t, angles[0], angles[-1])
+
+    def error(step) -> float:
+        target = merged_target(step(teacher), grid_batch(4, 1, 2, 2), x_t, angles)
+        return (rotate(x_t, target, angles[0], angles[-1]) - exact).abs().mean().item()
+
+    assert error(heun_step) < error(euler_step) / 3
 
 
 @pytest.mark.parametrize("weighting", ["truncated", "v"])
 def test_student_that_hits_its_target_reproduces_two_teacher_steps_and_has_no_loss(weighting):
     angles = respace(SCHEDULES["cosine"](), 125)
     table = steps_table(angles, halve(angles))
-    objective, batch = Halving(SKEWED, table, weighting), grid_batch(4 * 63, 1, 2, 2)
+    objective, batch = Halving(euler_step(SKEWED), table, weighting), grid_batch(4 * 63, 1, 2, 2)
     visited = []
 
     def student(x_t, t, label):
         visited.append(t)
         rows = table[torch.searchsorted(table[:, 0].contiguous(), t.contiguous())]
-        return merged_target(SKEWED, x_t, columns(rows))
+        return target_of(SKEWED, x_t, columns(rows))
 
     assert objective(student, batch, 0.0).tolist() == [0.0] * 252
     assert torch.equal(visited[0], table[:, 0].repeat_interleave(4))
@@ -133,8 +152,8 @@ def test_the_loss_is_the_weighted_distance_to_the_target():
     """max(SNR, 1) |x0 - target|^2, Salimans & Ho 2022, eq. 9, of a student off by 0.1."""
     table, batch = EIGHT_TO_FOUR, grid_batch(4, 1, 2, 2)
     t = table[:, 0]
-    target = merged_target(BIMODAL, add_noise(batch.x0, batch.eps, t), columns(table))
-    loss = Halving(BIMODAL, table)(lambda x_t, t, label: target + 0.1, batch, 0.0)
+    target = target_of(BIMODAL, add_noise(batch.x0, batch.eps, t), columns(table))
+    loss = Halving(euler_step(BIMODAL), table)(lambda x_t, t, label: target + 0.1, batch, 0.0)
     snr = (1 / t.tan()).square()
     close(loss.double(), 0.01 * snr.clamp(min=1), rtol=1e-5, atol=0)
 
@@ -142,7 +161,7 @@ def test_the_loss_is_the_weighted_distance_to_the_target():
 def test_the_target_carries_no_gradient_to_the_teacher():
     scale = torch.ones((), requires_grad=True)
     theta = torch.ones((), requires_grad=True)
-    objective = Halving(lambda *inputs: scale * SKEWED(*inputs), EIGHT_TO_FOUR)
+    objective = Halving(euler_step(lambda *inputs: scale * SKEWED(*inputs)), EIGHT_TO_FOUR)
     objective(lambda *inputs: theta * SKEWED(*inputs), grid_batch(8, 1, 2, 2), 0.0).sum().backward()
     assert theta.grad.abs() > 0
     assert scale.grad is None
@@ -157,7 +176,7 @@ def test_teacher_and_student_are_told_the_label():
         return SKEWED(x_t, t)
 
     batch = grid_batch(4, 1, 2, 2)._replace(label=label)
-    Halving(denoiser, EIGHT_TO_FOUR)(denoiser, batch, 0.0)
+    Halving(euler_step(denoiser), EIGHT_TO_FOUR)(denoiser, batch, 0.0)
     assert [given is label for given in told] == [True] * 3
 
 

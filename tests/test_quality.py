@@ -105,7 +105,7 @@ def test_moments_and_rows_of_parts_are_those_of_the_whole_in_any_order(judge, di
     for order in (parts, parts[::-1]):
         merged = reduce(add, order, Seen())
         assert merged.rows("features").equal(torch.cat([part.rows("features") for part in parts]))
-        assert merged.rows("pixels").equal(images[:16])
+        assert merged.rows("pixels").equal(images)
         assert judge.distance(merged) == pytest.approx(judge.distance(whole), rel=1e-5)
         again = Seen.of(merged.tensors(), CPU)
         assert judge.distance(again) == judge.distance(merged)
@@ -113,9 +113,9 @@ def test_moments_and_rows_of_parts_are_those_of_the_whole_in_any_order(judge, di
 
 
 def test_what_is_kept_of_many_images_is_bounded(judge, digits, monkeypatch):
-    monkeypatch.setattr(quality, "KEPT", {"features": 100, "nearest": 50, "pixels": 16})
+    monkeypatch.setattr(quality, "KEPT", {"features": 100, "pixels": 50})
     seen = reduce(add, (judge.see_images(digits.test[i : i + 60], i) for i in range(0, 300, 60)))
-    assert [len(seen.rows(name)) for name in ("features", "nearest", "pixels")] == [100, 50, 16]
+    assert [len(seen.rows(name)) for name in ("features", "cross", "pixels")] == [100, 100, 50]
     features = judge.extractor.extract(digits.test[:300])
     expected = frechet_distance(Moments.of(features), judge.real["own"])
     assert judge.distance(seen) == pytest.approx(expected, rel=1e-5)

@@ -26,7 +26,8 @@ from diffusion.model import build, this_device
 from diffusion.schedules import cosine
 from diffusion.training import Average, Progress, fit, frozen_copy
 from distill import progressive
-from distill.discrete import DISTANCES, WEIGHTS, Consistency, data_step
+from distill.discrete import DISTANCES, WEIGHTS, Consistency
+from distill.steps import data_step
 from distill.pairs import neighbours
 from teachers import ddpm
 from teachers.ddpm import Denoising
