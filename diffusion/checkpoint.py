@@ -89,6 +89,8 @@ class Card:
     """The network's configuration."""
     data: dict
     """The images' name, shape and scale."""
+    shift: float = 1.0
+    """Of the angles of few steps, its students' and its solvers': diffusion.schedules.shifted."""
     guidance: float | None = None
     """The guidance weight that it samples with unless told another; None for none."""
     parent: str | None = None

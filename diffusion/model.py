@@ -16,6 +16,7 @@ from diffusion.denoiser import Condition, Denoiser
 from diffusion.networks import UNet, UNetConfig
 from diffusion.noise import Noise
 from diffusion.samplers import SOLVERS, sample
+from diffusion.schedules import shifted
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,8 @@ class Model:
         if sampler is None and card.solvers:
             sampler = card.solvers[0]
         if sampler in card.solvers:
-            return sampler, SOLVERS[sampler].angles(self.schedule, num_steps)
+            angles = SOLVERS[sampler].angles(self.schedule, num_steps)
+            return sampler, shifted(angles, card.shift)
         counts = ", ".join(map(str, card.plans))
         raise UserError(
             f"this {card.method} model samples by {card.sampler} in {counts} steps, "

@@ -44,6 +44,7 @@ def train_model(
     if "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:  # accelerate launch --cpu
         say("accelerate launch --cpu starts one process; --multi_gpu starts several, CPUs or GPUs")
     settings = {**card.training, **settings_of(config), "parent": card.parent, "net": card.net}
+    settings["shift"] = card.shift
     plans = hashlib.sha256(json.dumps(card.plans).encode()).hexdigest()[:8]
     settings = json.loads(
         json.dumps(settings | {"data": dataset.spec.name, "images": card.data, "plans": plans})

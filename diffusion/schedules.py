@@ -91,13 +91,33 @@ def respace(angles: Tensor, num_steps: int) -> Tensor:
     return angles[i]
 
 
-def even(angles: Tensor, num_steps: int) -> Tensor:
-    """Equal steps from 0 to the list's end: where consistency models are trained and restarted.
+def even(angles: Tensor, num_steps: int, shift: float = 1.0) -> Tensor:
+    """Equal steps from 0 to the list's end, shifted: where consistency models are trained and restarted.
 
     For consistency distillation in few minutes far better than Karras' spacing, most of whose
     angles crowd close to noise.
     """
-    return torch.linspace(0, float(angles[-1]), num_steps + 1, dtype=torch.float64)
+    return shifted(torch.linspace(0, float(angles[-1]), num_steps + 1, dtype=torch.float64), shift)
+
+
+def shifted(angles: Tensor, shift: float) -> Tensor:
+    """tan t times `shift`, with both ends where they were: above 1, more steps where noise is heavy.
+
+    For data of deviation d a DDIM step's error goes with the difference of atan(tan(t) / d), so that
+    a shift by d is best: the main components of larger images have many times the variance of a
+    pixel, and are decided close to pi/2 (the shift of Hoogeboom et al. 2023, section 3.1).
+    """
+    t = angles + torch.atan2(
+        (shift - 1) * angles.sin() * angles.cos(), angles.cos() ** 2 + shift * angles.sin() ** 2
+    )
+    t *= angles[-1] / t[-1]
+    t[-1] = angles[-1]  # exactly
+    return t
+
+
+def check_shift(shift: float) -> None:
+    if not 0 < shift < math.inf:
+        raise UserError(f"--shift must be above 0, got {shift:g}")
 
 
 def truncated(angles: Tensor, num_steps: int, stop: float = 0.2) -> Tensor:

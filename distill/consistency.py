@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from diffusion.checkpoint import Card
 from diffusion.config import FitConfig
@@ -97,6 +97,11 @@ class Mode:
     """Which of a dataset's presets it trains by."""
 
 
+def borders(teacher: Model, num_steps: int) -> Tensor:
+    """Of so many steps of a student."""
+    return even(teacher.schedule, num_steps, teacher.card.shift)
+
+
 def matching(
     options: Options, teacher: Model, student: nn.Module, pairs: Pairs, curriculum: Curriculum
 ) -> Consistency:
@@ -114,13 +119,13 @@ def matching(
         weight=WEIGHTS[options.weight],
         target=target,
         averages=(Average(target, decay),) if target else (),
-        ends=segments(even(teacher.schedule, options.segments).to(teacher.device)),
+        ends=segments(borders(teacher, options.segments).to(teacher.device)),
     )
 
 
 def discrete(options: Options, teacher: Model, student: nn.Module, share: Share) -> Consistency:
     curriculum = CURRICULA[options.curriculum](options.num_angles)
-    lists = even_lists(teacher.schedule.to(teacher.device), curriculum)
+    lists = even_lists(teacher.schedule.to(teacher.device), curriculum, teacher.card.shift)
     return matching(options, teacher, student, growing(lists, share), curriculum)
 
 
@@ -261,9 +266,9 @@ def beginning(options: Options, teacher: Model) -> tuple[Denoiser, Model | None]
 def sampling(teacher: Model, segments: int) -> dict:
     """What the card says of it: any number of calls, or a rotation over each segment."""
     if segments > 1:
-        plans = {segments: even(teacher.schedule, segments).tolist()}
+        plans = {segments: borders(teacher, segments).tolist()}
         return {"sampler": "ddim", "plans": plans, "solvers": ()}
-    plans = {n: even(teacher.schedule, n).tolist() for n in (1, 2, 4, 8)}
+    plans = {n: borders(teacher, n).tolist() for n in (1, 2, 4, 8)}
     return {"sampler": "consistency", "plans": plans, "solvers": ("consistency",)}
 
 

@@ -92,7 +92,7 @@ def distill(options: Options) -> Model:
     if options.solver_steps < 2:
         raise UserError(f"--solver-steps must be at least 2, got {options.solver_steps}")
     teacher, dataset, out = find_teacher(options, "midtraining", options.fit)
-    angles = even(teacher.schedule, options.solver_steps)
+    angles = even(teacher.schedule, options.solver_steps, teacher.card.shift)
     card = Card(
         method="midtraining",
         sampler="consistency",

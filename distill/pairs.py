@@ -68,9 +68,11 @@ def uniform(angles: Tensor) -> Tensor:
     return torch.arange(len(angles), device=angles.device)
 
 
-def even_lists(schedule: Tensor, curriculum: Curriculum) -> Callable[[float], Tensor]:
-    """progress -> the curriculum's number of equal steps, on the schedule's device."""
-    lists = cache(lambda num_steps: even(schedule, num_steps).to(schedule.device))
+def even_lists(
+    schedule: Tensor, curriculum: Curriculum, shift: float = 1.0
+) -> Callable[[float], Tensor]:
+    """progress -> the curriculum's number of equal steps, shifted, on the schedule's device."""
+    lists = cache(lambda num_steps: even(schedule, num_steps, shift).to(schedule.device))
     return lambda progress: lists(curriculum(progress))
 
 

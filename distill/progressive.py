@@ -19,7 +19,7 @@ from diffusion.config import FitConfig
 from diffusion.console import UserError, run, say
 from diffusion.model import Model, load
 from diffusion.runs import train_model
-from diffusion.schedules import halve, respace
+from diffusion.schedules import halve, respace, shifted
 from diffusion.training import Average, frozen_copy
 from distill.steps import STEPS, Step
 from students.start import StudentOptions, find_teacher, images_spent, student_card
@@ -159,7 +159,7 @@ def distill(options: Options) -> list[Model]:
     usual = preset(teacher.spec.name).rounds
     rounds = counts(options, [*usual])
     iterations = budgets(options, rounds, usual)
-    angles = respace(teacher.schedule, options.start_steps)
+    angles = shifted(respace(teacher.schedule, options.start_steps), teacher.card.shift)
     students = []
     for i, (num_steps, budget) in enumerate(zip(rounds, iterations, strict=True)):
         before, kept = len(angles) - 1, merged(angles, num_steps)

@@ -33,7 +33,7 @@ def search_angles(
             parts.append(Moments.of(judge.extractor.extract(images)))
         return frechet_distance(sum(parts[1:], parts[0]), judge.real["own"])
 
-    best = even(model.schedule, num_steps)
+    best = even(model.schedule, num_steps, model.card.shift)
     least = distance(best)
     for reach in REACH:
         for i in range(1, num_steps):

@@ -11,6 +11,7 @@ from diffusion.config import FitConfig, check
 from diffusion.console import UserError
 from diffusion.data import Dataset
 from diffusion.model import Model, load
+from diffusion.schedules import check_shift
 from teachers import ddpm
 
 
@@ -26,6 +27,8 @@ class StudentOptions:
     """Where a named dataset's files are."""
     out: Path | None = None
     """The run's folder; a sibling of the teacher's unless told."""
+    shift: float | None = None
+    """Of the student's angles: above 1, more of them where noise is heavy. The teacher's unless told."""
 
     @staticmethod
     def parse(options: type[Self], prog: str) -> Self:
@@ -44,6 +47,9 @@ def find_teacher(
         ddpm.train_teacher(ddpm.Options.default("digits"))
     check(fit)
     teacher = load(options.teacher, fit.precision)
+    if options.shift is not None:
+        check_shift(options.shift)
+        teacher = replace(teacher, card=replace(teacher.card, shift=options.shift))
     if fit.compile:
         teacher.denoiser.net.compile()
     spec = teacher.spec
@@ -71,5 +77,5 @@ def _trained(teacher: Path) -> bool:
 def student_card(teacher: Model) -> dict:
     """What a student's card takes over from its teacher's."""
     card = teacher.card
-    taken = {"net": card.net, "guidance": card.guidance}
+    taken = {"net": card.net, "guidance": card.guidance, "shift": card.shift}
     return {**taken, "data": asdict(teacher.spec), "parent": teacher.sha256}

@@ -22,7 +22,7 @@ from diffusion.denoiser import check_prediction
 from diffusion.model import Model, build, this_device
 from diffusion.networks import UNetConfig
 from diffusion.runs import train_model
-from diffusion.schedules import SCHEDULES
+from diffusion.schedules import SCHEDULES, check_shift
 from diffusion.training import Follower
 from teachers.levels import ImportanceSampling, Levels, LossHistory, log_normal, uniform
 from teachers.presets import preset
@@ -96,13 +96,17 @@ class Options:
     """Of the loss: SNR + 1, max(SNR, 1), or SNR as in DDPM's simple loss (all as weights of x0's)."""
     clamp: bool = True
     """Clamp every x0 to the range of images, in training and in sampling: a sharper black and white."""
+    shift: float = 1.0
+    """Of the angles of few steps, its students' and its solvers' (not of its training): their tangents
+    are multiplied by this. Above 1, more steps where noise is heavy, as larger images want."""
     net: UNetConfig = field(default_factory=UNetConfig)
     fit: FitConfig = field(default_factory=FitConfig)
 
     @staticmethod
     def default(data: str = "digits") -> "Options":
         chosen = preset(data)
-        return Options(data=data, clamp=chosen.clamp, net=chosen.net, fit=chosen.teacher)
+        common = {"clamp": chosen.clamp, "shift": chosen.shift}
+        return Options(data=data, net=chosen.net, fit=chosen.teacher, **common)
 
 
 def load_data(options: Options) -> Dataset:
@@ -126,6 +130,7 @@ def load_data(options: Options) -> Dataset:
 
 def train_teacher(options: Options) -> Model:
     """The teacher of these options: loaded where it is finished, else trained."""
+    check_shift(options.shift)
     dataset = load_data(options)
     angles = SCHEDULES[options.schedule]()
     check_prediction(options.net.prediction, angles)
@@ -137,6 +142,7 @@ def train_teacher(options: Options) -> Model:
         plans={len(angles) - 1: angles.tolist()},
         solvers=(*SOLVERS, "ancestral-learned") if learned else SOLVERS,
         net=asdict(net),
+        shift=options.shift,
         data=asdict(dataset.spec),
         training={name: getattr(options, name) for name in ("schedule", "levels", "weighting")},
     )

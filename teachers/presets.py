@@ -18,6 +18,8 @@ class Preset:
     start_steps: int
     """Where progressive distillation begins."""
     clamp: bool = True
+    shift: float = 1.0
+    """Of the angles of few steps."""
     rounds: dict[int, float] = field(default_factory=dict)
     """Its students' step counts, with the shares of halving.iterations; none to halve down to 1."""
 
@@ -44,6 +46,7 @@ FASHION_MNIST = Preset(
     consistency=FitConfig(iterations=20_000, learning_rate=2e-4, warmup=200, ema=0.999),
     continuous=FitConfig(iterations=20_000, learning_rate=1e-4, warmup=200, ema=0.999),
     start_steps=64,
+    shift=2.0,
 )
 
 CIFAR10 = Preset(

@@ -45,6 +45,10 @@ MISTAKES = [
     (ddpm, "--size 16", ["--size", "16", "8"]),
     (ddpm, "--num-classes 3", ["--num-classes", "3", "10"]),
     (ddpm, "--flip", ["--flip"]),
+    (ddpm, "--shift 0", ["--shift", "0"]),
+    (progressive, "--shift nan", ["--shift", "nan"]),
+    (consistency, "--segments 0", ["--segments", "0"]),
+    (consistency, "--segments 3", ["--num-angles", "--segments 3", "4"]),
     (progressive, "--teacher missing", ["missing"]),
     (progressive, "--teacher runs", ["runs/model.safetensors"]),
     (progressive, "--teacher cut.safetensors", ["cut.safetensors"]),
@@ -151,6 +155,15 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     assert outcome.err.count("\n") == 1
     assert [word for word in words if word not in outcome.err] == []
     assert files(place) - before == set()
+
+
+def test_compiling_without_a_compiler_is_a_mistake_too(place, command, monkeypatch):
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    outcome = command(ddpm.main, *BASE[ddpm].split(), "--compile")
+    assert (outcome.code, outcome.err.count("\n")) == (2, 1)
+    assert "no-such-compiler" in outcome.err
 
 
 def files(folder: Path) -> set[str]:

@@ -1,3 +1,5 @@
+import os
+import shutil
 from dataclasses import replace
 from itertools import pairwise
 
@@ -236,3 +238,18 @@ def test_a_raw_student_that_teaches_the_next_is_what_would_be_kept_without_an_av
     assert last[2] == plain[1].sha256
     again = students("raw", ema=0.9, next_teacher="raw")  # all is finished: read, not trained
     assert [model.sha256 for model in again] == [model.sha256 for model in taught]
+
+
+@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="no C++ compiler")
+def test_compiled_networks_make_the_same_students(teacher, quick, tmp_path):
+    """The teacher's, the student's, and in the second round those of the first."""
+
+    def students(compile: bool) -> list:
+        fit = replace(quick, iterations=3, compile=compile)
+        out = tmp_path / f"compiled-{compile}"
+        options = Options(teacher=teacher, out=out, start_steps=8, rounds=(4, 2), fit=fit)
+        return distill(replace(options, last_rounds=1.0))
+
+    for compiled, plain in zip(students(True), students(False), strict=True):
+        for ours, theirs in zip(compiled.denoiser.parameters(), plain.denoiser.parameters()):
+            close(ours, theirs, rtol=1e-3, atol=1e-4)

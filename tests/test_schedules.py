@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from diffusion.console import UserError
+from diffusion.samplers import sample
 from diffusion.schedules import (
     SCHEDULES,
     cosine,
@@ -15,10 +16,13 @@ from diffusion.schedules import (
     karras,
     linear_beta,
     respace,
+    shifted,
     sigmoid,
     truncated,
 )
+from tests.analytic import Gaussian
 
+close = torch.testing.assert_close
 PI = Decimal("3.14159265358979323846264338327950288419716939937510582097494459")
 
 
@@ -172,3 +176,36 @@ def test_truncated_angles_are_equal_steps_from_the_lists_own_end_to_the_stop(num
     if num_steps > 1:
         step = (end - 0.3) / (num_steps - 1)
         assert angles[1:].tolist() == pytest.approx([0.3 + step * i for i in range(num_steps)])
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_shift_keeps_both_ends_and_the_order_and_one_by_1_changes_nothing(name):
+    angles = SCHEDULES[name](50)
+    assert torch.equal(shifted(angles, 1.0), angles)
+    for shift in (0.3, 2.0, 5.0):
+        found = shifted(angles, shift)
+        assert (found[0], found[-1]) == (angles[0], angles[-1])
+        assert (found.diff() > 0).all()
+
+
+def test_a_shift_multiplies_the_tangents_and_its_inverse_undoes_it():
+    angles = even(cosine(), 40)
+    found = shifted(angles, 3.0)
+    close(found[:-1].tan(), 3 * angles[:-1].tan(), rtol=1e-12, atol=0)
+    close(shifted(found, 1 / 3), angles, rtol=1e-12, atol=1e-15)
+    close(even(cosine(), 40, 3.0), found, rtol=0, atol=0)
+
+
+def test_the_best_shift_is_the_deviation_of_the_data():
+    """Of N(0, 8^2), as an image's main component may be, a step turns by the difference of
+    atan(tan(t) / 8), and DDIM's multiplies by its cosine: equal ones are best, and tan t times 8 makes
+    them. The exact map multiplies noise by 8.
+    """
+    wide, noise = Gaussian(0.0, 8.0), torch.ones(1, 1, 1, 1, dtype=torch.float64)
+
+    def reached(shift: float) -> float:
+        return sample(wide, iter([noise]), "ddim", even(cosine(), 16, shift)).item()
+
+    assert reached(8.0) == pytest.approx(8 * math.cos(math.pi / 32) ** 16, rel=1e-12)
+    assert reached(1.0) < reached(2.0) < reached(4.0) < reached(8.0) < 8
+    assert reached(16.0) < reached(8.0)

@@ -27,8 +27,8 @@ from diffusion.schedules import cosine
 from diffusion.training import Average, Progress, fit, frozen_copy
 from distill import progressive
 from distill.discrete import DISTANCES, WEIGHTS, Consistency
-from distill.steps import data_step
 from distill.pairs import neighbours
+from distill.steps import data_step
 from teachers import ddpm
 from teachers.ddpm import Denoising
 
