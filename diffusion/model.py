@@ -16,7 +16,7 @@ from diffusion.denoiser import Condition, Denoiser
 from diffusion.networks import UNet, UNetConfig
 from diffusion.noise import Noise
 from diffusion.samplers import SOLVERS, sample
-from diffusion.schedules import shifted
+from diffusion.schedules import check_shift, shifted
 
 
 @dataclass(frozen=True)
@@ -39,23 +39,33 @@ class Model:
         """The angles of its longest plan, (N + 1,) float64."""
         return torch.tensor(self.card.plans[max(self.card.plans)], dtype=torch.float64)
 
-    def plan(self, num_steps: int | None = None, sampler: str | None = None) -> tuple[str, Tensor]:
+    def plan(
+        self, num_steps: int | None = None, sampler: str | None = None, shift: float | None = None
+    ) -> tuple[str, Tensor]:
         """The sampler and angles (ascending) for a number of steps: its own, or a solver's.
 
-        Raises UserError where it was not trained for so many and no solver may run it.
+        shift: of a solver's angles, the card's unless told. Raises UserError where it was not
+        trained for so many steps and no solver may run it, or a shift is told of its own.
         """
         card = self.card
+        if shift is not None:
+            check_shift(shift)
         if num_steps is None:
             num_steps = next(iter(card.plans)) if sampler in (None, card.sampler) else 50
         if num_steps < 1:
             raise UserError(f"--steps must be at least 1, got {num_steps}")
         if sampler in (None, card.sampler) and num_steps in card.plans:
+            if shift is not None:
+                raise UserError(
+                    f"--shift is of solvers' angles, and {num_steps} steps of {card.sampler} are this "
+                    f"{card.method} model's own: leave it out, or name another --sampler or --steps"
+                )
             return card.sampler, torch.tensor(card.plans[num_steps], dtype=torch.float64)
         if sampler is None and card.solvers:
             sampler = card.solvers[0]
         if sampler in card.solvers:
             angles = SOLVERS[sampler].angles(self.schedule, num_steps)
-            return sampler, shifted(angles, card.shift)
+            return sampler, shifted(angles, card.shift if shift is None else shift)
         counts = ", ".join(map(str, card.plans))
         raise UserError(
             f"this {card.method} model samples by {card.sampler} in {counts} steps, "

@@ -50,6 +50,8 @@ class Options:
     solvers: tuple[str, ...] = ("ddim", "dpm-solver++", "unipc")
     """Samplers without training to compare with, of those that the teacher takes; others are heun,
     truncated, ancestral, stochastic and predictor-corrector."""
+    shifts: tuple[float, ...] = ()
+    """Shifts of the solvers' angles to compare, in place of the teacher's own (teachers.ddpm --shift)."""
     num_images: int = 1024
     """Images per seed."""
     likelihood: int = 1024
@@ -144,7 +146,7 @@ def planned(options: Options, paths: tuple[Path, ...]) -> list[Row]:
     first = models[0][1]
     for path, model in models:
         require_same_images(first.spec, model, path)
-    asked = counts, options.solvers, options.long
+    asked = counts, options.solvers, options.long, options.shifts
     found = [row for path, model in models for row in rows(path, model, *asked)]
     if not found:
         raise UserError(f"none of the runs samples in --steps {options.steps}")

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 from torch import Tensor
@@ -65,11 +66,17 @@ def counts_of(steps: str | None) -> list[int] | None:
 
 
 def rows(
-    path: Path, model: Model, counts: list[int] | None, solvers: tuple[str, ...], long: bool = True
+    path: Path,
+    model: Model,
+    counts: list[int] | None,
+    solvers: tuple[str, ...],
+    long: bool = True,
+    shifts: tuple[float, ...] = (),
 ) -> Iterator[Row]:
     """Its own plans, then at the other counts those of the solvers that it takes.
 
-    long: a teacher's own plan too, where it is not among the counts.
+    long: a teacher's own plan too, where it is not among the counts. shifts: of the solvers'
+    angles, each in turn; the card's unless told.
     """
     card = model.card
     for steps in card.plans:
@@ -78,8 +85,9 @@ def rows(
         if wanted and not skipped:
             yield Row(path, model, *model.plan(steps), own=True)
     free = [solver for solver in solvers if solver in card.solvers and solver != card.sampler]
-    for solver in free:
+    for shift, solver in product(shifts or (None,), free):
+        note = "" if shift is None else f"shift {shift:g}"
         for nfe in counts or (1, 2, 4, 8, 16, 32):
             steps = SOLVERS[solver].steps(nfe)
             if steps > 1 or solver == free[0]:  # in one step all solvers are the same
-                yield Row(path, model, *model.plan(nfe, solver), own=False)
+                yield Row(path, model, *model.plan(nfe, solver, shift), own=False, note=note)

@@ -38,6 +38,8 @@ class Options:
     angles: tuple[float, ...] | None = None
     """Angles in radians to call the network at, falling, instead of --steps: for a consistency
     student, e.g. 1.56 1.0."""
+    shift: float | None = None
+    """Of a solver's angles, the teacher's own unless told: above 1, more of them where noise is heavy."""
     label: int | None = None
     """The class to make, for a conditional model; every class in turn unless told."""
     guidance: float | None = None
@@ -55,7 +57,9 @@ class Options:
 
 def plan_of(model: Model, options: Options) -> tuple[str, Tensor]:
     if options.angles is None:
-        return model.plan(options.steps, options.sampler)
+        return model.plan(options.steps, options.sampler, options.shift)
+    if options.shift is not None:
+        raise UserError("--shift is in place of --angles: leave one of them out")
     angles = torch.tensor([*options.angles, 0.0], dtype=torch.float64)
     top = float(model.schedule[-1])
     if not (angles.diff() < 0).all() or angles[0] > top + 1e-4:
