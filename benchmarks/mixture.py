@@ -105,6 +105,7 @@ def train(method: Method, dimensions: int, share: float = 1.0) -> Denoiser:
     options = Settings(fit=config, **method.told)
     options = replace(options, **settings(options))
     teacher = SimpleNamespace(denoiser=TEACHER, schedule=cosine(), device=torch.device("cpu"))
+    teacher.card = SimpleNamespace(shift=1.0)
     torch.manual_seed(config.seed)
     student = train(method.start, dimensions, share) if method.start else Denoiser(Mlp(dimensions))
     objective = MODES[options.mode].objective(options, teacher, student)

@@ -9,9 +9,11 @@ import torch
 from PIL import Image
 
 from diffusion.console import UserError
-from diffusion.model import Model
+from diffusion.model import Model, load
+from diffusion.schedules import respace, shifted
 from eval import compare, evaluate, lines, measure, race, records, stream, table
 from eval.compare import Options
+from eval.plans import rows
 from eval.records import Record
 
 SETTINGS = {
@@ -256,3 +258,14 @@ def test_a_comparison_without_the_long_row_has_all_others(compared, teacher, tmp
     found = [(row.model.sha256, row.sampler, len(row.angles) - 1) for row in planned]
     _, rows = compared
     assert found == [(r.sha256, r.sampler, r.steps) for r in rows][1:]
+
+
+def test_solvers_are_compared_at_every_shift_that_is_told(teacher):
+    model = load(teacher)
+    found = list(rows(teacher, model, [2, 4], ("ddim",), long=False, shifts=(1.0, 3.0)))
+    assert [row.title for row in found] == [
+        f"teacher shift {shift}, ddim {steps}" for shift in (1, 3) for steps in (2, 4)
+    ]
+    for row, shift in zip(found, (1.0, 1.0, 3.0, 3.0), strict=True):
+        expected = shifted(respace(model.schedule, len(row.angles) - 1), shift)
+        assert row.angles.equal(expected)

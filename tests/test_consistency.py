@@ -385,7 +385,9 @@ def test_taught_by_the_data_a_norm_leads_to_a_median_instead():
 
 
 def modes_teacher() -> SimpleNamespace:
-    return SimpleNamespace(denoiser=BIMODAL, schedule=cosine(), device=torch.device("cpu"))
+    card = SimpleNamespace(shift=1.0)
+    device = torch.device("cpu")
+    return SimpleNamespace(denoiser=BIMODAL, schedule=cosine(), device=device, card=card)
 
 
 def aim(mode: str, student=None, **told):

@@ -8,7 +8,8 @@ import torch
 
 from diffusion import checkpoint
 from diffusion.circle import add_noise, rotate
-from diffusion.schedules import SCHEDULES, halve, respace
+from diffusion.model import load
+from diffusion.schedules import SCHEDULES, halve, respace, shifted
 from distill.progressive import (
     Halving,
     Options,
@@ -253,3 +254,19 @@ def test_compiled_networks_make_the_same_students(teacher, quick, tmp_path):
     for compiled, plain in zip(students(True), students(False), strict=True):
         for ours, theirs in zip(compiled.denoiser.parameters(), plain.denoiser.parameters()):
             close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
+def test_a_student_and_its_students_take_their_steps_where_the_teachers_shift_says(
+    teacher, quick, tmp_path
+):
+    fit = replace(quick, iterations=1)
+    options = Options(teacher=teacher, out=tmp_path, start_steps=8, rounds=(4,), shift=2.0, fit=fit)
+    (student,) = distill(options)
+    expected = shifted(respace(load(teacher).schedule, 8), 2.0)[::2]
+    assert student.card.plans == {4: expected.tolist()}
+    assert student.card.shift == 2.0
+    weights, card, _ = checkpoint.load(teacher)
+    checkpoint.save(tmp_path / "wide.safetensors", weights, replace(card, shift=2.0))
+    wide = load(tmp_path / "wide.safetensors")
+    assert wide.plan(3, "ddim")[1].equal(shifted(respace(wide.schedule, 3), 2.0))
+    assert wide.plan(3, "ddim", 1.0)[1].equal(respace(wide.schedule, 3))
