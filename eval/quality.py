@@ -21,7 +21,7 @@ SLICES = 64
 NEIGHBOURS = 5  # in the balls of precision, recall, density and coverage
 PORTION = 1000  # images through an extractor at a time
 # Of how many images, the first ones, a row each is kept: the rest are in the moments alone.
-KEPT = {"features": 1024, "pixels": 512}
+KEPT = {"features": 1024, "pixels": 256}
 SHOWN = 16  # of the pixels, on pictures
 FAR = 128.0  # grey levels beyond black or white
 
