@@ -14,6 +14,7 @@ from torch import Tensor
 
 from diffusion import data as datasets
 from diffusion.checkpoint import require_folder, write_atomic
+from diffusion.config import check_compiler
 from diffusion.console import UserError, diverted, run, say, silence
 from diffusion.model import Model, load, require_same_images, this_device
 from diffusion.samplers import SOLVERS
@@ -120,6 +121,7 @@ def compare(options: Options) -> list[Record]:
 
 
 def check(options: Options) -> None:
+    check_compiler(options.compile)
     for name in ("batch_size", "num_images"):
         if getattr(options, name) < 1:
             flag = f"--{name.replace('_', '-')}"

@@ -85,9 +85,10 @@ def rows(
         if wanted and not skipped:
             yield Row(path, model, *model.plan(steps), own=True)
     free = [solver for solver in solvers if solver in card.solvers and solver != card.sampler]
-    for shift, solver in product(shifts or (None,), free):
+    ways = list(product(shifts or (None,), free))
+    for shift, solver in ways:
         note = "" if shift is None else f"shift {shift:g}"
         for nfe in counts or (1, 2, 4, 8, 16, 32):
             steps = SOLVERS[solver].steps(nfe)
-            if steps > 1 or solver == free[0]:  # in one step all solvers are the same
+            if steps > 1 or (shift, solver) == ways[0]:  # in one step all are the same
                 yield Row(path, model, *model.plan(nfe, solver, shift), own=False, note=note)

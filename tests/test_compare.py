@@ -262,10 +262,9 @@ def test_a_comparison_without_the_long_row_has_all_others(compared, teacher, tmp
 
 def test_solvers_are_compared_at_every_shift_that_is_told(teacher):
     model = load(teacher)
-    found = list(rows(teacher, model, [2, 4], ("ddim",), long=False, shifts=(1.0, 3.0)))
-    assert [row.title for row in found] == [
-        f"teacher shift {shift}, ddim {steps}" for shift in (1, 3) for steps in (2, 4)
-    ]
-    for row, shift in zip(found, (1.0, 1.0, 3.0, 3.0), strict=True):
+    found = list(rows(teacher, model, [1, 2, 4], ("ddim",), long=False, shifts=(1.0, 3.0)))
+    counts = [(1, 1), (1, 2), (1, 4), (3, 2), (3, 4)]  # one step is the same at every shift
+    assert [row.title for row in found] == [f"teacher shift {k}, ddim {n}" for k, n in counts]
+    for row, (shift, _) in zip(found, counts, strict=True):
         expected = shifted(respace(model.schedule, len(row.angles) - 1), shift)
         assert row.angles.equal(expected)

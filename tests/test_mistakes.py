@@ -160,11 +160,12 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     assert files(place) - before == set()
 
 
-def test_compiling_without_a_compiler_is_a_mistake_too(place, command, monkeypatch):
+@pytest.mark.parametrize("module", [ddpm, compare])
+def test_compiling_without_a_compiler_is_a_mistake_too(place, command, monkeypatch, module):
     monkeypatch.chdir(place)
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    outcome = command(ddpm.main, *BASE[ddpm].split(), "--compile")
+    outcome = command(module.main, *BASE[module].split(), "--compile")
     assert (outcome.code, outcome.err.count("\n")) == (2, 1)
     assert "no-such-compiler" in outcome.err
 
