@@ -18,6 +18,7 @@ from diffusion.config import check_compiler
 from diffusion.console import UserError, diverted, run, say, silence
 from diffusion.model import Model, load, require_same_images, this_device
 from diffusion.samplers import SOLVERS
+from diffusion.schedules import check_shift
 from eval import plots, records, table
 from eval.evaluate import Bench, measure_rows, template
 from eval.features import extractor
@@ -122,6 +123,8 @@ def compare(options: Options) -> list[Record]:
 
 def check(options: Options) -> None:
     check_compiler(options.compile)
+    for shift in options.shifts:
+        check_shift(shift)
     for name in ("batch_size", "num_images"):
         if getattr(options, name) < 1:
             flag = f"--{name.replace('_', '-')}"
