@@ -37,7 +37,7 @@ def train_model(
     Leaves model.safetensors, log.jsonl and samples.png; state/ only while it is unfinished.
     """
     check(config)
-    device = this_device()
+    this_device()  # before anything asks PartialState
     processes = PartialState()
     if not processes.is_main_process:
         silence()
@@ -52,14 +52,14 @@ def train_model(
     finished = run / "model.safetensors"
     if finished.exists():
         model = load(run, config.precision)
-        _require_same(run, model.card.training.get("settings", {}), settings)
+        require_same(run, model.card.training.get("settings", {}), settings)
         say(f"{run}  finished before: {finished}")
         return model
     state = run / "state" / "state.safetensors"
     described = run / "state" / "settings.json"
     if processes.is_main_process:
         if state.exists():
-            _require_same(run, json.loads(described.read_text()), settings)
+            require_same(run, json.loads(described.read_text()), settings)
         else:
             write_atomic(described, json.dumps(settings))
     processes.wait_for_everyone()
@@ -71,19 +71,24 @@ def train_model(
     training |= {"seconds": last.seconds}
     card = replace(card, training=training)
     if processes.is_main_process:
-        weights = {name: value.cpu() for name, value in denoiser.net.state_dict().items()}
-        model = Model(denoiser.requires_grad_(False), card, checkpoint.weights_sha256(weights))
-        indices = torch.arange(64, device=device)
-        # a teacher's 1000 calls would take longer than its training where there is no GPU
-        plan = model.plan(min(next(iter(card.plans)), 50) if card.solvers else None)
-        save_grid(run / "samples.png", model.sample(plan, 0, indices, some_labels(model, 64)))
-        checkpoint.save(finished, weights, card)
+        leave(run, denoiser, card)
         shutil.rmtree(run / "state")
         say(
             f"{run}  loss {last.loss:.4f} after {last.seconds:.0f} s: {finished}, {run / 'samples.png'}"
         )
     processes.wait_for_everyone()
     return load(run, config.precision)
+
+
+def leave(run: Path, denoiser: Denoiser, card: Card) -> None:
+    """Write the run's samples.png, then its model.safetensors: the run is finished."""
+    weights = {name: value.cpu() for name, value in denoiser.net.state_dict().items()}
+    model = Model(denoiser.requires_grad_(False), card, checkpoint.weights_sha256(weights))
+    indices = torch.arange(64, device=model.device)
+    # a teacher's 1000 calls would take longer than its training where there is no GPU
+    plan = model.plan(min(next(iter(card.plans)), 50) if card.solvers else None)
+    save_grid(run / "samples.png", model.sample(plan, 0, indices, some_labels(model, 64)))
+    checkpoint.save(run / "model.safetensors", weights, card)
 
 
 def some_labels(model: Model, count: int) -> torch.Tensor | None:
@@ -94,7 +99,8 @@ def some_labels(model: Model, count: int) -> torch.Tensor | None:
     return torch.arange(count, device=model.device) % classes
 
 
-def _require_same(run: Path, before: dict, now: dict) -> None:
+def require_same(run: Path, before: dict, now: dict) -> None:
+    """UserError where the run there is of other settings."""
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) != now.get(key):
             raise UserError(

@@ -12,7 +12,7 @@ from PIL import Image
 from diffusion import checkpoint
 from distill import consistency, midtraining, progressive
 from eval import compare, human, report
-from students import generate
+from students import generate, soup
 from teachers import ddpm
 
 BASE = {
@@ -21,6 +21,7 @@ BASE = {
     midtraining: "--teacher runs/teacher --iterations 2 --batch-size 8",
     consistency: "--teacher runs/teacher --num-angles 4 --iterations 2 --batch-size 8",
     generate: "--num 2 --batch-size 2",
+    soup: "",
     report: "",
     human: "",
     compare: "--num-images 80 --features random --precision fp32 --steps 1",
@@ -87,6 +88,11 @@ MISTAKES = [
     (generate, "runs/student --batch-size 0", ["--batch-size", "0"]),
     (generate, "runs/student --out a.jpg", [".png", "a.jpg"]),
     (generate, "runs/student --out file/a.png", ["file"]),
+    (soup, "", ["two or more"]),
+    (soup, "runs/student", ["two or more", "runs/student"]),
+    (soup, "runs/student runs/student", ["two or more", "different"]),
+    (soup, "runs/student missing", ["missing"]),
+    (soup, "runs/student runs/teacher", ["sampler", "runs/teacher", "ddim"]),
     (compare, "missing", ["missing"]),
     (compare, "empty", ["empty"]),
     (compare, "cut.safetensors", ["cut.safetensors"]),

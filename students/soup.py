@@ -1,0 +1,106 @@
+"""One student of several: `python -m students.soup RUN RUN … --out RUN` (Wortsman et al. 2022)."""
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import tyro
+from torch import Tensor
+
+from diffusion.checkpoint import require_folder
+from diffusion.console import UserError, run, say
+from diffusion.model import Model, load
+from diffusion.runs import leave, require_same
+from students.start import images_spent
+
+FARTHEST = 0.4  # students of one teacher were 0.12 to 0.2 apart, a fresh network 0.78
+
+
+@dataclass(frozen=True)
+class Options:
+    """Average the weights of students of one teacher that differ in their seed or settings.
+
+    They begin at the same weights and end in one basin, where the mean of several is better than
+    each. It is one network, as fast as any of them; its training is all of theirs.
+    """
+
+    students: tyro.conf.Positional[tuple[Path, ...]]
+    """Runs or checkpoints, two or more, of one network, sampler and number of steps."""
+    out: Path = Path("runs/soup")
+    """The run's folder."""
+
+
+def average(weights: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The mean of each tensor, in its own type. Wortsman et al. 2022, the uniform soup."""
+    return {
+        name: torch.stack([each[name].double() for each in weights]).mean(0).to(first.dtype)
+        for name, first in weights[0].items()
+    }
+
+
+def distance(weights: list[dict[str, Tensor]]) -> float:
+    """How far apart networks are: 0 for copies, 1 where their weights have nothing in common.
+
+    Their distance from their mean, over what it would be were they orthogonal and of one size.
+    """
+    flat = torch.stack([torch.cat([value.flatten() for value in w.values()]) for w in weights])
+    apart = (flat - flat.mean(0)).norm() / flat.norm()
+    return float(apart) / math.sqrt(1 - 1 / len(weights))
+
+
+def check_alike(models: list[Model], paths: tuple[Path, ...]) -> None:
+    """UserError for students whose average would be no student."""
+    if len({model.sha256 for model in models}) < max(2, len(models)):
+        raise UserError(f"expected two or more different students, got {' '.join(map(str, paths))}")
+    for model, path in zip(models, paths, strict=True):
+        for what in ("net", "data", "sampler", "guidance"):
+            mine, firsts = getattr(model.card, what), getattr(models[0].card, what)
+            if mine != firsts:
+                raise UserError(
+                    f"{path} cannot be averaged with {paths[0]}: its {what} is {mine}, not {firsts}"
+                )
+        if model.card.plans.keys() != models[0].card.plans.keys():
+            raise UserError(
+                f"{path} cannot be averaged with {paths[0]}: it has {[*model.card.plans]} steps of "
+                f"its own, not {[*models[0].card.plans]}"
+            )
+
+
+def soup(options: Options) -> Model:
+    """The average of these students: loaded where it is finished, else made. Its angles are the first's."""
+    models = [load(path) for path in options.students]
+    check_alike(models, options.students)
+    card, settings = models[0].card, {"soup": [model.sha256 for model in models]}
+    if (options.out / "model.safetensors").exists():
+        before = load(options.out)
+        require_same(options.out, before.card.training.get("settings", {}), settings)
+        say(f"{options.out}  finished before")
+        return before
+    weights = [model.denoiser.net.state_dict() for model in models]
+    apart = distance(weights)
+    if apart > FARTHEST:
+        raise UserError(
+            f"these networks are too far apart to be averaged ({apart:.2f}, at most {FARTHEST}): expected "
+            "students that began at the same weights, as cd, ect and progressive do, not ct or ict"
+        )
+    require_folder(options.out)
+    models[0].denoiser.net.load_state_dict(average(weights))
+    images = sum(images_spent(model) for model in models)
+    seconds = sum(model.card.training.get("seconds", 0) for model in models)
+    training = {"settings": settings, "total_images": images, "seconds": seconds}
+    leave(
+        options.out,
+        models[0].denoiser,
+        replace(card, method=f"{card.method}-soup", training=training),
+    )
+    say(f"{options.out}  of {len(models)} students, {apart:.2f} apart")
+    return load(options.out)
+
+
+def main() -> None:
+    soup(tyro.cli(Options, prog="python -m students.soup"))
+
+
+if __name__ == "__main__":
+    run(main)

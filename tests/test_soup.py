@@ -1,0 +1,111 @@
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffusion import checkpoint
+from diffusion.config import FitConfig
+from diffusion.model import load
+from distill import consistency
+from students.soup import FARTHEST, average, distance, main
+from tests.analytic import normal, random_unet
+
+close = torch.testing.assert_close
+
+
+def layers(seed: int) -> dict[str, torch.Tensor]:
+    return {"weight": normal(seed, 3, 4), "bias": normal(seed + 1, 3)}
+
+
+def test_the_average_of_networks_has_the_mean_of_each_weight():
+    mean = average([layers(0), layers(10), layers(20)])
+    for name, value in mean.items():
+        close(value, sum(layers(seed)[name] for seed in (0, 10, 20)) / 3)
+
+
+def test_weights_keep_their_type_and_rounding_does_not_grow_with_their_number():
+    ones = [{"w": torch.full((4,), 1 + 2**-7, dtype=torch.bfloat16)}] * 1000
+    assert torch.equal(average(ones)["w"], ones[0]["w"])
+
+
+@pytest.mark.parametrize("number", [2, 3, 8])
+def test_distance_is_0_of_copies_and_1_of_orthogonal_networks(number):
+    assert distance([layers(0)] * number) == pytest.approx(0, abs=1e-6)
+    axes = [{"a": row[:5], "b": row[5:]} for row in torch.eye(number, 12)]
+    assert distance(axes) == pytest.approx(1)
+
+
+def test_distance_of_two_networks_that_share_a_part_is_the_share_of_the_other():
+    shared, own = torch.tensor([3.0]), torch.eye(2)
+    pair = [{"w": torch.cat([shared, row])} for row in own]
+    assert distance(pair) == pytest.approx(math.sqrt(1 / 10))
+
+
+@pytest.fixture(scope="module")
+def students(teacher, tmp_path_factory) -> list[Path]:
+    """Two of one teacher, from other seeds."""
+    folder = tmp_path_factory.mktemp("soup")
+    for seed in (0, 1):
+        fit = FitConfig(iterations=4, batch_size=8, warmup=0, seed=seed)
+        options = consistency.Options(
+            teacher=teacher, out=folder / f"{seed}", num_angles=4, target_ema=0.5, fit=fit
+        )
+        consistency.distill(options)
+    return [folder / "0", folder / "1"]
+
+
+def test_a_soup_is_a_student_like_those_it_is_made_of(students, teacher, command, tmp_path):
+    assert command(main, *students, "--out", tmp_path / "soup").code == 0
+    first, second, soup = (load(path) for path in (*students, tmp_path / "soup"))
+    states = [model.denoiser.net.state_dict() for model in (first, second, soup)]
+    for name, value in states[2].items():
+        close(value, (states[0][name] + states[1][name]) / 2)
+    assert not torch.equal(states[0]["head.weight"], states[1]["head.weight"])
+    assert soup.card.method == "consistency-cd-soup"
+    assert soup.card.parent == first.card.parent == load(teacher).sha256
+    assert soup.card.training["total_images"] == 2 * 4 * 8
+    assert soup.plan(2)[0] == "consistency"
+    assert (tmp_path / "soup" / "samples.png").exists()
+
+
+def test_the_same_command_finds_its_soup_and_another_one_is_told_so(students, command, tmp_path):
+    out = tmp_path / "soup"
+    command(main, *students, "--out", out)
+    made = (out / "model.safetensors").read_bytes()
+    assert "finished before" in command(main, *students, "--out", out).out
+    outcome = command(main, *reversed(students), "--out", out)
+    assert (outcome.code, outcome.err.count("\n")) == (2, 1)
+    assert (out / "model.safetensors").read_bytes() == made
+
+
+def test_networks_of_other_origins_are_not_averaged(students, command, tmp_path):
+    _, card, _ = checkpoint.load(students[0])
+    net = card.net | {key: tuple(v) for key, v in card.net.items() if isinstance(v, list)}
+    torch.manual_seed(0)
+    weights = random_unet(**net).state_dict()
+    checkpoint.save(tmp_path / "alien.safetensors", weights, card)
+    assert distance([weights, load(students[0]).denoiser.net.state_dict()]) > FARTHEST
+    outcome = command(main, students[0], tmp_path / "alien.safetensors", "--out", tmp_path / "out")
+    assert (outcome.code, outcome.err.count("\n")) == (2, 1)
+    assert "too far apart" in outcome.err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"sampler": "ddim"}, "sampler"),
+        ({"plans": {4: [0.0, 0.5, 0.8, 1.2, 1.5]}}, "steps"),
+        ({"guidance": 2.0}, "guidance"),
+    ],
+)
+def test_students_that_are_used_otherwise_are_not_averaged(
+    students, command, tmp_path, changes, word
+):
+    weights, card, _ = checkpoint.load(students[1])
+    checkpoint.save(tmp_path / "other.safetensors", weights, replace(card, **changes))
+    outcome = command(main, students[0], tmp_path / "other.safetensors", "--out", tmp_path / "out")
+    assert (outcome.code, outcome.err.count("\n")) == (2, 1)
+    assert word in outcome.err
