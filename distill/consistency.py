@@ -1,5 +1,6 @@
 """Consistency models: `python -m distill.consistency --mode cd|ct|ict|ect|scm`."""
 
+import math
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from diffusion.checkpoint import Card
 from diffusion.config import FitConfig
 from diffusion.console import UserError, run
+from diffusion.data import Dataset
 from diffusion.denoiser import Denoiser
 from diffusion.model import Model, build, load
 from diffusion.runs import train_model
@@ -20,6 +22,7 @@ from diffusion.schedules import even
 from diffusion.training import Average, Objective, frozen_copy
 from distill.continuous import ContinuousConsistency, LogWeight, unit
 from distill.discrete import DISTANCES, WEIGHTS, Consistency
+from distill.frechet import Frechet, FrechetTerm, middle, of_data
 from distill.pairs import (
     CURRICULA,
     Curriculum,
@@ -71,6 +74,9 @@ class Options(StudentOptions):
     """All but scm."""
     weight: Literal["one", "gap", "sigma-gap"] | None = None
     """All but scm: of a pair's loss, 1, 1 / (t - s) or 1 / (tan t - tan s)."""
+    frechet: float | None = None
+    """cd, ect: weight of a further loss, the Fréchet distance of its images from real ones in features
+    of the teacher's network (Mathiasen & Hvilshøj 2020); 0 for none. A third more time."""
     segments: int | None = None
     """All but scm: into how many the angles are cut. The student goes from any angle to the end of
     its segment, and samples in so many steps; 1 for a consistency model (Heek et al. 2024)."""
@@ -151,6 +157,17 @@ def continuous(options: Options, teacher: Model, student: nn.Module) -> Continuo
     )
 
 
+def with_frechet(
+    aim: Consistency, options: Options, teacher: Model, dataset: Dataset
+) -> Consistency:
+    """The objective with the further loss that --frechet asks for."""
+    features = middle(teacher, options.fit.compile)
+    real = of_data(features, dataset, options.fit.flip, teacher.device)
+    frechet = Frechet(real, math.prod(dataset.spec.shape)).to(teacher.device)
+    term = FrechetTerm(options.frechet, features, frechet)
+    return replace(aim, frechet=term, averages=(*aim.averages, frechet))
+
+
 # The papers' P_mean and P_std at their sigma_data = 1/2: tan t is twice their sigma.
 ICT = LogNormal(mean=-0.4, std=2.0)
 SCM = LogNormal(mean=-0.3, std=1.4)
@@ -167,6 +184,7 @@ MODES = {
             "target_ema": 0.95,
             "distance": "l2",
             "weight": "one",
+            "frechet": 0.0,
         },
     ),
     "ct": Mode(
@@ -205,6 +223,7 @@ MODES = {
             "target_ema": 0.0,
             "distance": "pseudo-huber",
             "weight": "sigma-gap",
+            "frechet": 0.0,
         },
     ),
     "scm": Mode(
@@ -220,6 +239,7 @@ LIMITS = {
     "target_ema": ("in [0, 1)", lambda decay: 0 <= decay < 1),
     "segments": ("at least 1", lambda n: n >= 1),
     "stages": ("at least 1", lambda n: n >= 1),
+    "frechet": ("at least 0", lambda weight: 0 <= weight < math.inf),
     "tangent_warmup": ("in [0, 1]", lambda share: 0 <= share <= 1),
 }
 
@@ -244,6 +264,11 @@ def settings(options: Options) -> dict:
         raise UserError(
             f"--num-angles must be a multiple of --segments {chosen['segments']}, so that every "
             f"segment's border is trained, got {chosen['num_angles']}"
+        )
+    if chosen.get("frechet") and chosen["segments"] > 1:
+        raise UserError(
+            f"--frechet goes with --segments 1, got {chosen['segments']}: what leads to a segment's end is "
+            "no image, and has no image's features"
         )
     return chosen
 
@@ -296,6 +321,8 @@ def distill(options: Options) -> Model:
         **student_card(teacher),
     )
     aim = MODES[options.mode].objective(options, teacher, student)
+    if options.frechet:
+        aim = with_frechet(aim, options, teacher, dataset)
     return train_model(out, student, aim, dataset, options.fit, card)
 
 

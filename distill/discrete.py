@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from diffusion.batches import Batch
 from diffusion.circle import add_noise, broadcast, rotate
 from diffusion.training import Average
+from distill.frechet import FrechetTerm
 from distill.pairs import Ends, Pairs, to_data
 from distill.steps import Step
 
@@ -35,6 +36,8 @@ class Consistency:
     averages: Sequence[Average] = ()
     ends: Ends = to_data
     """t -> the angle a < t where its segment ends; no step goes beyond it."""
+    frechet: FrechetTerm | None = None
+    """Joins the loss."""
 
     def __call__(self, student, batch: Batch, progress: float) -> Tensor:
         t, s = self.pairs(batch.level, progress)
@@ -47,8 +50,9 @@ class Consistency:
             f = (self.target or student)(rotate(x_t, x0, t, s), s, batch.label)
             target = join(x0, f, t, s, a)
         torch.manual_seed(batch.seed)  # the same dropout mask for both passes
-        loss = self.distance(student(x_t, t, batch.label) - target)
-        return loss * self.weight(t, s).float()
+        x0 = student(x_t, t, batch.label)
+        loss = self.distance(x0 - target) * self.weight(t, s).float()
+        return loss + self.frechet(x0, batch, progress) if self.frechet else loss
 
 
 def join(x0: Tensor, f: Tensor, t: Tensor, s: Tensor, a: Tensor) -> Tensor:

@@ -422,6 +422,9 @@ def test_ects_target_may_be_the_teachers_step():
         ({"mode": "scm", "solver": "heun"}, "--solver must be euler or data"),
         ({"mode": "scm", "tangent_warmup": 2.0}, "--tangent-warmup must be in [0, 1], got 2"),
         ({"mode": "ect", "stages": 0}, "--stages must be at least 1, got 0"),
+        ({"mode": "ct", "frechet": 1.0}, "--mode ct has no --frechet"),
+        ({"mode": "cd", "frechet": -1.0}, "--frechet must be at least 0, got -1"),
+        ({"mode": "cd", "frechet": 1.0, "segments": 2}, "--frechet goes with --segments 1, got 2"),
     ],
     ids=str,
 )

@@ -25,6 +25,7 @@ RUNS = {
     "teacher": f"teachers.ddpm {NET} {FIT}",
     "progressive/0002": f"distill.progressive --teacher one/teacher {HALVING} {FIT}",
     "consistency": f"distill.consistency --teacher one/teacher --num-angles 4 {FIT}",
+    "frechet": f"distill.consistency --teacher one/teacher --num-angles 4 --frechet 1 {FIT}",
     "continuous": f"distill.consistency --mode scm --teacher one/teacher {FIT}",
 }
 LAUNCH_TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]

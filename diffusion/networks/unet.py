@@ -179,6 +179,18 @@ class UNet(nn.Module):
     def forward(
         self, x: Tensor, t: Tensor, label: Tensor | None = None, guidance: Tensor | None = None
     ) -> Tensor:
+        h, skips, embedding = self.encode(x, t, label, guidance)
+        for layer in self.up:
+            if isinstance(layer, nn.ModuleList):
+                h = _apply(layer, torch.cat([h, skips.pop()], dim=1), embedding)
+            else:
+                h = layer(F.interpolate(h, scale_factor=2.0, mode="nearest"))
+        return F.pixel_shuffle(self.head(F.silu(self.norm(h))), self.config.patch)
+
+    def encode(
+        self, x: Tensor, t: Tensor, label: Tensor | None = None, guidance: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor], Tensor]:
+        """The way down: the middle's output (B, C', H', W'), what the way up takes over, the embedding."""
         embedding = self.angle(t)
         if self.config.num_classes:
             unknown = torch.full(t.shape, self.config.num_classes, device=t.device)
@@ -192,13 +204,7 @@ class UNet(nn.Module):
         for layer in self.down:
             h = _apply(layer, h, embedding)
             skips.append(h)
-        h = _apply(self.middle, h, embedding)
-        for layer in self.up:
-            if isinstance(layer, nn.ModuleList):
-                h = _apply(layer, torch.cat([h, skips.pop()], dim=1), embedding)
-            else:
-                h = layer(F.interpolate(h, scale_factor=2.0, mode="nearest"))
-        return F.pixel_shuffle(self.head(F.silu(self.norm(h))), self.config.patch)
+        return _apply(self.middle, h, embedding), skips, embedding
 
 
 def _apply(layers: nn.Module, h: Tensor, embedding: Tensor) -> Tensor:
