@@ -47,6 +47,10 @@ FASHION_CPU = Line(
             "distill.consistency --mode cd --iterations 2000 --batch-size 128 "
             "--learning-rate 1e-3 --warmup 50 --num-angles 32 --compile",
         ),
+        "cd-frechet": (
+            "distill.consistency --mode cd --frechet 3 --iterations 2000 --batch-size 128 "
+            "--learning-rate 1e-3 --warmup 50 --num-angles 32 --compile",
+        ),
         "multistep": (
             "distill.consistency --mode cd --segments 2 --iterations 2000 --batch-size 128 "
             "--learning-rate 1e-3 --warmup 50 --num-angles 32 --compile",

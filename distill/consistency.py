@@ -309,7 +309,8 @@ def distill(options: Options) -> Model:
         )
     student, before = beginning(options, teacher)
     parts = chosen.get("segments", 1)
-    method, earlier = f"{'multistep' if parts > 1 else 'consistency'}-{options.mode}", {}
+    method = f"{'multistep' if parts > 1 else 'consistency'}-{options.mode}"
+    method, earlier = method + ("-frechet" if options.frechet else ""), {}
     if options.start:
         method, earlier = f"{before.card.method}+{method}", {"start": before.sha256}
     if before and images_spent(before):

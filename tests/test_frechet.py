@@ -220,5 +220,6 @@ def test_a_student_trained_by_it_is_nearer_to_the_data_in_these_features(
     plain, nearer = (trained(f"{weight}", frechet=weight, iterations=250) for weight in (0.0, 1.0))
     assert distance(nearer) < 0.9 * distance(plain)
     assert nearer.card.training["settings"]["frechet"] == 1.0
+    assert (plain.card.method, nearer.card.method) == ("consistency-cd", "consistency-cd-frechet")
     weights = checkpoint.load(tmp_path / "1.0")[0]
     assert weights.keys() == checkpoint.load(teacher)[0].keys()
