@@ -1,5 +1,6 @@
 """Denoiser: a network that predicts v, x0 or eps, read as an x0. Precision is decided here."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -91,11 +92,14 @@ class Denoiser(nn.Module):
         on_gpu = next(self.net.parameters()).is_cuda
         self.net.compile(mode="reduce-overhead" if on_gpu else None)
 
+    def call(self, function: Callable, x_t: Tensor, t: Tensor, *condition: Tensor | None):
+        """The network, or a part of it, in this denoiser's precision and layout."""
+        with torch.autocast(x_t.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            return function(x_t.contiguous(memory_format=self.layout), t.float(), *condition)
+
     def _predict(self, x_t: Tensor, t: Tensor, *condition: Tensor | None) -> tuple[Tensor, Tensor]:
         """x0, and what the network puts out beyond its prediction."""
-        with torch.autocast(x_t.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            x = x_t.contiguous(memory_format=self.layout)
-            output = self.net(x, t.float(), *condition)
+        output = self.call(self.net, x_t, t, *condition)
         # always a copy: a CUDA graph's next call writes where this one's output lies, while an x0
         # or a share that is a view of it may be kept for the steps to come (dpm-solver++, heun)
         output = output.to(torch.float32, copy=True)

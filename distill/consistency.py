@@ -76,7 +76,7 @@ class Options(StudentOptions):
     """All but scm: of a pair's loss, 1, 1 / (t - s) or 1 / (tan t - tan s)."""
     frechet: float | None = None
     """cd, ect: weight of a further loss, the Fréchet distance of its images from real ones in features
-    of the teacher's network (Mathiasen & Hvilshøj 2020); 0 for none. A third more time."""
+    of the teacher's network (Mathiasen & Hvilshøj 2020); 0 for none."""
     segments: int | None = None
     """All but scm: into how many the angles are cut. The student goes from any angle to the end of
     its segment, and samples in so many steps; 1 for a consistency model (Heek et al. 2024)."""
@@ -163,7 +163,7 @@ def with_frechet(
     """The objective with the further loss that --frechet asks for."""
     features = middle(teacher, options.fit.compile)
     real = of_data(features, dataset, options.fit.flip, teacher.device)
-    frechet = Frechet(real, math.prod(dataset.spec.shape)).to(teacher.device)
+    frechet = Frechet(real, math.prod(dataset.spec.shape))
     term = FrechetTerm(options.frechet, features, frechet)
     return replace(aim, frechet=term, averages=(*aim.averages, frechet))
 
@@ -309,8 +309,11 @@ def distill(options: Options) -> Model:
         )
     student, before = beginning(options, teacher)
     parts = chosen.get("segments", 1)
-    method = f"{'multistep' if parts > 1 else 'consistency'}-{options.mode}"
-    method, earlier = method + ("-frechet" if options.frechet else ""), {}
+    kind, further = (
+        "multistep" if parts > 1 else "consistency",
+        "-frechet" if options.frechet else "",
+    )
+    method, earlier = f"{kind}-{options.mode}{further}", {}
     if options.start:
         method, earlier = f"{before.card.method}+{method}", {"start": before.sha256}
     if before and images_spent(before):

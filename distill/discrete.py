@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from diffusion.batches import Batch
 from diffusion.circle import add_noise, broadcast, rotate
-from diffusion.training import Average
+from diffusion.training import Follower
 from distill.frechet import FrechetTerm
 from distill.pairs import Ends, Pairs, to_data
 from distill.steps import Step
@@ -33,7 +33,7 @@ class Consistency:
     """(t, s) -> (B,)."""
     target: nn.Module | None = None
     """What judges x_s: an average of the student, or None for the student itself."""
-    averages: Sequence[Average] = ()
+    averages: Sequence[Follower] = ()
     ends: Ends = to_data
     """t -> the angle a < t where its segment ends; no step goes beyond it."""
     frechet: FrechetTerm | None = None

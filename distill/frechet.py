@@ -53,10 +53,7 @@ def middle(teacher: Model, compile: bool = False) -> Features:
 
     def features(x0: Tensor, eps: Tensor) -> Tensor:
         t = torch.full((len(x0),), ANGLE, dtype=torch.float64, device=x0.device)
-        x_t = add_noise(x0, eps, t).contiguous(memory_format=denoiser.layout)
-        bf16 = denoiser.precision == "bf16"
-        with torch.autocast(x0.device.type, torch.bfloat16, enabled=bf16):
-            h, *_ = encode(x_t, t.float())
+        h, *_ = denoiser.call(encode, add_noise(x0, eps, t), t)
         side = max(1, min(h.shape[-1], math.isqrt(WIDEST // h.shape[1])))
         return F.adaptive_avg_pool2d(h.float(), side).flatten(1)
 

@@ -11,7 +11,8 @@ from diffusion import checkpoint, runs
 from diffusion.batches import Batch
 from diffusion.circle import add_noise
 from diffusion.console import Interrupted
-from diffusion.model import load
+from diffusion.model import build, load
+from diffusion.networks import UNetConfig
 from distill.consistency import Options, distill
 from distill.frechet import Frechet, FrechetTerm, middle, moments, of_data, sums
 from eval.metrics import Moments, frechet_distance
@@ -42,9 +43,9 @@ def scaled(frechet: Frechet, features: torch.Tensor) -> torch.Tensor:
 def with_ridge(features: torch.Tensor, ridge: float) -> Moments:
     """Their moments, of as many as they are, each direction's variance larger by the ridge."""
     found = Moments.of(features)
-    mean = torch.eye(features.shape[1], dtype=torch.float64) * ridge * found.count
+    added = torch.eye(features.shape[1], dtype=torch.float64) * ridge * found.count
     # a covariance over N, as the loss has it, not N - 1
-    return replace(found, scatter=(found.scatter + mean) * (found.count - 1) / found.count)
+    return replace(found, scatter=(found.scatter + added) * (found.count - 1) / found.count)
 
 
 def test_it_is_the_distance_of_the_scaled_features():
@@ -155,12 +156,10 @@ def test_features_are_the_middle_of_the_teachers_network(teacher, digits):
     h, *_ = model.denoiser.net.encode(add_noise(x0, eps, t), t.float())
     close(features(x0, eps), h.flatten(1))  # 8 channels of 8x8: 512 features need no squares
     assert features(x0, eps).shape == (4, 512)
-    wide = SimpleNamespace(
-        layout=torch.contiguous_format,
-        precision="fp32",
-        net=SimpleNamespace(encode=lambda x, t: (torch.ones(4, 96, 8, 8), [], None)),
-    )
-    assert middle(SimpleNamespace(denoiser=wide))(x0, eps).shape == (4, 96 * 9)
+    wide = build(UNetConfig(width=96, multipliers=(1,), blocks=1, attention=()), "bf16")
+    many = middle(SimpleNamespace(denoiser=wide))(x0, eps)
+    assert many.shape == (4, 96 * 9)  # in 3x3 squares
+    assert many.dtype == torch.float32
 
 
 def test_where_training_mirrors_images_so_do_the_real_features(digits):
