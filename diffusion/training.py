@@ -197,8 +197,12 @@ def _restore(path: Path, denoiser, averages, optimizer) -> Progress | None:
     for i, average in enumerate(averages):
         average.module.load_state_dict(part(f"average{i}."))
     slots: dict[int, dict[str, Tensor]] = {}
+    parameters = list(denoiser.parameters())
     for name, value in part("optimizer.").items():
         i, key = name.split(".")
+        like = parameters[int(i)]
+        if value.shape == like.shape:  # a moment: its order in memory must be its parameter's
+            value = torch.empty_like(like).copy_(value)
         slots.setdefault(int(i), {})[key] = value
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": slots, "param_groups": groups})

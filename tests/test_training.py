@@ -22,6 +22,7 @@ from diffusion import training as loops
 from diffusion.batches import Batch, Batches, batch_seed
 from diffusion.checkpoint import load_tensors
 from diffusion.console import Interrupted, UserError
+from diffusion.denoiser import Denoiser
 from diffusion.model import build, this_device
 from diffusion.schedules import cosine
 from diffusion.training import Average, Progress, fit, frozen_copy
@@ -60,10 +61,13 @@ def consistency(denoiser) -> Consistency:
 def training(tmp_path, tiny, quick, digits):
     """(objective, **settings) -> a new network and the loop that trains it, on one state file."""
 
-    def begin(make, name: str = "state", **settings) -> tuple[torch.nn.Module, Iterator[Progress]]:
+    def begin(
+        make, name: str = "state", layout=torch.contiguous_format, **settings
+    ) -> tuple[torch.nn.Module, Iterator[Progress]]:
         config = replace(quick, **{"save_every": 0.0, **settings})
         torch.manual_seed(0)
         denoiser = build(replace(tiny, dropout=0.1), config.precision)
+        denoiser = Denoiser(denoiser.net, config.precision, layout)
         state = tmp_path / f"{name}.safetensors"
         return denoiser, fit(denoiser, make(denoiser), digits, config, state)
 
@@ -90,6 +94,17 @@ def test_a_run_stopped_and_resumed_ends_with_the_same_weights_bit_for_bit(traini
     assert min(resumed) >= 10
     assert resumed[-4:] == [15, 20, 25, 30]
     assert identity(denoiser) == undisturbed(training, make)
+
+
+def test_a_run_in_the_layout_of_gpus_resumes_bit_for_bit_too(training):
+    layout = torch.channels_last
+    _, loop = training(denoising, layout=layout)
+    next(loop)
+    loop.close()
+    denoiser, loop = training(denoising, layout=layout)
+    list(loop)
+    assert not all(weight.is_contiguous() for weight in denoiser.parameters())
+    assert identity(denoiser) == undisturbed(training, denoising, layout=layout)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
