@@ -126,6 +126,8 @@ def training(
     objective: one of step_cost's names.
     """
     own = refitted(teacher.denoiser, on).eval().requires_grad_(False)
+    if "torch.compile" in on:
+        own.net.compile()
     student = refitted(teacher.denoiser, on).requires_grad_(True)
     made = rows(replace(teacher, denoiser=own), student)
     aim = next(row.objective for row in made if row.name == objective)

@@ -55,8 +55,10 @@ class Batches:
             )
         self.config, self.spec, self.device = config, dataset.spec, worker.device
         self.rank, self.world = worker.process_index, worker.num_processes
-        self.generator = torch.Generator(worker.device)
-        home = worker.device if _fits(dataset.train, worker.device) else torch.device("cpu")
+        self.generator = self.picker = torch.Generator(worker.device)
+        home = worker.device
+        if not _fits(dataset.train, home):  # picked where they lie, so that nothing waits
+            home, self.picker = torch.device("cpu"), torch.Generator()
         self.images = dataset.train.to(home)
         self.labels = None
         if dataset.spec.num_classes and dataset.train_labels is not None:
@@ -72,20 +74,21 @@ class Batches:
             slice(self.rank, None, self.world),
         )
         seed = batch_seed(self.config.seed, i)
-        random = self.generator.manual_seed(seed)
-        which = torch.randint(len(self.images), (size,), generator=random, device=device)[share]
+        random, picker = self.generator.manual_seed(seed), self.picker.manual_seed(seed)
+        which = torch.randint(len(self.images), (size,), generator=picker, device=picker.device)[
+            share
+        ]
         eps = torch.randn(size, *self.spec.shape, generator=random, device=device)[share]
         offset = torch.rand((), generator=random, device=device, dtype=torch.float64)
         level = (torch.arange(size, device=device, dtype=torch.float64)[share] + offset) / size
         level = level.clamp(max=1 - 2**-53)  # the last may round to 1
         mirrored = torch.rand(size, generator=random, device=device)[share] < 0.5
-        which = which.to(self.images.device)
-        x0 = self.spec.to_unit(self.images[which].to(device, non_blocking=True))
+        x0 = self.spec.to_unit(_moved(self.images[which], device))
         if self.config.flip:
             x0 = torch.where(mirrored[:, None, None, None], x0.flip(-1), x0)
         label = None
         if self.labels is not None:
-            known = self.labels[which].to(device, non_blocking=True)
+            known = _moved(self.labels[which], device)
             dropped = torch.rand(size, generator=random, device=device)[share]
             label = known.where(dropped >= self.config.label_dropout, self.spec.num_classes)
         if self.guidance:
@@ -95,6 +98,11 @@ class Batches:
         seed += self.rank << 24
         torch.manual_seed(seed)
         return Batch(x0, eps, level, label, seed)
+
+
+def _moved(rows: Tensor, device: torch.device) -> Tensor:
+    """To the device, at once: a copy from memory that is not pinned would wait for it."""
+    return rows if rows.device == device else rows.pin_memory().to(device, non_blocking=True)
 
 
 def _fits(images: Tensor, device: torch.device) -> bool:

@@ -87,7 +87,9 @@ def leave(run: Path, denoiser: Denoiser, card: Card) -> None:
     indices = torch.arange(64, device=model.device)
     # a teacher's 1000 calls would take longer than its training where there is no GPU
     plan = model.plan(min(next(iter(card.plans)), 50) if card.solvers else None)
-    save_grid(run / "samples.png", model.sample(plan, 0, indices, some_labels(model, 64)))
+    with torch.compiler.set_stance("force_eager"):  # to compile for one batch would take longer
+        images = model.sample(plan, 0, indices, some_labels(model, 64))
+    save_grid(run / "samples.png", images)
     checkpoint.save(run / "model.safetensors", weights, card)
 
 

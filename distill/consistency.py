@@ -147,7 +147,7 @@ def continuous(options: Options, teacher: Model, student: nn.Module) -> Continuo
             f"is Euler's, got {options.solver}"
         )
     top = float(teacher.schedule[-1])
-    student.log_weight = LogWeight()  # trained with the student
+    student.log_weight = LogWeight().to(teacher.device)  # trained with the student
     return ContinuousConsistency(
         towards=TOWARDS[options.solver](teacher.denoiser),
         angles=lambda level: SCM.tan(level, top).atan(),

@@ -79,8 +79,10 @@ def derivative(
     call, inputs: tuple[Tensor, ...], directions: tuple[Tensor, ...]
 ) -> tuple[Tensor, Tensor]:
     """call(*inputs) and its derivative along the directions, by one forward-mode pass."""
-    # fused attention kernels have no forward mode, the plain products that they replace do
-    with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH), _Float32Norms():
+    # fused attention kernels have no forward mode, the plain products that they replace do;
+    # and compiled code drops the derivative, in some versions without a word
+    eager = torch.compiler.set_stance("force_eager")
+    with eager, forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH), _Float32Norms():
         duals = (forward_ad.make_dual(*pair) for pair in zip(inputs, directions, strict=True))
         value, change = forward_ad.unpack_dual(call(*duals))
         return value, change

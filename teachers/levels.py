@@ -26,7 +26,7 @@ def log_normal(angles: Tensor, level: Tensor) -> Tensor:
     With the weighting "v" the objective is then theirs.
     """
     mean, std = -1.2 - math.log(0.5), 1.2
-    low, high = torch.special.ndtr((angles[[1, -1]].tan().log() - mean) / std)
+    low, high = torch.special.ndtr((torch.stack([angles[1], angles[-1]]).tan().log() - mean) / std)
     t = (mean + std * torch.special.ndtri(low + level * (high - low))).exp().atan()
     return t.clamp(angles[1], angles[-1])  # what rounding leaves outside
 

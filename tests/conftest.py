@@ -7,6 +7,7 @@ import tempfile
 
 os.environ["FEWSTEP_CACHE"] = tempfile.mkdtemp(prefix="fewstep-tests-")  # read when imported
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # bits repeat on a CPU; test_line's line has the GPU
 
 from collections.abc import Callable
 from dataclasses import asdict

@@ -71,9 +71,14 @@ def test_the_commands_of_a_line_are_understood(name, tmp_path, monkeypatch):
 
 
 def test_a_line_goes_from_data_to_report_and_resumes(tmp_path, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")  # on a GPU where there is one
     toy = Line(
         teacher=f"teachers.ddpm {QUICK} --width 8 --multipliers 1",
-        students={"cd": (f"distill.consistency {QUICK}",)},
+        students={
+            "cd": (f"distill.consistency {QUICK} --frechet 1",),
+            "scm": (f"distill.midtraining {QUICK}", f"distill.consistency --mode scm {QUICK}"),
+            "progressive": (f"distill.progressive --start-steps 4 --rounds 2 {QUICK}",),
+        },
         compare="eval.compare --no-times --num-images 100 --steps 1,2 --features random",
     )
     monkeypatch.setitem(line.LINES, "toy", toy)
@@ -87,7 +92,8 @@ def test_a_line_goes_from_data_to_report_and_resumes(tmp_path, monkeypatch):
         assert (compare / name).exists()
     minutes = json.loads((compare / "commands.json").read_text())
     assert [command.split()[2].split(".")[-1] for command in minutes] == [
-        "ddpm", "consistency", "compare", "methods", "report"
+        "ddpm", "consistency", "midtraining", "consistency", "progressive",
+        "compare", "methods", "report",
     ]  # fmt: skip
 
 
