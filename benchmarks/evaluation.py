@@ -13,7 +13,7 @@ from statistics import median
 import tyro
 
 from diffusion import data
-from diffusion.console import out, run
+from diffusion.console import at_least, out, run
 from diffusion.model import load
 from eval.features import extractor
 from eval.quality import Judge, Seen
@@ -38,6 +38,7 @@ class Options:
 
 def main() -> None:
     options = tyro.cli(Options, prog="python -m benchmarks.evaluation")
+    at_least(1, options, "steps", "num_images", "batch_size", "repeats")
     model = load(options.checkpoint, "bf16")
     device, spec = model.device, model.spec
     dataset = data.load(spec.name, None, spec.size, spec.channels)

@@ -17,7 +17,7 @@ from cleanfid import fid
 from scipy import linalg
 
 from diffusion import data
-from diffusion.console import out, run
+from diffusion.console import at_least, out, run
 from eval.metrics import Moments, frechet_distance
 
 T = TypeVar("T")
@@ -80,6 +80,7 @@ def compare(a: Moments, reference: Moments, repeats: int) -> str:
 
 def main() -> None:
     options = tyro.cli(Options, prog="python -m benchmarks.frechet")
+    at_least(1, options, "dims", "repeats")
     sqrtm = linalg.sqrtm
     # clean-fid 0.1.35 asks for a second result by an argument that SciPy 1.18 does not take
     fid.linalg.sqrtm = lambda x, disp=True: sqrtm(x) if disp else (sqrtm(x), 0)

@@ -21,7 +21,7 @@ import tyro
 
 from benchmarks.lines import LINES, Line
 from diffusion.checkpoint import write_atomic
-from diffusion.console import Interrupted, UserError, run, say
+from diffusion.console import Interrupted, UserError, at_least, run, say
 
 LOCK = threading.Lock()  # of the log
 RUNNING: set[subprocess.Popen] = set()
@@ -100,9 +100,8 @@ def each(chain: list[list[str]], log: Path, threads: int | None) -> None:
 def run_line(options: Options) -> None:
     if options.line not in LINES:
         raise UserError(f"no line {options.line!r}: expected one of {', '.join(LINES)}")
-    for name, least in (("jobs", 1), ("seeds", 0)):
-        if getattr(options, name) < least:
-            raise UserError(f"--{name} must be at least {least}, got {getattr(options, name)}")
+    at_least(1, options, "jobs")
+    at_least(0, options, "seeds")
     line = LINES[options.line]
     line = replace(line, seeds=options.seeds or line.seeds)
     folder = options.out or Path("runs") / options.line

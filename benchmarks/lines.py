@@ -74,7 +74,7 @@ FASHION_CPU = Line(
         ),
     },
     compare="eval.compare --steps 1,2,4,8,10,50 --solvers ddim unipc --batch-size 64 "
-    "--likelihood 256 --compile",
+    "--likelihood 128 --compile",
 )
 
 # One GPU: meant for 20 minutes. Nothing here has been timed on a GPU yet.

@@ -11,6 +11,7 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Literal
 
 import torch
 import tyro
@@ -130,7 +131,7 @@ def distance(denoise, dimensions: int) -> float:
 class Options:
     """Train a one-step student by each method, and compare it with one step of DDIM."""
 
-    methods: tuple[str, ...] = tuple(METHODS)
+    methods: tuple[Literal[tuple(METHODS)], ...] = tuple(METHODS)
     """Some of them."""
     dimensions: tuple[int, ...] = (1, 2)
     """Of the data."""

@@ -11,7 +11,7 @@ from statistics import median
 import torch
 import tyro
 
-from diffusion.console import out, run
+from diffusion.console import at_least, out, run
 from diffusion.model import load
 from eval.timing import timed
 
@@ -31,6 +31,7 @@ class Options:
 @torch.no_grad()
 def main() -> None:
     options = tyro.cli(Options, prog="python -m benchmarks.overhead")
+    at_least(1, options, "steps", "batch_size", "repeats")
     model = load(options.checkpoint, "bf16")
     device = model.device
     indices = torch.arange(options.batch_size, device=device)

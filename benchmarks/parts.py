@@ -16,7 +16,7 @@ from benchmarks.step_cost import rows
 from diffusion.batches import batch_seed
 from diffusion.checkpoint import Card, require_folder
 from diffusion.config import FitConfig
-from diffusion.console import UserError
+from diffusion.console import at_least
 from diffusion.data import Dataset
 from diffusion.denoiser import Denoiser
 from diffusion.model import Model, build, this_device
@@ -47,10 +47,7 @@ K = TypeVar("K")
 
 def begin(options, *counts: str) -> None:
     """UserError for an option of these that is below 1, or an --out that cannot be written."""
-    for name in counts:
-        if getattr(options, name) < 1:
-            flag = name.replace("_", "-")
-            raise UserError(f"--{flag} must be at least 1, got {getattr(options, name)}")
+    at_least(1, options, *counts)
     if options.out:
         require_folder(options.out.parent)
 

@@ -16,7 +16,7 @@ import torch
 import tyro
 
 from diffusion.batches import Batch
-from diffusion.console import out, run
+from diffusion.console import at_least, out, run
 from diffusion.model import Model, load
 from diffusion.schedules import halve, respace
 from diffusion.training import Objective
@@ -112,6 +112,7 @@ def costs(
 
 def main() -> None:
     options = tyro.cli(Options, prog="python -m benchmarks.step_cost")
+    at_least(1, options, "batch_size", "repeats")
     teacher = load(options.teacher, "bf16")
     for name, seconds, ratio in costs(teacher, options.batch_size, options.repeats):
         out.print(f"{name:14} passes {1000 * seconds:8.2f} ms  step / passes {ratio:.3f}")

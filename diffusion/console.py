@@ -20,6 +20,16 @@ class UserError(Exception):
     """A user's mistake. The message names what was expected, what came, and the mend."""
 
 
+def at_least(least: int, options, *names: str) -> None:
+    """UserError for an option of these names, a number or several, that is below it."""
+    for name in names:
+        told = getattr(options, name)
+        several = told if isinstance(told, tuple) else (told,)
+        if min(several, default=least) < least:
+            flag, got = name.replace("_", "-"), " ".join(map(str, several))
+            raise UserError(f"--{flag} must be at least {least}, got {got}")
+
+
 class Interrupted(Exception):
     """A signal asked for a stop, and all that was done is on disk."""
 

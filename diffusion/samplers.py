@@ -137,8 +137,8 @@ def predictor_corrector(
 def stochastic(denoise: Denoise, noise: Iterator[Tensor], angles: Tensor) -> Tensor:
     """Two steps down the list in one rotation, one back up by fresh noise: N calls.
 
-    The sampler of Salimans & Ho 2022 and Meng et al. 2023, section 3.3, for models distilled to
-    deterministic steps twice as long as the list's.
+    The sampler of Meng et al. 2023, section 3.3, for models distilled to deterministic steps
+    twice as long as the list's.
     """
     x = next(noise)
     for t, u, s in zip(angles, angles[1:], angles[2:], strict=False):

@@ -79,6 +79,6 @@ DISTANCES = {
 }
 WEIGHTS = {
     "one": lambda t, s: torch.ones_like(t),
-    "gap": lambda t, s: 1 / (t - s),  # Song & Dhariwal 2023, section 3.5, in angles
+    "gap": lambda t, s: 1 / (t - s),  # Song & Dhariwal 2023, section 3.1, in angles
     "sigma-gap": lambda t, s: 1 / (t.tan() - s.tan()),  # theirs, light where noise is heavy
 }

@@ -22,6 +22,7 @@ from diffusion.model import Model, build
 from diffusion.runs import train_model
 from diffusion.training import Average
 from students.start import StudentOptions, find_teacher, student_card
+from teachers.levels import uniform
 from teachers.presets import preset
 
 LEARNED = "ancestral-learned"  # takes a variance that is not trained here
@@ -41,7 +42,7 @@ class Guidance:
     averages: Sequence[Average] = ()
 
     def __call__(self, student, batch: Batch, progress: float) -> Tensor:
-        t = self.angles[1 + (batch.level * (len(self.angles) - 1)).long()]
+        t = uniform(self.angles, batch.level)
         x_t = add_noise(batch.x0, batch.eps, t)
         with torch.no_grad():
             target = self.teacher(x_t, t, batch.label)

@@ -94,8 +94,8 @@ class Options(StudentOptions):
     round_iterations: tuple[int, ...] = ()
     """Each round's own --iterations."""
     last_rounds: float | None = None
-    """Or rounds that end at 2 steps or fewer train this many times --iterations; 2.5 for rounds
-    that were told."""
+    """Or rounds that end at 2 steps or fewer train this many times --iterations. Unless told, rounds
+    to step counts of the data's preset have its shares, and among others these have 2.5."""
     weighting: Literal["truncated", "v"] = "truncated"
     """max(SNR, 1) or SNR + 1, as weights of x0's squared error."""
     next_teacher: Literal["ema", "raw"] = "ema"

@@ -15,7 +15,7 @@ from torch import Tensor
 from diffusion import data as datasets
 from diffusion.checkpoint import require_folder, write_atomic
 from diffusion.config import check_compiler
-from diffusion.console import UserError, diverted, run, say, silence
+from diffusion.console import UserError, at_least, diverted, run, say, silence
 from diffusion.model import Model, load, require_same_images, this_device
 from diffusion.samplers import SOLVERS
 from diffusion.schedules import check_shift
@@ -31,6 +31,7 @@ from eval.search import SEED, search_angles
 from eval.store import Store, samples_of
 
 OWN_CLASSIFIER = ("digits", "fashion-mnist")  # where it is the default extractor; elsewhere, fid
+NUM_IMAGES = {"inception": 10_000}
 DRAWS = 8  # of real images, for the floor
 
 
@@ -54,8 +55,9 @@ class Options:
     truncated, ancestral, stochastic and predictor-corrector."""
     shifts: tuple[float, ...] = ()
     """Shifts of the solvers' angles to compare, in place of the teacher's own (teachers.ddpm --shift)."""
-    num_images: int = 1024
-    """Images per seed."""
+    num_images: int | None = None
+    """Images per seed, more than the features have dimensions: 10,000 for inception, else 1024, unless
+    told."""
     likelihood: int = 1024
     """Held-out images whose bits per dimension are measured of a teacher; 0 for none."""
     search_steps: tuple[int, ...] = ()
@@ -105,7 +107,7 @@ def compare(options: Options) -> list[Record]:
         wanted = planned(options, paths)
         bench = prepare(options, wanted[0].model)
         records.require_comparable([*given, template(bench, wanted[0])], options.times)
-        wanted += searched(options, wanted, bench.judge)
+        wanted += searched(options, wanted, bench)
         measured, refused = measure_rows(bench, wanted, store)
         store.put(images={"real": bench.judge.dataset.train[:SHOWN]})
         if alone:
@@ -125,20 +127,17 @@ def check(options: Options) -> None:
     check_compiler(options.compile)
     for shift in options.shifts:
         check_shift(shift)
-    for name in ("batch_size", "num_images"):
-        if getattr(options, name) < 1:
-            flag = f"--{name.replace('_', '-')}"
-            raise UserError(f"{flag} must be at least 1, got {getattr(options, name)}")
+    at_least(1, options, "batch_size")
+    at_least(2, options, "search_steps")
     if options.likelihood < 0 or options.likelihood == 1:
         raise UserError(f"--likelihood must be 0 or at least 2, got {options.likelihood}")
     if unknown := [name for name in options.solvers if name not in SOLVERS]:
         raise UserError(f"--solvers must be of {', '.join(SOLVERS)}, got {unknown[0]}")
-    if min(options.search_steps, default=2) < 2:
-        raise UserError(f"--search-steps must be at least 2, got {options.search_steps}")
     if SEED in options.seeds:
         raise UserError(f"--seeds must be others than the search's own {SEED}")
-    if not options.seeds:
-        raise UserError("--seeds takes at least one number, e.g. 0 1, got none")
+    if not options.seeds or len({*options.seeds}) < len(options.seeds):
+        told = " ".join(map(str, options.seeds)) or "none"
+        raise UserError(f"--seeds takes one or more numbers, each once, e.g. 0 1, got {told}")
     if missing := [path for path in options.runs if path.suffix == ".jsonl" and not path.exists()]:
         raise UserError(f"{missing[0]}: no such file of results")
 
@@ -155,16 +154,25 @@ def planned(options: Options, paths: tuple[Path, ...]) -> list[Row]:
     found = [row for path, model in models for row in rows(path, model, *asked)]
     if not found:
         raise UserError(f"none of the runs samples in --steps {options.steps}")
+    if options.search_steps and not students(found):
+        raise UserError(
+            "--search-steps is of consistency students, and there is none among the rows"
+        )
     return found
 
 
-def searched(options: Options, wanted: list[Row], judge: Judge) -> list[Row]:
+def students(wanted: list[Row]) -> dict[Path, Model]:
+    """The consistency students among them."""
+    return {row.path: row.model for row in wanted if row.sampler == "consistency" and row.own}
+
+
+def searched(options: Options, wanted: list[Row], bench: Bench) -> list[Row]:
     """A row for each consistency student and step count to search; every process finds the same."""
-    students = {row.path: row.model for row in wanted if row.sampler == "consistency" and row.own}
     found = []
-    for path, model in students.items():
+    for path, model in students(wanted).items():
         for steps in options.search_steps:
-            angles = [search_angles(judge, model, steps, options.num_images, options.batch_size)]
+            size = bench.num_images, bench.batch_size
+            angles = [search_angles(bench.judge, model, steps, *size)]
             (angles,) = broadcast_object_list(angles)  # the first process's, to the bit
             found.append(Row(path, model, "consistency", angles, own=True, note="searched"))
     return found
@@ -182,15 +190,18 @@ def prepare(options: Options, model: Model) -> Bench:
                 f"{dataset.spec.shape}"
             )
         own = extractor(choice, dataset, device, options.inception)
-        if options.num_images <= own.dim:
+        num_images = (
+            NUM_IMAGES.get(choice, 1024) if options.num_images is None else options.num_images
+        )
+        if num_images <= own.dim:
             raise UserError(
                 f"--num-images must be more than the {own.dim} dimensions of the features, "
-                f"got {options.num_images}"
+                f"got {num_images}"
             )
         judge = Judge.of(dataset, own, extractor("random", dataset, device), device)
     return Bench(
         judge=judge,
-        num_images=options.num_images,
+        num_images=num_images,
         seeds=options.seeds,
         batch_size=options.batch_size,
         precision=options.precision,
@@ -198,8 +209,8 @@ def prepare(options: Options, model: Model) -> Bench:
         times=options.times,
         sweep=options.sweep,
         likelihood=options.likelihood,
-        floor=judge.floor(options.num_images, DRAWS),
-        held_out=judge.held_out(options.num_images),
+        floor=judge.floor(num_images, DRAWS),
+        held_out=judge.held_out(num_images),
     )
 
 

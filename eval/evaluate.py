@@ -74,6 +74,7 @@ def template(bench: Bench, row: Row) -> Record:
         held_out=bench.held_out,
         batch_size=bench.batch_size,
         environment=machine.environment(judge.device, bench.precision, bench.compile),
+        conditions=machine.conditions(judge.device),
     )
 
 

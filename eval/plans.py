@@ -84,11 +84,13 @@ def rows(
         skipped = not long and card.parent is None and steps not in (counts or ())
         if wanted and not skipped:
             yield Row(path, model, *model.plan(steps), own=True)
-    free = [solver for solver in solvers if solver in card.solvers and solver != card.sampler]
+    free = [solver for solver in solvers if solver in card.solvers]
     ways = list(product(shifts or (None,), free))
     for shift, solver in ways:
         note = "" if shift is None else f"shift {shift:g}"
         for nfe in counts or (1, 2, 4, 8, 16, 32):
             steps = SOLVERS[solver].steps(nfe)
+            if solver == card.sampler and nfe in card.plans:
+                continue  # its own
             if steps > 1 or (shift, solver) == ways[0]:  # in one step all are the same
                 yield Row(path, model, *model.plan(nfe, solver, shift), own=False, note=note)

@@ -226,8 +226,9 @@ def reference(
     path = cache / "reference" / name
     if path.exists():
         return load_tensors(path)[0]["features"].to(device)
-    parts = [extractor.extract(part.to(device)) for part in images.split(PORTION)]
-    features = torch.cat(parts) if parts else torch.zeros(0, extractor.dim)
+    if not len(images):  # nothing is held out of a small folder
+        return torch.zeros(0, extractor.dim, device=device)
+    features = torch.cat([extractor.extract(part.to(device)) for part in images.split(PORTION)])
     save_tensors(path, {"features": features}, {})
     return features
 

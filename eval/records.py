@@ -191,13 +191,13 @@ def _some(words: list[str], between: str = ", ", most: int = 3) -> str:
 
 
 def merge(lists: Iterable[list[Record]]) -> list[Record]:
-    """Every measurement once, in the order of its first appearance: of equals, the latest."""
+    """Every measurement once, of equals the latest; teachers first, else in their order."""
     found: dict[tuple, Record] = {}
     for record in (record for records in lists for record in records):
         before = found.setdefault(record.key, record)
         if date(record) > date(before):
             found[record.key] = record
-    return list(found.values())
+    return sorted(found.values(), key=lambda record: record.parent is not None)
 
 
 def date(record: Record) -> str:

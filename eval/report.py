@@ -77,7 +77,6 @@ def gather(
         images |= load_tensors(samples)[0] if samples.exists() else {}
     merged = records.merge(rows)
     records.require_comparable(merged, times)
-    merged.sort(key=lambda record: record.parent is not None)
     return [record if times else replace(record, timings=[]) for record in merged], others, images
 
 

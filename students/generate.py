@@ -12,7 +12,7 @@ import tyro
 from torch import Tensor
 
 from diffusion.checkpoint import require_folder, write_atomic
-from diffusion.console import UserError, run, say, track
+from diffusion.console import UserError, at_least, run, say, track
 from diffusion.model import Model, load
 from diffusion.pictures import png, save_grid
 from diffusion.runs import some_labels
@@ -62,9 +62,10 @@ def plan_of(model: Model, options: Options) -> tuple[str, Tensor]:
         raise UserError("--shift is in place of --angles: leave one of them out")
     angles = torch.tensor([*options.angles, 0.0], dtype=torch.float64)
     top = float(model.schedule[-1])
-    if not (angles.diff() < 0).all() or angles[0] > top + 1e-4:
+    if len(angles) < 2 or not (angles.diff() < 0).all() or angles[0] > top + 1e-4:
         raise UserError(
-            f"--angles must fall from at most {top:.4f} and stay above 0, got {options.angles}"
+            f"--angles must be one or more, fall from at most {top:.4f} and stay above 0, "
+            f"got {options.angles}"
         )
     if options.steps not in (None, len(options.angles)):
         raise UserError(f"--steps {options.steps} does not fit {len(options.angles)} --angles")
@@ -133,11 +134,7 @@ WRITERS = {".png": write_grid, ".npz": write_npz, "": write_folder}
 def main() -> None:
     config = (tyro.conf.OmitArgPrefixes,)
     options = tyro.cli(Options, prog="python -m students.generate", config=config)
-    for name in ("num", "batch_size"):
-        if getattr(options, name) < 1:
-            raise UserError(
-                f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}"
-            )
+    at_least(1, options, "num", "batch_size")
     if options.out.suffix not in WRITERS:
         raise UserError(f"--out must end in .png or .npz or be a folder, got {options.out}")
     require_folder(options.out.parent if options.out.suffix else options.out)

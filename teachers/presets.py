@@ -24,7 +24,7 @@ class Preset:
     """Its students' step counts, with the shares of halving.iterations; none to halve down to 1."""
 
 
-# 2 CPU cores: teacher, students and comparison in about 16 minutes.
+# 2 CPU cores: teacher, students and comparison in about 20 minutes.
 DIGITS = Preset(
     net=UNetConfig(channels=1, size=8, width=32, multipliers=(1, 1), blocks=1, attention=()),
     teacher=FitConfig(iterations=1600, learning_rate=2e-3, ema=0.998),

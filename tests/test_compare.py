@@ -3,6 +3,7 @@
 import dataclasses
 import io
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from diffusion.model import Model, load
 from diffusion.schedules import respace, shifted
 from eval import compare, evaluate, lines, measure, race, records, stream, table
 from eval.compare import Options
+from eval.features import Extractor
 from eval.plans import rows
 from eval.records import Record
 
@@ -211,11 +213,12 @@ def test_rows_of_another_machine_join_the_table_only_without_times(compared, stu
         compare.compare(Options(runs=given, out=tmp_path / "timed", **SETTINGS))
     settings = SETTINGS | {"times": False}
     shown = compare.compare(Options(runs=given, out=tmp_path / "both", **settings))
-    assert [row.method for row in shown] == ["progressive", "teacher", "teacher", "teacher"]
-    assert shown[0].timings == []
+    assert [row.method for row in shown] == ["teacher", "teacher", "teacher", "progressive"]
+    assert shown[-1].timings == []
+    assert shown[-1].conditions["date"] > shown[0].conditions["date"]
     text = (tmp_path / "both" / "table.md").read_text()
     assert "images/s" not in text
-    assert records.read(tmp_path / "both" / "results.jsonl") == shown
+    assert records.merge([records.read(tmp_path / "both" / "results.jsonl")]) == shown
     alone = Options(runs=given[1:], out=tmp_path / "merged", **settings)
     assert compare.compare(alone) == there
 
@@ -258,6 +261,24 @@ def test_a_comparison_without_the_long_row_has_all_others(compared, teacher, tmp
     found = [(row.model.sha256, row.sampler, len(row.angles) - 1) for row in planned]
     _, rows = compared
     assert found == [(r.sha256, r.sampler, r.steps) for r in rows][1:]
+
+
+def test_a_models_own_sampler_is_compared_at_counts_that_are_not_its_own(teacher):
+    found = list(rows(teacher, load(teacher), [4, 8], ("ancestral",)))
+    assert [(row.title, row.own) for row in found] == [
+        ("teacher 8", True),
+        ("teacher, ancestral 4", False),
+    ]
+
+
+@pytest.mark.parametrize(("dim", "num_images"), [(2048, 10_000), (64, 1024)])
+def test_as_many_images_are_taken_as_the_features_need(monkeypatch, teacher, dim, num_images):
+    choice = "inception" if dim > 1024 else "classifier"
+    made = Extractor("fd", "0" * 64, dim, extract=None)
+    monkeypatch.setattr(compare, "extractor", lambda *asked: made)
+    monkeypatch.setattr(compare.Judge, "of", lambda *given: Mock())
+    bench = compare.prepare(Options(features=choice), load(teacher))
+    assert bench.num_images == num_images
 
 
 def test_solvers_are_compared_at_every_shift_that_is_told(teacher):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from benchmarks import evaluation, frechet, overhead, step_cost
 from diffusion import checkpoint
 from distill import consistency, midtraining, progressive
 from eval import compare, human, report
@@ -24,6 +25,10 @@ BASE = {
     soup: "",
     report: "",
     human: "",
+    overhead: "",
+    evaluation: "",
+    step_cost: "",
+    frechet: "",
     compare: "--num-images 80 --features random --precision fp32 --steps 1",
 }
 
@@ -86,6 +91,7 @@ MISTAKES = [
     (generate, "runs/teacher --steps 4 --shift 0", ["--shift", "0"]),
     (generate, "runs/teacher --steps 9", ["8", "9"]),
     (generate, "runs/teacher --angles 0.5 1.0 --sampler ddim", ["--angles", "0.5"]),
+    (generate, "learned.safetensors --angles", ["--angles", "one or more"]),
     (generate, "runs/teacher --label 1", ["--label", "1"]),
     (generate, "runs/student --num 0", ["--num", "0"]),
     (generate, "runs/student --batch-size 0", ["--batch-size", "0"]),
@@ -107,12 +113,18 @@ MISTAKES = [
     (compare, "runs --batch-size 0", ["--batch-size", "0"]),
     (compare, "runs --solvers euler", ["--solvers", "ddim", "euler"]),
     (compare, "runs --search-steps 1", ["--search-steps", "1"]),
+    (compare, "runs --search-steps 2", ["--search-steps", "consistency"]),
+    (compare, "runs --seeds 1 0 1", ["--seeds", "once", "1 0 1"]),
     (compare, "runs --shifts 2 -1", ["--shift", "-1"]),
     (compare, "runs --features mine.pt", ["mine.pt"]),
     (compare, "runs --features pixels", ["pixels", "classifier", "random", "inception"]),
     (compare, "runs --features inception --inception file", ["--inception", "f58cb9b6"]),
     (compare, "missing.jsonl", ["missing.jsonl"]),
     (compare, "cut.jsonl --out new", ["cut.jsonl, line 1"]),
+    (overhead, "runs/teacher --steps 1 0", ["--steps", "1", "1 0"]),
+    (evaluation, "runs/teacher --repeats 0", ["--repeats", "0"]),
+    (step_cost, "runs/teacher --repeats 0", ["--repeats", "0"]),
+    (frechet, "--dims 0", ["--dims", "0"]),
     (report, "empty", ["results.jsonl", "eval.compare"]),
     (human, "make runs/student missing", ["missing"]),
     (human, "make runs/student empty --pairs 0", ["--pairs", "0"]),

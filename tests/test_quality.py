@@ -1,5 +1,6 @@
 """The judge's figures of real images made worse by degrees, and what it warns of and refuses."""
 
+from dataclasses import replace
 from functools import reduce
 from itertools import pairwise
 from operator import add
@@ -129,3 +130,9 @@ def test_real_features_are_read_from_the_cache_where_they_are_in_it(judge, digit
     assert path.read_bytes() == before
     quality.reference(digits.test[1:], judge.cross, CPU, tmp_path)  # other images, another file
     assert len([*(tmp_path / "reference").iterdir()]) == 2
+
+
+def test_the_features_of_no_images_are_none(judge, digits, tmp_path):
+    unable = replace(judge.extractor, extract=None)  # some networks take no empty batch
+    found = quality.reference(digits.test[:0], unable, CPU, tmp_path)
+    assert found.shape == (0, judge.extractor.dim)
