@@ -12,13 +12,13 @@ from statistics import median
 
 import tyro
 
+from benchmarks.rounds import relative, rounds
 from diffusion import data
 from diffusion.console import at_least, out, run
 from diffusion.model import load
 from eval.features import extractor
 from eval.quality import Judge, Seen
 from eval.stream import indices, look
-from eval.timing import timed
 
 
 @dataclass(frozen=True)
@@ -62,19 +62,12 @@ def main() -> None:
 
     for steps in options.steps:
         plan = model.plan(steps)
-        calls = [bare, distance, everything]
-        seconds: dict = {call: [] for call in calls}
-        for i in range(options.repeats + 1):
-            took = {
-                call: timed(partial(call, plan), device)[1]
-                for call in (calls if i % 2 else calls[::-1])
-            }
-            for call in calls if i else ():  # the first round warms up
-                seconds[call].append(took[call])
-        ratios = [median(a / b for a, b in zip(seconds[call], seconds[bare])) for call in calls[1:]]
+        calls = {call: partial(call, plan) for call in (bare, distance, everything)}
+        took = rounds(calls, options.repeats, device)
         out.print(
-            f"{steps:3} calls  generate + extract {1000 * median(seconds[bare]):8.1f} ms  "
-            f"+ distance {ratios[0]:.3f}  + every figure {ratios[1]:.3f}"
+            f"{steps:3} calls  generate + extract {1000 * median(took[bare]):8.1f} ms  "
+            f"+ distance {relative(took[distance], took[bare]):.3f}  "
+            f"+ every figure {relative(took[everything], took[bare]):.3f}"
         )
 
 

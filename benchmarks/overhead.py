@@ -11,9 +11,9 @@ from statistics import median
 import torch
 import tyro
 
+from benchmarks.rounds import relative, rounds
 from diffusion.console import at_least, out, run
 from diffusion.model import load
-from eval.timing import timed
 
 
 @dataclass(frozen=True)
@@ -47,18 +47,12 @@ def main() -> None:
     for steps in options.steps:
         for sampler in ("ddim", "dpm-solver++", "ancestral"):
             plan = model.plan(steps, sampler)
-            bare(steps), model.sample(plan, 0, indices)
-            ours, network = partial(model.sample, plan, 0, indices), partial(bare, steps)
-            ratios, seconds = [], []
-            for i in range(options.repeats):
-                first, second = (ours, network) if i % 2 else (network, ours)
-                took = {first: timed(first, device)[1], second: timed(second, device)[1]}
-                ratios.append(took[ours] / took[network])
-                seconds.append(took[network])
-            ratio, network = median(ratios), median(seconds)
+            calls = {"network": partial(bare, steps)}
+            calls["sampler"] = partial(model.sample, plan, 0, indices)
+            took = rounds(calls, options.repeats, device)
             out.print(
-                f"{sampler:13} {steps:3} steps  network {1000 * network:8.2f} ms  "
-                f"sampler / network {ratio:.3f}"
+                f"{sampler:13} {steps:3} steps  network {1000 * median(took['network']):8.2f} ms  "
+                f"sampler / network {relative(took['sampler'], took['network']):.3f}"
             )
 
 

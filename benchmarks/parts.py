@@ -1,12 +1,11 @@
 """Training and sampling with parts of their speed off, for benchmarks.speed and benchmarks.peer."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import asdict, replace
 from itertools import count
 from math import inf
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -23,7 +22,6 @@ from diffusion.model import Model, build, this_device
 from diffusion.networks import UNetConfig
 from diffusion.schedules import cosine
 from diffusion.training import Progress, fit
-from eval.timing import timed
 from teachers import ddpm
 
 ALL = "everything on"
@@ -42,7 +40,6 @@ OFF_ON_CPU = {
     "CUDA graphs": "there are none without CUDA",
     "torch.compile": "on a CPU it is off unless --compile is told",
 }
-K = TypeVar("K")
 
 
 def begin(options, *counts: str) -> None:
@@ -65,15 +62,6 @@ def variants(parts: Mapping[str, tuple[str, ...]], off: Mapping) -> dict[str, fr
     on = frozenset(parts) - off.keys()
     without = {f"without {part}": on - {part, *more} for part, more in parts.items() if part in on}
     return {ALL: on} | without
-
-
-def rounds(calls: Mapping[K, Callable], repeats: int, device: torch.device) -> dict[K, list[float]]:
-    """Seconds of each call in each round; the round that warms them up is left out."""
-    seconds: dict[K, list[float]] = {key: [] for key in calls}
-    for i in range(repeats + 1):
-        for key in reversed(calls) if i % 2 else calls:
-            seconds[key].append(timed(calls[key], device)[1])
-    return {key: took[1:] for key, took in seconds.items()}
 
 
 class Collated:

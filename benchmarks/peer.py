@@ -33,7 +33,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision import transforms
 
-from benchmarks.parts import begin, endless, rounds, untrained
+from benchmarks.parts import begin, endless, untrained
+from benchmarks.rounds import rounds
 from diffusion import data as datasets
 from diffusion.checkpoint import write_atomic
 from diffusion.config import FitConfig

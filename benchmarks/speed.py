@@ -28,12 +28,12 @@ from benchmarks.parts import (
     absent,
     begin,
     endless,
-    rounds,
     sampling_models,
     training,
     untrained,
     variants,
 )
+from benchmarks.rounds import relative, rounds
 from benchmarks.step_cost import costs
 from diffusion import data as datasets
 from diffusion.checkpoint import write_atomic
@@ -71,7 +71,7 @@ def time_training(
     return {
         variant: {
             "images_per_second": images / median(took),
-            "ratio": median(a / b for a, b in zip(seconds[ALL], took, strict=True)),
+            "ratio": relative(seconds[ALL], took),
             "seconds": took,
         }
         for variant, took in seconds.items()

@@ -15,6 +15,7 @@ from statistics import median
 import torch
 import tyro
 
+from benchmarks.rounds import relative, rounds
 from diffusion.batches import Batch
 from diffusion.console import at_least, out, run
 from diffusion.model import Model, load
@@ -25,7 +26,6 @@ from distill.consistency import Options as Settings
 from distill.continuous import derivative
 from distill.progressive import Halving, steps_table
 from distill.steps import euler_step
-from eval.timing import timed
 from teachers.ddpm import Denoising
 
 
@@ -99,15 +99,8 @@ def costs(
     for row in rows(teacher, student):
         if names and row.name not in names:
             continue
-        ours, network = partial(step, row), partial(bare, row)
-        ours(), network()
-        ratios, seconds = [], []
-        for i in range(repeats):
-            first, second = (ours, network) if i % 2 else (network, ours)
-            took = {first: timed(first, device)[1], second: timed(second, device)[1]}
-            ratios.append(took[ours] / took[network])
-            seconds.append(took[network])
-        yield row.name, median(seconds), median(ratios)
+        took = rounds({"step": partial(step, row), "passes": partial(bare, row)}, repeats, device)
+        yield row.name, median(took["passes"]), relative(took["step"], took["passes"])
 
 
 def main() -> None:

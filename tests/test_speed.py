@@ -13,12 +13,12 @@ from benchmarks.parts import (
     TRAINING,
     absent,
     endless,
-    rounds,
     sampling_models,
     training,
     untrained,
     variants,
 )
+from benchmarks.rounds import rounds
 from benchmarks.speed import table
 from diffusion.denoiser import Denoiser
 from diffusion.networks import UNetConfig
