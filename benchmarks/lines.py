@@ -82,13 +82,14 @@ FASHION_GPU = Line(
     teacher="teachers.ddpm --data fashion-mnist --iterations 20000 --learning-rate 1e-3 --compile",
     students={
         "cd": ("distill.consistency --iterations 4000 --learning-rate 1e-3",),
+        "cd-frechet": ("distill.consistency --frechet 3 --iterations 4000 --learning-rate 1e-3",),
         "progressive": (
             "distill.progressive --rounds 8 4 2 1 --batch-size 128 --learning-rate 5e-4 "
             "--round-iterations 1200 1500 2300 3000",
         ),
         "ect": ("distill.consistency --mode ect --solver heun --iterations 4000",),
         "midtraining-scm": (
-            "distill.midtraining --iterations 3200",
+            "distill.midtraining --iterations 3200 --compile",
             "distill.consistency --mode scm --iterations 800",
         ),
     },
@@ -99,15 +100,16 @@ FASHION_GPU = Line(
 FASHION_NIGHT = Line(
     teacher="teachers.ddpm --data fashion-mnist --iterations 200000 --compile",
     students={
-        "cd": ("distill.consistency --iterations 40000",),
+        "cd": ("distill.consistency --iterations 40000 --compile",),
+        "cd-frechet": ("distill.consistency --frechet 3 --iterations 40000 --compile",),
         "progressive": (
             "distill.progressive --rounds 8 4 2 1 --batch-size 128 "
-            "--round-iterations 12000 15000 23000 30000",
+            "--round-iterations 12000 15000 23000 30000 --compile",
         ),
-        "ect": ("distill.consistency --mode ect --solver heun --iterations 40000",),
-        "ict": ("distill.consistency --mode ict --iterations 40000",),
+        "ect": ("distill.consistency --mode ect --solver heun --iterations 40000 --compile",),
+        "ict": ("distill.consistency --mode ict --iterations 40000 --compile",),
         "midtraining-scm": (
-            "distill.midtraining --iterations 32000",
+            "distill.midtraining --iterations 32000 --compile",
             "distill.consistency --mode scm --iterations 8000",
         ),
     },

@@ -13,7 +13,7 @@ from diffusion.batches import Batch
 from diffusion.checkpoint import Card
 from diffusion.circle import x0_loss
 from diffusion.config import FitConfig
-from diffusion.console import UserError, run
+from diffusion.console import at_least, run
 from diffusion.model import Model
 from diffusion.runs import train_model
 from diffusion.samplers import sample
@@ -89,8 +89,7 @@ class Options(StudentOptions):
 
 def distill(options: Options) -> Model:
     """The mid-trained student of these options: loaded where it is finished, else trained."""
-    if options.solver_steps < 2:
-        raise UserError(f"--solver-steps must be at least 2, got {options.solver_steps}")
+    at_least(2, options, "solver_steps")
     teacher, dataset, out = find_teacher(options, "midtraining", options.fit)
     angles = even(teacher.schedule, options.solver_steps, teacher.card.shift)
     card = Card(

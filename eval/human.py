@@ -21,7 +21,7 @@ from torch import Tensor
 from diffusion import data as datasets
 from diffusion import model
 from diffusion.checkpoint import write_atomic
-from diffusion.console import UserError, out, run, say
+from diffusion.console import UserError, at_least, out, run, say
 from eval import pages
 from students import generate
 
@@ -198,8 +198,7 @@ def page(options: Make) -> str:
 
 
 def make(options: Make) -> None:
-    if options.pairs < 1:
-        raise UserError(f"--pairs must be at least 1, got {options.pairs}")
+    at_least(1, options, "pairs")
     write_atomic(options.out, page(options))
     say(f"{options.out}: {options.pairs} pairs; open it in a browser, then `read` what it saves")
 
