@@ -102,9 +102,9 @@ def some_labels(model: Model, count: int) -> torch.Tensor | None:
 
 
 def require_same(run: Path, before: dict, now: dict) -> None:
-    """UserError where the run there is of other settings."""
+    """UserError where the run there is of other settings; one that it lacks was off, as is 0 or none."""
     for key in sorted(before.keys() | now.keys()):
-        if before.get(key) != now.get(key):
+        if (before.get(key) or None) != (now.get(key) or None):
             raise UserError(
                 f"{run} holds a run with other settings ({key} was {before.get(key)}, now "
                 f"{now.get(key)}): give the same, or another --out, or delete it"

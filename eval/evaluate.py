@@ -40,9 +40,10 @@ class Bench:
 
 
 def recipe(settings: dict) -> str:
-    """What trainings that differ in their seed alone have in common."""
+    """What trainings that differ in their seed alone have in common: all settings that are not off,
+    so that an option that is new, and off, makes no other recipe."""
     own = ("seed", "parent", "start")  # a seed's parents are its own
-    rest = {name: value for name, value in settings.items() if name not in own}
+    rest = {name: value for name, value in settings.items() if value and name not in own}
     return sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()[:8]
 
 

@@ -30,6 +30,7 @@ from distill import progressive
 from distill.discrete import DISTANCES, WEIGHTS, Consistency
 from distill.pairs import neighbours
 from distill.steps import data_step
+from eval.evaluate import recipe
 from teachers import ddpm
 from teachers.ddpm import Denoising
 
@@ -246,6 +247,16 @@ def test_a_run_on_other_images_is_refused(tmp_path, train_tiny, digits):
     train_tiny(tmp_path / "run")
     with pytest.raises(UserError, match="other settings"):
         train_tiny(tmp_path / "run", dataset=darker)
+
+
+def test_an_option_that_is_new_and_off_makes_no_other_run_and_no_other_recipe(tmp_path):
+    before = {"seed": 0, "ema": 0.9}
+    off = before | {"frechet": 0.0, "start": None, "flip": False}
+    runs.require_same(tmp_path, before, off)
+    assert recipe(before) == recipe(off)
+    with pytest.raises(UserError, match=r"frechet was None, now 1\.0"):
+        runs.require_same(tmp_path, before, before | {"frechet": 1.0})
+    assert recipe(before) != recipe(before | {"frechet": 1.0})
 
 
 def test_a_round_from_another_number_of_steps_is_not_taken_for_this_one(tmp_path, teacher, quick):
