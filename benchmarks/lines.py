@@ -72,6 +72,10 @@ FASHION_CPU = Line(
             "distill.consistency --mode ict --iterations 4000 --batch-size 64 "
             "--learning-rate 1e-3 --warmup 50 --num-angles 160 --compile",
         ),
+        "ct": (
+            "distill.consistency --mode ct --iterations 4000 --batch-size 64 "
+            "--learning-rate 1e-3 --warmup 50 --compile",
+        ),
     },
     compare="eval.compare --steps 1,2,4,8,10,50 --solvers ddim unipc --batch-size 64 "
     "--likelihood 128 --compile",
