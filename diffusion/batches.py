@@ -75,9 +75,8 @@ class Batches:
         )
         seed = batch_seed(self.config.seed, i)
         random, picker = self.generator.manual_seed(seed), self.picker.manual_seed(seed)
-        which = torch.randint(len(self.images), (size,), generator=picker, device=picker.device)[
-            share
-        ]
+        count, home = len(self.images), self.picker.device
+        which = torch.randint(count, (size,), generator=picker, device=home)[share]
         eps = torch.randn(size, *self.spec.shape, generator=random, device=device)[share]
         offset = torch.rand((), generator=random, device=device, dtype=torch.float64)
         level = (torch.arange(size, device=device, dtype=torch.float64)[share] + offset) / size
@@ -102,7 +101,8 @@ class Batches:
 
 def _moved(rows: Tensor, device: torch.device) -> Tensor:
     """To the device, at once: a copy from memory that is not pinned would wait for it."""
-    return rows if rows.device == device else rows.pin_memory().to(device, non_blocking=True)
+    there = rows.device.type == device.type
+    return rows if there else rows.pin_memory().to(device, non_blocking=True)
 
 
 def _fits(images: Tensor, device: torch.device) -> bool:
