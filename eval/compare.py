@@ -239,7 +239,9 @@ def write_results(
         written.append("samples.png")
     found = lines(shown)
     ship = choice(found)
-    few = [x for x in found if (x is found[0] or x is ship) and x.record.tag in samples]
+    teachers = [x for x in found if x.record.parent is None]
+    longest = max(teachers, key=lambda x: x.record.steps, default=None)
+    few = [x for x in found if x in (longest, ship) and x.record.tag in samples]
     if train is not None and few:
         plots.nearest_rows(folder / "nearest.png", few, samples, train)
         written.append("nearest.png")

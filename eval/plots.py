@@ -41,7 +41,8 @@ def curves(
 ) -> None:
     """Points (title, own, cost, quality, spread) on log axes, a line a title; a solver's is dashed."""
     figure, axes = plt.subplots(figsize=(7.5, 5), dpi=120)
-    markers = iter("osD^vP*X<>hd")
+    colours, markers = plt.colormaps["tab20"].colors, iter("osD^vP*X<>hd")
+    axes.set_prop_cycle(color=[*colours[::2], *colours[1::2]])
     for title in dict.fromkeys(title for title, *_ in points):
         same = sorted(rest for name, *rest in points if name == title)
         (own, *_), x, y, spread = zip(*same, strict=True)
