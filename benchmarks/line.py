@@ -42,6 +42,8 @@ class Options:
     """Training seeds of each student; the line's own number unless told."""
     jobs: int = 1
     """Students trained side by side, each on its share of the CPU's cores."""
+    students: tuple[str, ...] = ()
+    """Some of the line's, by name; all unless told."""
     teacher: Path | None = None
     """A finished teacher's run, in place of the line's own."""
 
@@ -103,7 +105,12 @@ def run_line(options: Options) -> None:
     at_least(1, options, "jobs")
     at_least(0, options, "seeds")
     line = LINES[options.line]
-    line = replace(line, seeds=options.seeds or line.seeds)
+    if unknown := {*options.students} - line.students.keys():
+        raise UserError(
+            f"--students must be of {', '.join(line.students)}, got {', '.join(sorted(unknown))}"
+        )
+    chosen = {name: line.students[name] for name in options.students or line.students}
+    line = replace(line, seeds=options.seeds or line.seeds, students=chosen)
     folder = options.out or Path("runs") / options.line
     compare, teacher = folder / "compare", options.teacher or folder / "teacher"
     log = compare / "commands.json"

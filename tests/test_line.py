@@ -97,6 +97,15 @@ def test_a_line_goes_from_data_to_report_and_resumes(tmp_path, monkeypatch):
     ]  # fmt: skip
 
 
+def test_of_a_line_only_the_students_that_are_named_are_trained(tmp_path, monkeypatch):
+    typed = []
+    monkeypatch.setattr(line, "call", lambda command, *others: typed.append(command))
+    line.run_line(line.Options("digits", out=tmp_path, students=("progressive",), seeds=1))
+    assert [command[2].split(".")[-1] for command in typed] == [
+        "ddpm", "progressive", "compare", "methods", "report"
+    ]  # fmt: skip
+
+
 def test_a_command_that_fails_stops_the_line_with_one_line(tmp_path, monkeypatch):
     monkeypatch.setitem(line.LINES, "toy", Line("teachers.ddpm --iterations 0", {}, "eval.compare"))
     with pytest.raises(UserError, match=r"exit code 2 of: python -m teachers\.ddpm"):
@@ -104,7 +113,12 @@ def test_a_command_that_fails_stops_the_line_with_one_line(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("told", "match"), [({"line": "none"}, "no line"), ({"jobs": 0}, "--jobs")]
+    ("told", "match"),
+    [
+        ({"line": "none"}, "no line"),
+        ({"jobs": 0}, "--jobs"),
+        ({"students": ("cd", "dc")}, "--students must be of cd, .* got dc"),
+    ],
 )
 def test_a_line_that_is_not_there_is_refused(told, match, tmp_path):
     with pytest.raises(UserError, match=match):
