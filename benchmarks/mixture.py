@@ -141,7 +141,7 @@ class Options:
 
 def main() -> None:
     options = tyro.cli(Options, prog="python -m benchmarks.mixture")
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # networks so small are slower on a GPU
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # all of it is on the CPU
     torch.set_num_threads(1)
     for dimensions in options.dimensions:
         ddim = distance(TEACHER, dimensions)

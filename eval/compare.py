@@ -31,7 +31,6 @@ from eval.search import SEED, search_angles
 from eval.store import Store, samples_of
 
 OWN_CLASSIFIER = ("digits", "fashion-mnist")  # where it is the default extractor; elsewhere, fid
-NUM_IMAGES = {"inception": 10_000}
 DRAWS = 8  # of real images, for the floor
 
 
@@ -56,8 +55,8 @@ class Options:
     shifts: tuple[float, ...] = ()
     """Shifts of the solvers' angles to compare, in place of the teacher's own (teachers.ddpm --shift)."""
     num_images: int | None = None
-    """Images per seed, more than the features have dimensions: 10,000 for inception, else 1024, unless
-    told."""
+    """Images per seed, more than the features have dimensions: 1024, or 10,000 where that is not
+    enough, unless told."""
     likelihood: int = 1024
     """Held-out images whose bits per dimension are measured of a teacher; 0 for none."""
     search_steps: tuple[int, ...] = ()
@@ -190,9 +189,9 @@ def prepare(options: Options, model: Model) -> Bench:
                 f"{dataset.spec.shape}"
             )
         own = extractor(choice, dataset, device, options.inception)
-        num_images = (
-            NUM_IMAGES.get(choice, 1024) if options.num_images is None else options.num_images
-        )
+        num_images = options.num_images
+        if num_images is None:
+            num_images = 1024 if own.dim < 1024 else 10_000
         if num_images <= own.dim:
             raise UserError(
                 f"--num-images must be more than the {own.dim} dimensions of the features, "

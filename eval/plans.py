@@ -90,7 +90,7 @@ def rows(
         note = "" if shift is None else f"shift {shift:g}"
         for nfe in counts or (1, 2, 4, 8, 16, 32):
             steps = SOLVERS[solver].steps(nfe)
-            if solver == card.sampler and nfe in card.plans:
+            if solver == card.sampler and steps in card.plans:
                 continue  # its own
             if steps > 1 or (shift, solver) == ways[0]:  # in one step all are the same
                 yield Row(path, model, *model.plan(nfe, solver, shift), own=False, note=note)

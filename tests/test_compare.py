@@ -273,11 +273,10 @@ def test_a_models_own_sampler_is_compared_at_counts_that_are_not_its_own(teacher
 
 @pytest.mark.parametrize(("dim", "num_images"), [(2048, 10_000), (64, 1024)])
 def test_as_many_images_are_taken_as_the_features_need(monkeypatch, teacher, dim, num_images):
-    choice = "inception" if dim > 1024 else "classifier"
     made = Extractor("fd", "0" * 64, dim, extract=None)
     monkeypatch.setattr(compare, "extractor", lambda *asked: made)
     monkeypatch.setattr(compare.Judge, "of", lambda *given: Mock())
-    bench = compare.prepare(Options(features=choice), load(teacher))
+    bench = compare.prepare(Options(), load(teacher))
     assert bench.num_images == num_images
 
 
