@@ -151,13 +151,25 @@ def train(digits, monkeypatch, tmp_path) -> Callable[..., features.Extractor]:
     )
 
 
-def test_the_classifier_is_the_same_to_the_bit_wherever_torchs_random_numbers_stand(train, digits):
+@pytest.fixture
+def threads():
+    """As many as before, after the test."""
+    before = torch.get_num_threads()
+    yield before
+    torch.set_num_threads(before)
+
+
+def test_the_classifier_is_the_same_to_the_bit_whatever_the_random_numbers_and_the_threads(
+    train, digits, threads
+):
     found = []
-    for seed in (1, 2):
-        torch.manual_seed(seed)
+    for number in (1, 2):
+        torch.manual_seed(number)
+        torch.set_num_threads(number)
         before = torch.get_rng_state()
-        found.append(train(f"cache-{seed}"))
+        found.append(train(f"cache-{number}"))
         assert torch.equal(torch.get_rng_state(), before)
+        assert torch.get_num_threads() == number
     first, second = found
     assert first.name == second.name == f"fd-cnn-digits-{first.sha256[:8]}"
     assert first.accuracy == second.accuracy > 0.5
