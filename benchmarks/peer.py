@@ -19,14 +19,11 @@ from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Literal
 
-import diffusers
 import torch
 import torch.nn.functional as F
 import tyro
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
 from PIL import Image
 from rich.table import Table
 from torch import Tensor, nn
@@ -35,6 +32,7 @@ from torchvision import transforms
 
 from benchmarks.parts import begin, endless, untrained
 from benchmarks.rounds import rounds
+from benchmarks.theirs import EMAModel, diffusers, get_scheduler
 from diffusion import data as datasets
 from diffusion.checkpoint import write_atomic
 from diffusion.config import FitConfig

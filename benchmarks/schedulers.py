@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 
-import diffusers
 import torch
 import tyro
 from torch import Tensor
 
+from benchmarks.theirs import diffusers
 from diffusion.circle import FROM_X0
 from diffusion.console import out, run
 from diffusion.denoiser import Denoiser

@@ -16,7 +16,14 @@ from eval.records import Record
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import LogFormatter
+
+
+class Plain(LogFormatter):
+    """2 and 0.5, not 2×10^0 and 5×10^-1; between powers of ten where there is room."""
+
+    def __call__(self, value: float, position: int | None = None) -> str:
+        return f"{value:g}" if super().__call__(value, position) else ""
 
 
 def cost_plot(
@@ -54,7 +61,8 @@ def curves(
     axes.axhline(floor, color="gray", linestyle=":", label="floor: real images")
     axes.set(xscale="log", yscale="log", xlabel=label, ylabel=f"{metric} (lower is better)")
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.set_major_formatter(Plain())
+        axis.set_minor_formatter(Plain())
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize=8, loc="upper right")
     _save(path, figure)
