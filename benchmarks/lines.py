@@ -36,9 +36,9 @@ DIGITS = Line(
     seeds=3,
 )
 
-# 2 CPU cores and a C++ compiler: by its commands' times two hours, or with `--students cd-frechet
-# progressive` one. A network of 0.7 M weights on patches of 2x2 pixels; every student at a fifth of
-# the teacher's 1,280,000 images.
+# 2 CPU cores and a C++ compiler: with `--jobs 2` 140 minutes on a slow machine, 86 of them with
+# `--students cd-frechet progressive`. A network of 0.7 M weights on patches of 2x2 pixels; every
+# student at a fifth of the teacher's 1,280,000 images.
 FASHION_CPU = Line(
     teacher="teachers.ddpm --data fashion-mnist --width 32 --multipliers 1 2 --blocks 1 "
     "--attention --patch 2 --iterations 10000 --batch-size 128 --learning-rate 1e-3 --warmup 200 "
