@@ -172,9 +172,8 @@ def main() -> None:
     config = (tyro.conf.OmitArgPrefixes,)
     options = tyro.cli(Options, prog="python -m benchmarks.speed", default=default, config=config)
     begin(options, "batch_size", "log_every", "repeats")
-    torch._dynamo.config.cache_size_limit = (
-        64  # variants of one network; past 8 they would be eager
-    )
+    # variants of one network, which past the usual 8 would be eager
+    torch._dynamo.config.cache_size_limit = 64
     model, dataset = subject(options)
     device, size = model.device, options.batch_size
     environment = machine.environment(device, "bf16", options.compile or device.type == "cuda")
