@@ -63,6 +63,15 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise UserError(f"{path} is not a whole safetensors file ({error})") from error
 
 
+def metadata(path: Path) -> dict[str, str]:
+    """What a safetensors file says of itself, without its tensors."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except (safetensors.SafetensorError, ValueError) as error:
+        raise UserError(f"{path} is not a whole safetensors file ({error})") from error
+
+
 def weights_sha256(tensors: dict[str, Tensor]) -> str:
     """sha256 over names, shapes and bytes: the identity of a network, whatever its file says."""
     digest = hashlib.sha256()

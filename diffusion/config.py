@@ -1,14 +1,11 @@
 """How a network is trained, whatever the objective: settings, and the learning rate they give."""
 
 import math
-import os
-import shutil
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-import torch
-
 from diffusion.console import UserError
+from diffusion.machine import compiler
 
 ANNEAL = {
     "none": lambda done: 1.0,
@@ -23,6 +20,9 @@ class FitConfig:
 
     iterations: int = 2000
     """Optimizer steps."""
+    minutes: float | None = None
+    """How long to train on this machine, in place of --iterations: their number follows from the
+    pace of the first seconds, and is kept when the training resumes."""
     batch_size: int = 256
     """Images per step, over all processes together."""
     learning_rate: float = 1e-3
@@ -37,8 +37,9 @@ class FitConfig:
     """Largest norm of the gradient."""
     weight_decay: float = 0.0
     """AdamW's decoupled weight decay."""
-    precision: Literal["fp32", "bf16"] = "bf16"
-    """Of the network's passes; weights, sums and losses stay float32."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Number format of the network's passes; auto takes the faster one on this machine. Weights,
+    sums and losses stay float32."""
     compile: bool = False
     """torch.compile the networks, the teacher's and the target's too; pays after a minute or two. On
     a CPU it takes a C++ compiler."""
@@ -72,16 +73,17 @@ def check(config: FitConfig) -> None:
         value = getattr(config, name)
         if not holds(value):
             raise UserError(f"--{name.replace('_', '-')} must be {words}, got {value:g}")
+    if config.minutes is not None and not 0 < config.minutes < math.inf:
+        raise UserError(f"--minutes must be above 0, got {config.minutes:g}")
     check_compiler(config.compile)
 
 
 def check_compiler(compile: bool) -> None:
     """UserError where torch.compile would find no compiler."""
-    compiler = os.environ.get("CXX", "g++")  # as torch.compile has it
-    if compile and not torch.cuda.is_available() and not shutil.which(compiler):
+    if compile and (reason := compiler()):
         raise UserError(
-            f"--compile needs a C++ compiler on a CPU, and {compiler} was not found: install it, name "
-            "another in the environment's CXX, or leave --compile out"
+            f"--compile cannot work here: {reason}; install it (or name another C++ compiler in the "
+            "environment's CXX), or leave --compile out"
         )
 
 

@@ -1,7 +1,6 @@
 """Images by name: uint8 in memory, scaled to zero mean and unit variance on their way in."""
 
 import gzip
-import os
 import shutil
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -13,8 +12,8 @@ from torch import Tensor
 
 from diffusion.checkpoint import atomic_path
 from diffusion.console import UserError, say
+from diffusion.machine import CACHE
 
-CACHE = Path(os.environ.get("FEWSTEP_CACHE", Path.home() / ".cache" / "fewstep"))
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
 
 

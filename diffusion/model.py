@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from torch import Tensor
 
 from diffusion import checkpoint
@@ -13,6 +12,7 @@ from diffusion.checkpoint import Card
 from diffusion.console import UserError
 from diffusion.data import ImageSpec
 from diffusion.denoiser import Condition, Denoiser
+from diffusion.machine import layout, this_device
 from diffusion.networks import UNet, UNetConfig
 from diffusion.noise import Noise
 from diffusion.samplers import SOLVERS, sample
@@ -141,13 +141,7 @@ def build(net: dict | UNetConfig, precision: str) -> Denoiser:
             f"divisible by {coarsest} and a width divisible by 8, got size {net.size} and width "
             f"{net.width}"
         )
-    layout = torch.channels_last if torch.cuda.is_available() else torch.contiguous_format
-    return Denoiser(UNet(net), precision, layout)
-
-
-def this_device() -> torch.device:
-    """This process's GPU where there is CUDA, else the CPU (angles are float64, which MPS has not)."""
-    return PartialState(cpu=not torch.cuda.is_available()).device
+    return Denoiser(UNet(net), precision, layout())
 
 
 def load(path: Path, precision: str = "fp32", device: torch.device | None = None) -> Model:

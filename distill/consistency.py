@@ -38,7 +38,7 @@ from distill.pairs import (
     uniform,
 )
 from distill.steps import STEPS
-from students.start import StudentOptions, find_teacher, images_spent, student_card
+from students.start import StudentOptions, find_teacher, images_spent, settle, student_card
 from teachers.ddpm import peek
 from teachers.presets import preset
 
@@ -114,8 +114,7 @@ def matching(
     # in training mode, so that its dropout mask is the student's
     target = frozen_copy(student).to(teacher.device).train() if options.target_ema else None
 
-    def decay(done: int) -> float:
-        progress = (done - 1) / options.fit.iterations
+    def decay(done: int, progress: float) -> float:
         return target_decay(options.target_ema, curriculum, progress)
 
     return Consistency(
@@ -301,6 +300,7 @@ def distill(options: Options) -> Model:
     """The consistency student of these options: loaded where it is finished, else trained."""
     chosen = settings(options)
     options = replace(options, **chosen)
+    options = settle(options, "consistency")
     teacher, dataset, out = find_teacher(options, "consistency", options.fit)
     if teacher.denoiser.prediction == "x0":
         raise UserError(

@@ -128,7 +128,7 @@ class Frechet(nn.Module):
         return (phi - aim).square().sum(1) / (2 * self.distance)
 
     @torch.no_grad()
-    def follow(self, student: nn.Module, done: int) -> None:
+    def follow(self, student: nn.Module, done: int, progress: float = 0.0) -> None:
         """After a step: every process's features join the moments, the same in each."""
         mean, square = moments(reduce(self.fresh, "sum"))
         pace = 1 - min(DECAY, (done - 1) / (done + 9))

@@ -21,7 +21,7 @@ from diffusion.denoiser import Denoiser
 from diffusion.model import Model, build
 from diffusion.runs import train_model
 from diffusion.training import Average
-from students.start import StudentOptions, find_teacher, student_card
+from students.start import StudentOptions, find_teacher, settle, student_card
 from teachers.levels import uniform
 from teachers.presets import preset
 
@@ -89,6 +89,7 @@ def distill(options: Options) -> Model:
             f"--own-guidance must be in --guidance's range {low:g} to {high:g}, "
             f"got {options.own_guidance:g}"
         )
+    options = settle(options, "guided")
     teacher, dataset, out = find_teacher(options, "guided", options.fit)
     if not teacher.card.net["num_classes"]:
         raise UserError(

@@ -19,7 +19,7 @@ from diffusion.runs import train_model
 from diffusion.samplers import sample
 from diffusion.schedules import even, respace
 from diffusion.training import Average
-from students.start import StudentOptions, find_teacher, student_card
+from students.start import StudentOptions, find_teacher, settle, student_card
 from teachers.presets import preset
 
 SOLVER = "dpm-solver++"
@@ -90,6 +90,7 @@ class Options(StudentOptions):
 def distill(options: Options) -> Model:
     """The mid-trained student of these options: loaded where it is finished, else trained."""
     at_least(2, options, "solver_steps")
+    options = settle(options, "midtraining")
     teacher, dataset, out = find_teacher(options, "midtraining", options.fit)
     angles = even(teacher.schedule, options.solver_steps, teacher.card.shift)
     card = Card(

@@ -22,7 +22,7 @@ from diffusion.runs import train_model
 from diffusion.schedules import halve, respace, shifted
 from diffusion.training import Average, frozen_copy
 from distill.steps import STEPS, Step
-from students.start import StudentOptions, find_teacher, images_spent, student_card
+from students.start import StudentOptions, find_teacher, images_spent, settle, student_card
 from teachers.presets import preset
 
 
@@ -139,6 +139,8 @@ def budgets(
 ) -> list[int]:
     """Optimizer steps of each round. usual: shares of --iterations, where nothing is told of them."""
     told, last = options.round_iterations, options.last_rounds
+    if told and options.fit.minutes:
+        raise UserError("--round-iterations names every round's: leave --minutes out")
     if told and (len(told) != len(counts) or min(told) < 1):
         raise UserError(
             f"--round-iterations must be a number from 1 for each of the {len(counts)} rounds, "
@@ -152,18 +154,36 @@ def budgets(
     return list(told) or [max(1, round(options.fit.iterations * shares[n])) for n in counts]
 
 
+def round_fits(
+    options: Options, counts: Sequence[int], usual: Mapping[int, float] | None = None
+) -> list[FitConfig]:
+    """Each round's training: its iterations, or its part of --minutes by what its iterations cost.
+
+    An iteration costs about three network passes, and one for each of the teacher's steps.
+    """
+    iterations, fit = budgets(options, counts, usual), options.fit
+    if fit.minutes is None:
+        return [replace(fit, iterations=number) for number in iterations]
+    steps = [math.ceil(n / m) for n, m in pairwise([options.start_steps, *counts])]
+    steps[0] *= 2 if options.solver == "heun" else 1
+    costs = [number * (3 + calls) for number, calls in zip(iterations, steps, strict=True)]
+    return [replace(fit, minutes=fit.minutes * cost / sum(costs)) for cost in costs]
+
+
 def distill(options: Options) -> list[Model]:
     """One student per round, each in its own folder and usable on its own."""
     counts(options)  # a mistake is told before a teacher is trained
+    options = settle(options, "progressive")
     teacher, dataset, out = find_teacher(options, "progressive", options.fit)
     usual = preset(teacher.spec.name).rounds
     rounds = counts(options, [*usual])
-    iterations = budgets(options, rounds, usual)
+    fits = round_fits(options, rounds, usual)
     angles = shifted(respace(teacher.schedule, options.start_steps), teacher.card.shift)
     students = []
-    for i, (num_steps, budget) in enumerate(zip(rounds, iterations, strict=True)):
+    for i, (num_steps, fit) in enumerate(zip(rounds, fits, strict=True)):
         before, kept = len(angles) - 1, merged(angles, num_steps)
-        say(f"round: {num_steps} steps from the teacher's {before}, {budget} iterations")
+        budget = f"{fit.minutes:.1f} minutes" if fit.minutes else f"{fit.iterations} iterations"
+        say(f"round: {num_steps} steps from the teacher's {before}, {budget}")
         solver = "euler" if i else options.solver
         card = Card(
             method="progressive",
@@ -182,11 +202,11 @@ def distill(options: Options) -> list[Model]:
         student = deepcopy(teacher.denoiser).requires_grad_(True)
         last = frozen_copy(student) if options.next_teacher == "raw" else None
         # an average without memory: the student itself
-        averages = (Average(last, lambda done: 0.0),) if last else ()
+        averages = (Average(last, lambda done, progress: 0.0),) if last else ()
         table = steps_table(angles, kept).to(teacher.device)
         step = STEPS[solver](teacher.denoiser)
         objective = Halving(step, table, options.weighting, averages)
-        folder, fit = out / f"{num_steps:04d}", replace(options.fit, iterations=budget)
+        folder = out / f"{num_steps:04d}"
         finished = (folder / "model.safetensors").exists()
         teacher, angles = train_model(folder, student, objective, dataset, fit, card), kept
         students.append(teacher)

@@ -1,7 +1,7 @@
 """Compare runs in one table and one plot: `python -m eval.compare runs/digits`."""
 
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from operator import or_
 from pathlib import Path
@@ -13,6 +13,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from diffusion import data as datasets
+from diffusion import machine
 from diffusion.checkpoint import require_folder, write_atomic
 from diffusion.config import check_compiler
 from diffusion.console import UserError, at_least, diverted, run, say, silence
@@ -72,8 +73,8 @@ class Options:
     else inception, unless told."""
     inception: Path | None = None
     """Where clean-fid's inception-2015-12-05.pt is; the cache, or downloaded, unless told."""
-    precision: Literal["fp32", "bf16"] = "bf16"
-    """Of the network, for all rows."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Number format of the networks, for all rows; auto takes the faster one on this machine."""
     compile: bool = False
     """torch.compile the networks; the first call's time is shown apart."""
     sweep: bool = False
@@ -91,7 +92,7 @@ class Options:
 def compare(options: Options) -> list[Record]:
     """Measure what is not measured yet; write results.jsonl, the tables, the plots and the samples."""
     check(options)
-    this_device()
+    options = replace(options, precision=machine.precision(options.precision))
     alone = PartialState().is_main_process
     if not alone:
         silence()

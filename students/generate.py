@@ -11,6 +11,7 @@ import torch
 import tyro
 from torch import Tensor
 
+from diffusion import machine
 from diffusion.checkpoint import require_folder, write_atomic
 from diffusion.console import UserError, at_least, run, say, track
 from diffusion.model import Model, load
@@ -49,8 +50,8 @@ class Options:
     """Of the noise."""
     batch_size: int = 256
     """Images at a time."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Of the network."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Number format of the network; auto takes the faster one on this machine."""
     out: Path = Path("grid.png")
     """A .png for a grid, an .npz (uint8 `images`, N x H x W x C), or a folder for one PNG each."""
 
@@ -138,7 +139,7 @@ def main() -> None:
     if options.out.suffix not in WRITERS:
         raise UserError(f"--out must end in .png or .npz or be a folder, got {options.out}")
     require_folder(options.out.parent if options.out.suffix else options.out)
-    model = load(options.checkpoint, options.precision)
+    model = load(options.checkpoint, machine.precision(options.precision))
     sampler, angles = plan_of(model, options)
     WRITERS[options.out.suffix](options.out, model, options)
     steps = f"{len(angles) - 1} steps"

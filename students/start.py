@@ -4,13 +4,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Self
 
-import tyro
-
 from diffusion import data as datasets
 from diffusion.config import FitConfig, check
 from diffusion.console import UserError
 from diffusion.data import Dataset
 from diffusion.model import Model, load
+from diffusion.runs import settled
 from diffusion.schedules import check_shift
 from teachers import ddpm
 
@@ -35,8 +34,19 @@ class StudentOptions:
         """Options from the command line; their defaults are those measured for the teacher's data."""
         teacher = Path(ddpm.peek("--teacher", str(StudentOptions.teacher)))
         data = load(teacher).spec.name if _trained(teacher) else "digits"
-        config = (tyro.conf.OmitArgPrefixes,)
-        return tyro.cli(options, prog=prog, default=options.default(data), config=config)
+        return ddpm.parse(options, prog, options.default(data))
+
+
+def settle(options: StudentOptions, method: str) -> StudentOptions:
+    """The options with what `--precision auto` and `--minutes` of their `fit` stand for here."""
+    out = run_folder(options, method)
+    return replace(options, fit=settled(options.fit, out, *sorted(out.glob("*/"))))
+
+
+def run_folder(options: StudentOptions, method: str) -> Path:
+    """The folder that the student's run, or those of its rounds, are left in."""
+    home = options.teacher.parent if options.teacher.is_file() else options.teacher
+    return options.out or home.parent / method
 
 
 def find_teacher(
@@ -60,8 +70,7 @@ def find_teacher(
             f"but {dataset.spec.name}'s are of shape {dataset.spec.shape}"
         )
     dataset = replace(dataset, spec=replace(spec, name=dataset.spec.name))  # the teacher's scale
-    home = options.teacher if options.teacher.is_dir() else options.teacher.parent
-    return teacher, dataset, options.out or home.parent / method
+    return teacher, dataset, run_folder(options, method)
 
 
 def images_spent(model: Model) -> int:

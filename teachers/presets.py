@@ -1,6 +1,8 @@
 """Settings that were measured to work, by dataset: what each command takes where it is told nothing."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+
+import torch
 
 from diffusion.config import FitConfig
 from diffusion.networks import UNetConfig
@@ -82,9 +84,53 @@ CIFAR10 = Preset(
 PRESETS = {"digits": DIGITS, "fashion-mnist": FASHION_MNIST, "cifar10": CIFAR10}
 
 
-def preset(data: str) -> Preset:
-    """The dataset's; a folder of images takes CIFAR-10's without its flip."""
+def preset(data: str, size: int | None = None, channels: int = 3) -> Preset:
+    """The dataset's settings, or for a folder of images those that suit their size and this machine.
+
+    size, channels: of the folder's images, as the network will see them.
+    """
     if data in PRESETS:
         return PRESETS[data]
-    names = ("teacher", "halving", "consistency", "continuous")
-    return replace(CIFAR10, **{n: replace(getattr(CIFAR10, n), flip=False) for n in names})
+    gpu = torch.cuda.is_available()
+    return folder_preset(size or (64 if gpu else 32), channels, gpu)
+
+
+def folder_preset(size: int, channels: int, gpu: bool) -> Preset:
+    """Settings for images of one's own: a budget in minutes, whatever their number.
+
+    On a CPU the finest level has at most 16x16 patches, so that half an hour shows every image
+    of a few hundred some thousand times; on a GPU the network is CIFAR-10's.
+    """
+    finest = 64 if gpu else 16
+    patches = [p for p in (1, 2, 4, 8) if size % p == 0]
+    patch = next((p for p in patches if size // p <= finest), patches[-1])
+    wanted = (1, 2, 2, 2) if gpu else (1, 2)
+    levels = next(n for n in range(len(wanted), 0, -1) if size // patch % 2 ** (n - 1) == 0)
+    coarse = [size // patch >> level for level in range(levels)]
+    net = UNetConfig(
+        channels=channels,
+        size=size,
+        width=128 if gpu else 64,
+        multipliers=wanted[:levels],
+        blocks=2 if gpu else 1,
+        attention=tuple(n for n in coarse if n <= 16)[: 1 if gpu else 0],
+        dropout=0.1,
+        patch=patch,
+    )
+    batch_size = 128 if gpu else 64
+
+    def fit(minutes: float, rate: float, ema: float, anneal: str = "cosine") -> FitConfig:
+        return FitConfig(
+            minutes=minutes, batch_size=batch_size, learning_rate=rate, ema=ema, anneal=anneal
+        )
+
+    return Preset(
+        net=net,
+        teacher=fit(120 if gpu else 30, 2e-4 if gpu else 1e-3, 0.999),
+        halving=fit(60 if gpu else 20, 2e-4 if gpu else 5e-4, 0.99, "linear"),
+        consistency=fit(60 if gpu else 15, 2e-4 if gpu else 5e-4, 0.99),
+        continuous=fit(60 if gpu else 15, 1e-4, 0.99),
+        start_steps=64,
+        rounds={8: 0.625, 4: 0.75, 2: 1.125, 1: 1.5},
+        shift=2.0,
+    )

@@ -73,7 +73,7 @@ def test_a_looped_average_is_the_fused_one(tiny, unlabelled):
         parameter.copy_(torch.randn_like(parameter))
     kept = [untrained(tiny, unlabelled).denoiser for _ in range(2)]
     for module, fused in zip(kept, (True, False), strict=True):
-        Average(module, lambda done: 0.9, fused).follow(student, 1)
+        Average(module, lambda done, progress: 0.9, fused).follow(student, 1)
     for a, b in zip(*(module.parameters() for module in kept), strict=True):
         torch.testing.assert_close(a, b)
 

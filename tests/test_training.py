@@ -54,7 +54,7 @@ def consistency(denoiser) -> Consistency:
         distance=DISTANCES["l2"],
         weight=WEIGHTS["one"],
         target=target,
-        averages=(Average(target, lambda done: 0.9),),
+        averages=(Average(target, lambda done, progress: 0.9),),
     )
 
 
