@@ -165,9 +165,13 @@ def train_teacher(options: Options) -> Model:
 
 def faster(net: UNetConfig, fit: FitConfig) -> str:
     """Which smaller network would train faster here, and how much, by a few of its passes."""
-    patch = next(p for p in (4, 2, 1) if net.size % (p * 2 ** (len(net.multipliers) - 1)) == 0)
-    patch = max(net.patch, patch if net.size > 32 else min(patch, 2))
+    patch = max(
+        net.patch, next(p for p in (4, 2, 1) if net.size % p == 0 and p <= max(1, net.size // 14))
+    )
+    levels = next(n for n in (2, 1) if net.size // patch % n == 0)
+    multipliers = net.multipliers[:levels]
     small = replace(net, width=min(net.width, 32), patch=patch, attention=())
+    small = replace(small, multipliers=multipliers, blocks=1)
     shape = (net.channels, net.size, net.size)
     mine, other = (
         passes_per_second(build(each, fit.precision).to(this_device()).train(), shape)
@@ -175,7 +179,8 @@ def faster(net: UNetConfig, fit: FitConfig) -> str:
     )
     if other < 1.5 * mine:
         return ""
-    return f"--width {small.width} --patch {patch} --attention is {other / mine:.0f} times as fast"
+    shape = f"--width {small.width} --multipliers {' '.join(map(str, multipliers))} --blocks 1"
+    return f"{shape} --patch {patch} --attention is {other / mine:.0f} times as fast"
 
 
 def run_folder(data: str) -> Path:
