@@ -291,16 +291,14 @@ def test_a_chain_that_goes_on_from_its_own_student_keeps_the_angles_of_one_in_on
     (same,) = chain(tmp_path / "same", four, fit, start_steps=4, rounds=(2,), shift=2.0)
     assert same.card.plans == two.card.plans
     # a card of before: 4 shifted angles, and nothing that says so
-    weights, card, _ = checkpoint.load(four)
+    card = checkpoint.load(four)[1]
     old = json.loads(card.to_json())
     del old["shifted"]
     assert Card.from_json(json.dumps(old)).shifted
     assert not load(teacher).card.shifted
 
 
-def test_another_shift_of_a_student_whose_angles_are_shifted_is_refused(
-    teacher, quick, tmp_path
-):
+def test_another_shift_of_a_student_whose_angles_are_shifted_is_refused(teacher, quick, tmp_path):
     chain(tmp_path, teacher, replace(quick, iterations=1), start_steps=8, rounds=(4,), shift=2.0)
     with pytest.raises(UserError, match=r"--shift 3 .* shifted by 2 already"):
         chain(tmp_path / "on", tmp_path / "0004", quick, start_steps=4, rounds=(2,), shift=3.0)
