@@ -25,8 +25,7 @@ DIGITS = Line(
             "distill.consistency --mode scm --iterations 300 --learning-rate 1e-4",
         ),
         "ict": (
-            "distill.consistency --mode ict --iterations 6400 --batch-size 64 --learning-rate 1e-3 "
-            "--num-angles 160",
+            "distill.consistency --mode ict --iterations 6400 --batch-size 64 --learning-rate 1e-3",
         ),
         "ct": (
             "distill.consistency --mode ct --iterations 6400 --batch-size 64 --learning-rate 1e-3",
@@ -71,7 +70,7 @@ FASHION_CPU = Line(
         ),
         "ict": (
             "distill.consistency --mode ict --iterations 4000 --batch-size 64 "
-            "--learning-rate 1e-3 --warmup 50 --num-angles 160 --compile",
+            "--learning-rate 1e-3 --warmup 50 --compile",
         ),
         "ct": (
             "distill.consistency --mode ct --iterations 4000 --batch-size 64 "
@@ -112,7 +111,7 @@ FASHION_NIGHT = Line(
             "--round-iterations 12000 15000 23000 30000 --compile",
         ),
         "ect": ("distill.consistency --mode ect --solver heun --iterations 40000 --compile",),
-        "ict": ("distill.consistency --mode ict --iterations 40000 --compile",),
+        "ict": ("distill.consistency --mode ict --iterations 40000 --num-angles 1280 --compile",),
         "midtraining-scm": (
             "distill.midtraining --iterations 32000 --compile",
             "distill.consistency --mode scm --iterations 8000",

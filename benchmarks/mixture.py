@@ -46,15 +46,15 @@ class Method:
 
 # The exact map is a mean over the data that x_t may come from. In one dimension the norm of a
 # difference is least at a median, and normalised tangents cancel at one: what is taught by the
-# data takes the square and plain tangents. So few iterations call for few angles, fast targets,
-# and, in continuous time, a start near the map.
+# data takes the square and plain tangents. So few iterations call, in continuous time, for a start
+# near the map.
 SCM = replace(FIT, iterations=4000, learning_rate=1e-3)
 ECT = Method({"mode": "ect", "stages": 8, "distance": "squared"})
 NEAR = replace(ECT, fit=replace(FIT, iterations=3000))
 METHODS = {
     "cd": Method({"mode": "cd", "num_angles": 32}),
-    "ct": Method({"mode": "ct", "num_angles": 80, "target_ema": 0.1, "distance": "squared"}),
-    "ict": Method({"mode": "ict", "num_angles": 320, "distance": "squared"}),
+    "ct": Method({"mode": "ct", "distance": "squared"}),
+    "ict": Method({"mode": "ict", "distance": "squared"}),
     "ect": ECT,
     "ect, teacher's step": Method({"mode": "ect", "stages": 8, "solver": "heun"}),
     "scm": Method({"mode": "scm", "tangent_warmup": 0.0}, SCM, NEAR),

@@ -100,6 +100,8 @@ class Card:
     """The images' name, shape and scale."""
     shift: float = 1.0
     """Of the angles of few steps, its students' and its solvers': diffusion.schedules.shifted."""
+    shifted: bool = False
+    """Whether the angles of `plans` are shifted already. A teacher's own list is not."""
     guidance: float | None = None
     """The guidance weight that it samples with unless told another; None for none."""
     parent: str | None = None
@@ -120,6 +122,10 @@ class Card:
             raise UserError(f"the card is of format {card.get('format')}, expected {FORMAT}")
         card["plans"] = {int(steps): angles for steps, angles in card["plans"].items()}
         card["solvers"] = tuple(card["solvers"])
+        # Cards before there was `shifted`: students' plans were, but not a guided one's, which are
+        # its teacher's, as are the solvers that take their angles from them.
+        student = card.get("parent") is not None and "ddim" not in card["solvers"]
+        card.setdefault("shifted", student)
         return Card(**card)
 
 

@@ -16,7 +16,7 @@ from diffusion.machine import layout, this_device
 from diffusion.networks import UNet, UNetConfig
 from diffusion.noise import Noise
 from diffusion.samplers import SOLVERS, sample
-from diffusion.schedules import check_shift, shifted
+from diffusion.schedules import check_shift, respace, shifted
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,11 @@ class Model:
         if sampler is None and card.solvers:
             sampler = card.solvers[0]
         if sampler in card.solvers:
-            angles = SOLVERS[sampler].angles(self.schedule, num_steps)
-            return sampler, shifted(angles, card.shift if shift is None else shift)
+            solver = SOLVERS[sampler]
+            # angles out of the list bear its shift; spread anew up to its end they bear none
+            already = card.shift if card.shifted and solver.space is respace else 1.0
+            asked = card.shift if shift is None else shift
+            return sampler, shifted(solver.angles(self.schedule, num_steps), asked / already)
         counts = ", ".join(map(str, card.plans))
         raise UserError(
             f"this {card.method} model samples by {card.sampler} in {counts} steps, "

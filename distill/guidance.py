@@ -101,6 +101,7 @@ def distill(options: Options) -> Model:
     inherited = student_card(teacher) | {
         "net": teacher.card.net | {"guidance": options.guidance},
         "guidance": options.own_guidance,
+        "shifted": teacher.card.shifted,  # its plans are the teacher's
     }
     card = Card(
         method="guided",

@@ -178,7 +178,9 @@ def distill(options: Options) -> list[Model]:
     usual = preset(teacher.spec.name).rounds
     rounds = counts(options, [*usual])
     fits = round_fits(options, rounds, usual)
-    angles = shifted(respace(teacher.schedule, options.start_steps), teacher.card.shift)
+    angles = respace(teacher.schedule, options.start_steps)
+    if not teacher.card.shifted:
+        angles = shifted(angles, teacher.card.shift)
     students = []
     for i, (num_steps, fit) in enumerate(zip(rounds, fits, strict=True)):
         before, kept = len(angles) - 1, merged(angles, num_steps)

@@ -27,7 +27,8 @@ class StudentOptions:
     out: Path | None = None
     """The run's folder; a sibling of the teacher's unless told."""
     shift: float | None = None
-    """Of the student's angles: above 1, more of them where noise is heavy. The teacher's unless told."""
+    """Of the student's angles: above 1, more of them where noise is heavy. The teacher's unless told;
+    a student that teaches keeps its own."""
 
     @staticmethod
     def parse(options: type[Self], prog: str) -> Self:
@@ -59,6 +60,11 @@ def find_teacher(
     teacher = load(options.teacher, fit.precision)
     if options.shift is not None:
         check_shift(options.shift)
+        if teacher.card.shifted and options.shift != teacher.card.shift:
+            raise UserError(
+                f"--shift {options.shift:g} cannot be had of {options.teacher}, a student whose angles "
+                f"are shifted by {teacher.card.shift:g} already: leave it out, or distil its teacher"
+            )
         teacher = replace(teacher, card=replace(teacher.card, shift=options.shift))
     if fit.compile:
         teacher.denoiser.net.compile()
@@ -84,7 +90,7 @@ def _trained(teacher: Path) -> bool:
 
 
 def student_card(teacher: Model) -> dict:
-    """What a student's card takes over from its teacher's."""
+    """What a student's card takes over from its teacher's; its plans are shifted."""
     card = teacher.card
-    taken = {"net": card.net, "guidance": card.guidance, "shift": card.shift}
+    taken = {"net": card.net, "guidance": card.guidance, "shift": card.shift, "shifted": True}
     return {**taken, "data": asdict(teacher.spec), "parent": teacher.sha256}
