@@ -24,7 +24,7 @@ import tyro
 from benchmarks import gpu_stages
 from benchmarks.gpu_stages import STAGES, Job
 from diffusion.checkpoint import require_folder, write_atomic
-from diffusion.console import UserError, at_least, run, say
+from diffusion.console import Interrupted, UserError, at_least, run, say
 from diffusion.machine import this_device
 from eval import machine
 
@@ -85,6 +85,8 @@ def perform(job: Job, alone: bool) -> str:
     if not alone:
         try:
             gpu_stages.main(job)
+        except Interrupted:
+            raise
         except Exception as error:  # whatever fails is a result, and the others go on
             return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         return ""
