@@ -3,8 +3,8 @@
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,11 +12,12 @@ import torch
 from accelerate import PartialState
 
 from diffusion import checkpoint
-from diffusion.checkpoint import Card, write_atomic
+from diffusion.checkpoint import Card, remove_parts, write_atomic
 from diffusion.config import FitConfig, check, settings_of
 from diffusion.console import UserError, say, silence, track
 from diffusion.data import Dataset
 from diffusion.denoiser import Denoiser
+from diffusion.folders import check_claim, claim
 from diffusion.model import Model, load, this_device
 from diffusion.pictures import save_grid
 from diffusion.training import Objective, Progress, fit
@@ -34,9 +35,11 @@ def train_model(
 
     The card's `training` names the objective's settings; a run made with others is an error. Its
     `earlier_images`, those of the students it goes on from, count in the total.
-    Leaves model.safetensors, log.jsonl and samples.png; state/ only while it is unfinished.
+    Leaves model.safetensors, log.jsonl and samples.png; state/ only while it is unfinished. A folder
+    that holds somebody else's files is a UserError.
     """
     check(config)
+    check_claim(run)
     this_device()  # before anything asks PartialState
     processes = PartialState()
     if not processes.is_main_process:
@@ -57,7 +60,9 @@ def train_model(
         return model
     state = run / "state" / "state.safetensors"
     described = run / "state" / "settings.json"
+    processes.wait_for_everyone()  # all have looked at the folder before the first writes
     if processes.is_main_process:
+        claim(run)
         if state.exists():
             require_same(run, json.loads(described.read_text()), settings)
         else:
@@ -72,7 +77,7 @@ def train_model(
     card = replace(card, training=training)
     if processes.is_main_process:
         leave(run, denoiser, card)
-        shutil.rmtree(run / "state")
+        tidy(run)
         say(
             f"{run}  loss {last.loss:.4f} after {last.seconds:.0f} s: {finished}, {run / 'samples.png'}"
         )
@@ -91,6 +96,18 @@ def leave(run: Path, denoiser: Denoiser, card: Card) -> None:
         images = model.sample(plan, 0, indices, some_labels(model, 64))
     save_grid(run / "samples.png", images)
     checkpoint.save(run / "model.safetensors", weights, card)
+
+
+def tidy(run: Path) -> None:
+    """Delete what only an unfinished run needs; whatever else lies there is not the run's."""
+    state, described = run / "state" / "state.safetensors", run / "state" / "settings.json"
+    kept = (run / name for name in ("model.safetensors", "log.jsonl", "samples.png"))
+    for path in (state, described, *kept):
+        remove_parts(path)
+    state.unlink(missing_ok=True)
+    described.unlink(missing_ok=True)
+    with suppress(OSError):  # not empty
+        (run / "state").rmdir()
 
 
 def some_labels(model: Model, count: int) -> torch.Tensor | None:

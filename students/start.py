@@ -1,5 +1,6 @@
 """How every student begins: from its teacher's weights, on its teacher's data."""
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Self
@@ -10,6 +11,7 @@ from diffusion import data as datasets
 from diffusion.config import FitConfig, check
 from diffusion.console import UserError
 from diffusion.data import Dataset
+from diffusion.folders import check_claim
 from diffusion.model import Model, load
 from diffusion.schedules import check_shift
 from teachers import ddpm
@@ -40,9 +42,15 @@ class StudentOptions:
 
 
 def find_teacher(
-    options: StudentOptions, method: str, fit: FitConfig
+    options: StudentOptions,
+    method: str,
+    fit: FitConfig,
+    check_out: Callable[[Path], None] = check_claim,
 ) -> tuple[Model, Dataset, Path]:
-    """The teacher on its device, its data, and the folder for the run."""
+    """The teacher on its device, its data, and the folder for the run, which check_out lets pass."""
+    home = options.teacher.parent if options.teacher.is_file() else options.teacher
+    out = options.out or home.parent / method
+    check_out(out)
     if not _trained(options.teacher) and options.teacher == StudentOptions.teacher:
         ddpm.train_teacher(ddpm.Options.default("digits"))
     check(fit)
@@ -60,8 +68,7 @@ def find_teacher(
             f"but {dataset.spec.name}'s are of shape {dataset.spec.shape}"
         )
     dataset = replace(dataset, spec=replace(spec, name=dataset.spec.name))  # the teacher's scale
-    home = options.teacher if options.teacher.is_dir() else options.teacher.parent
-    return teacher, dataset, options.out or home.parent / method
+    return teacher, dataset, out
 
 
 def images_spent(model: Model) -> int:
@@ -78,4 +85,6 @@ def student_card(teacher: Model) -> dict:
     """What a student's card takes over from its teacher's."""
     card = teacher.card
     taken = {"net": card.net, "guidance": card.guidance, "shift": card.shift}
-    return {**taken, "data": asdict(teacher.spec), "parent": teacher.sha256}
+    origin = card.origin if card.parent else teacher.sha256
+    line = {"parent": teacher.sha256, "origin": origin}
+    return {**taken, "data": asdict(teacher.spec), **line}
