@@ -59,6 +59,7 @@ LIMITS = {
     "iterations": ("at least 1", lambda n: n >= 1),
     "batch_size": ("at least 1", lambda n: n >= 1),
     "log_every": ("at least 1", lambda n: n >= 1),
+    "save_every": ("at least 0", lambda seconds: seconds >= 0),
     "learning_rate": ("above 0 and finite", lambda rate: 0 < rate < math.inf),
     "warmup": ("at least 0", lambda n: n >= 0),
     "weight_decay": ("at least 0 and finite", lambda decay: 0 <= decay < math.inf),

@@ -26,14 +26,16 @@ def check_claim(folder: Path, kind: str = "run") -> None:
 
     It writes nothing, so that it can come before the work: `claim` comes when that has begun.
     """
-    require_folder(folder)
     kinds = _kinds(folder)
-    if kinds and kind not in kinds:
+    if kind in kinds:  # a finished run may lie where one cannot write
+        return
+    if kinds:
         raise UserError(
             f"{folder} holds {KINDS[min(kinds)]}, and {KINDS[kind]} would be mixed with it: "
             "give another --out"
         )
-    if not kinds and (stranger := next(_entries(folder), None)):
+    require_folder(folder)
+    if stranger := next(_entries(folder), None):
         raise _foreign(stranger)
 
 

@@ -104,11 +104,21 @@ def labels_of(model: Model, options: Options) -> Tensor | None:
 
 
 def generate(model: Model, options: Options) -> Iterator[Tensor]:
-    """Batches of images, (B, C, H, W) uint8, in order of their numbers."""
+    """Batches of images, (B, C, H, W) uint8, in order of their numbers.
+
+    Raises UserError for images that are not finite, which as uint8 would be black.
+    """
     plan, labels = plan_of(model, options), labels_of(model, options)
     for indices in torch.arange(options.num, device=model.device).split(options.batch_size):
         label = None if labels is None else labels[indices]
-        yield model.sample(plan, options.seed, indices, label, options.guidance).cpu()
+        x0 = model.x0(plan, options.seed, indices, label, options.guidance)
+        if not x0.isfinite().all():
+            raise UserError(
+                f"{options.checkpoint} makes images that are not finite (NaN or infinite): its training "
+                "failed, or its angles are none that it was trained at; train it again with a lower "
+                "--learning-rate, or give other --steps"
+            )
+        yield model.spec.to_uint8(x0).cpu()
 
 
 def _tracked(model: Model, options: Options) -> Iterator[tuple[int, Tensor]]:

@@ -235,9 +235,9 @@ def test_a_folder_without_anything_of_ours_is_known_in_tens_of_microseconds(tmp_
         (tmp_path / f"{i}.jpg").touch()
     claim(tmp_path / "ours")
     for folder, ours in ((tmp_path, False), (tmp_path / "ours", True)):
-        begun = time.perf_counter()
+        begun = time.process_time()
         assert all(is_ours(folder) == ours for _ in range(1000))
-        assert time.perf_counter() - begun < 1  # of 1000: 0.02 s alone
+        assert time.process_time() - begun < 1  # of 1000: 0.02 s alone
 
 
 def test_an_older_run_goes_on_and_is_marked(tmp_path, train_tiny):

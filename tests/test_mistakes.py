@@ -55,6 +55,7 @@ MISTAKES = [
     (ddpm, "--num-classes -1", ["--num-classes", "-1"]),
     (ddpm, "--learning-rate inf", ["--learning-rate", "inf"]),
     (ddpm, "--warmup -1", ["--warmup", "-1"]),
+    (ddpm, "--save-every nan", ["--save-every", "nan"]),
     (ddpm, "--seed -1", ["--seed", "2^63", "-1"]),
     (ddpm, f"--seed {2**63}", ["--seed", "2^63", str(2**63)]),
     (progressive, "--seed -1", ["--seed", "-1"]),
