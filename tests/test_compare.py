@@ -9,10 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
+from diffusion import data
 from diffusion.console import UserError
 from diffusion.model import Model, load
 from diffusion.schedules import cosine, respace, shifted
-from eval import compare, evaluate, lines, measure, race, records, stream, table, timing
+from eval import compare, evaluate, lines, measure, race, records, report, stream, table, timing
 from eval.compare import Options
 from eval.features import Extractor
 from eval.plans import rows
@@ -429,3 +430,24 @@ def test_images_of_a_long_plan_are_no_more_than_the_others(slow):
         compare.sizes(Options(num_images=100, long_images=200), dim=64)
     with pytest.raises(UserError, match="--long-images must be more than the 64"):
         compare.sizes(Options(long_images=64), dim=64)
+
+
+# --- a folder too small to hold images out
+
+
+@pytest.mark.parametrize("count", [3, 12, 40])
+def test_a_handful_of_images_is_compared_to_the_end(tmp_path, train_tiny, quick, digits, count):
+    (tmp_path / "photos").mkdir()
+    for i, image in enumerate(digits.train[:count, 0]):
+        Image.fromarray(image.numpy()).save(tmp_path / "photos" / f"{i:02d}.png")
+    photos = data.load(str(tmp_path / "photos"), size=8, channels=1)
+    assert (len(photos.train), len(photos.test)) == (count, 0)
+    few = dataclasses.replace(quick, batch_size=min(count, quick.batch_size))
+    train_tiny(tmp_path / "runs" / "teacher", few, dataset=photos)
+    settings = SETTINGS | {"steps": "1,2", "solvers": ("ddim",), "seeds": (0,)}
+    found = compare.compare(Options(runs=(tmp_path / "runs",), **settings))
+    assert [(row.held_out, row.likelihood) for row in found] == [({}, {})] * len(found)
+    words = (tmp_path / "runs" / "compare" / "table.md").read_text()
+    assert "no images are held out" in words
+    page = report.write(report.Options((tmp_path / "runs" / "compare",)))
+    assert "no images are held out" in page.read_text()

@@ -308,6 +308,19 @@ def test_copies_are_marked_and_explained():
     assert "(copies): " in found[0].caption
 
 
+def test_where_nothing_is_held_out_the_caption_says_what_cannot_be_judged():
+    rows = [
+        replace(row, others={"kid": [0.1, 0.1], "memorisation-copied": [share] * 2}, held_out={})
+        for row, share in ((TEACHER, 0.01), (FOUR, 0.47))
+    ]
+    assert column(rows, "method") == ["teacher", "progressive (copies)"]
+    for each in (rows, rows[:1]):
+        caption = table.tables(each)[0].caption
+        assert "no images are held out" in caption
+        assert "more than 5% are three times as near to one training image" in caption
+    assert column(rows, "method", table.FURTHER) == ["teacher", "progressive (copies)"]
+
+
 def test_one_seed_has_no_spread_to_show():
     rows = [replace(row, seeds=[3], quality=[4.25], others={}) for row in (TEACHER, FOUR)]
     assert column(rows, "quality") == ["4.25", "4.25"]
