@@ -24,6 +24,7 @@ PORTION = 1000  # images through an extractor at a time
 KEPT = {"features": 1024, "pixels": 256}
 SHOWN = 16  # of the pixels, on pictures
 FAR = 128.0  # grey levels beyond black or white
+COPIED = 0.05  # of the images; more than so many copies are marked where no image is held out
 
 
 @dataclass
@@ -178,17 +179,20 @@ class Judge:
         cross = frechet_distance(Moments.of(found.rows("cross")), self.real["cross"])
         figures = {self.cross.name: cross, "kid": sets.kid(fake, self.some, self.kernel_mean)}
         figures["sliced-wasserstein"] = sets.sliced_wasserstein(fake, self.some, SLICES, slices)
-        some, radius = self.balls(len(fake))
-        figures |= sets.precision_recall_density_coverage(some, fake, NEIGHBOURS, radius)
+        if min(len(fake), len(self.some)) > NEIGHBOURS:
+            some, radius = self.balls(len(fake))
+            figures |= sets.precision_recall_density_coverage(some, fake, NEIGHBOURS, radius)
         if self.extractor.probabilities:
             figures["classifier-score"] = sets.inception_score(self.extractor.probabilities(fake))
         if len(fake) >= 4 * self.extractor.dim:
             thinned = torch.Generator().manual_seed(0)
             figures["infinity"] = sets.frechet_infinity(fake, self.real["own"], thinned)
+        ours = sets.two_nearest(found.rows("pixels"), self.bank)
         if len(self.held_out_nearest):
-            ours = sets.two_nearest(found.rows("pixels"), self.bank)
             near = sets.memorisation(ours, self.held_out_nearest)
             figures |= {f"memorisation-{name}": value for name, value in near.items()}
+        else:
+            figures["memorisation-copied"] = sets.copied(ours)
         return figures
 
     def floor(self, num_images: int, draws: int) -> list[float]:
@@ -241,12 +245,17 @@ def warnings(others: dict[str, float], real: dict[str, float]) -> list[str]:
     """What a reader of the table must not miss: a set that lost its diversity, or holds copies.
 
     Collapse: coverage below half of the held-out images'. Copies: more than three times as many
-    as among the held-out images, and at least 1 in 50.
+    as among the held-out images, and at least 1 in 50; where none is held out, more than COPIED.
     """
     found = []
     if "coverage" in real and others.get("coverage", 1.0) < real["coverage"] / 2:
         found.append("collapsed")
-    copied = others.get("memorisation-copied", 0.0)
-    if copied > max(0.02, 3 * others.get("memorisation-copied_floor", 1.0)):
+    limit = COPIED if unheld(others) else max(0.02, 3 * others.get("memorisation-copied_floor", 0))
+    if others.get("memorisation-copied", 0.0) > limit:
         found.append("copies")
     return found
+
+
+def unheld(others: dict[str, float]) -> bool:
+    """Whether these figures were taken where no image is held out to compare with."""
+    return "memorisation-copied" in others and "memorisation-copied_floor" not in others

@@ -32,8 +32,8 @@ class Options:
 
 def latest(found: list[Record], times: bool = True) -> list[Record]:
     """Those measured as the last one was, the latest of each run's plans alone, teachers first."""
-    setting = records.setting(newest(found), times) if found else {}
-    same = [record for record in found if records.setting(record, times) == setting]
+    setting, most = _last_setting(found, times) if found else ({}, 0)
+    same = [record for record in found if records.setting(record, times, most) == setting]
     kept = {(r.run, r.method, r.sampler, r.steps, r.environment["device"]): r for r in same}
     return sorted(kept.values(), key=lambda record: record.parent is not None)
 
@@ -42,13 +42,19 @@ def newest(found: list[Record]) -> Record:
     return max(reversed(found), key=records.date)
 
 
+def _last_setting(found: list[Record], times: bool) -> tuple[dict[str, str], int]:
+    """That of the newest row and its number of images; a long plan of fewer is no measure of others."""
+    last = newest([record for record in found if not record.long] or found)
+    return records.setting(last, times), 0 if last.long else last.num_images
+
+
 def left_out(found: list[Record], kept: list[Record], times: bool) -> list[str]:
     """Why rows of a file are not on the page, and how many."""
-    setting = records.setting(newest(found), times)
+    setting, most = _last_setting(found, times)
     shown = {id(record) for record in kept}
     reasons: Counter[str] = Counter()
     for record in found:
-        own = records.setting(record, times)
+        own = records.setting(record, times, most)
         other = [
             f"{name} {own.get(name)}"
             for name in own | setting
