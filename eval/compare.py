@@ -93,8 +93,10 @@ class Options:
     """Time the rows. Without times, rows of several machines may share a table."""
     table: Literal["rich", "markdown", "csv", "latex", "jsonl"] = "rich"
     """How to print the table; the rest then goes to stderr."""
+    data: str | None = None
+    """Where the models' images are now, if their folder of images has moved."""
     data_dir: Path | None = None
-    """Where a named dataset's files are."""
+    """The folder that holds a named dataset's files."""
     out: Path | None = None
     """Where the results go; compare/ beside the runs unless told."""
 
@@ -195,12 +197,9 @@ def prepare(options: Options, model: Model) -> Bench:
     spec, device = model.spec, this_device()
     choice = options.features or ("classifier" if spec.name in OWN_CLASSIFIER else "inception")
     with PartialState().main_process_first():
-        dataset = datasets.load(spec.name, options.data_dir, spec.size, spec.channels)
-        if dataset.spec.shape != spec.shape:
-            raise UserError(
-                f"the models make images of shape {spec.shape}, but those of {spec.name} have "
-                f"{dataset.spec.shape}"
-            )
+        dataset = datasets.reload(spec, options.data, options.data_dir)
+        # by the name that it was trained under: what was measured before a move stays measured
+        dataset = replace(dataset, spec=replace(dataset.spec, name=spec.name))
         if len(dataset.train) < 2:
             raise UserError(
                 f"{spec.name} has {len(dataset.train)} image: expected 2 or more to judge by"

@@ -1,6 +1,5 @@
 """What is measured of a set of images, against real ones: distances, fidelity and diversity, copies."""
 
-import hashlib
 from dataclasses import dataclass, field
 from functools import cached_property, reduce
 from math import isfinite
@@ -12,7 +11,8 @@ from torch import Tensor
 
 from diffusion.checkpoint import load_tensors, save_tensors
 from diffusion.console import UserError
-from diffusion.data import CACHE, Dataset
+from diffusion.data import CACHE, Dataset, fingerprint
+from diffusion.image_file import Form
 from eval import sets
 from eval.features import Extractor
 from eval.metrics import Moments, frechet_distance
@@ -122,7 +122,9 @@ class Judge:
         near = sets.two_nearest(some, bank) if len(some) else torch.zeros(0, 2)
         real = {"own": Moments.of(train), "cross": Moments.of(crossed)}
         data = {"name": dataset.spec.name, "split": "train", "images": len(train)}
-        data |= {"sha256": images_sha256(dataset.train)}
+        data |= {"sha256": fingerprint(dataset.train)}
+        if dataset.spec.background not in ("", Form.background):
+            data |= {"background": dataset.spec.background}
         return Judge(dataset, extractor, cross, device, train, test, real, bank, near, data)
 
     @cached_property
@@ -226,7 +228,7 @@ def reference(
     images: Tensor, extractor: Extractor, device: torch.device, cache: Path = CACHE
 ) -> Tensor:
     """(N, D) features of real images on the device: read from the cache where they are in it."""
-    name = f"{extractor.name}-{extractor.sha256[:8]}-{images_sha256(images)[:16]}.safetensors"
+    name = f"{extractor.name}-{extractor.sha256[:8]}-{fingerprint(images)[:16]}.safetensors"
     path = cache / "reference" / name
     if path.exists():
         return load_tensors(path)[0]["features"].to(device)
@@ -235,10 +237,6 @@ def reference(
     features = torch.cat([extractor.extract(part.to(device)) for part in images.split(PORTION)])
     save_tensors(path, {"features": features}, {})
     return features
-
-
-def images_sha256(images: Tensor) -> str:
-    return hashlib.sha256(images.contiguous().numpy()).hexdigest()
 
 
 def warnings(others: dict[str, float], real: dict[str, float]) -> list[str]:

@@ -26,8 +26,10 @@ class Options:
     """Show times. Without them rows of several machines may share the page."""
     out: Path | None = None
     """The page; report.html in the first folder unless told."""
+    data: str | None = None
+    """Where the training images are now, if their folder has moved: for the nearest of them."""
     data_dir: Path | None = None
-    """Where a named dataset's files are, for the nearest training images."""
+    """The folder that holds a named dataset's files: likewise."""
 
 
 def latest(found: list[Record], times: bool = True) -> list[Record]:
@@ -99,7 +101,7 @@ def page(options: Options) -> str:
     shown = [grids.section(each, looks, ship) for each in tables]
     near = ""
     if ship and ship.record.tag in images:
-        near = pictures.nearest(ship, images[ship.record.tag], options.data_dir)
+        near = pictures.nearest(ship, images[ship.record.tag], options.data, options.data_dir)
     data = Path(rows[0].data["name"]).name
     return pages.fill(
         "report",
