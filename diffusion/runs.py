@@ -124,6 +124,8 @@ class Preview:
 
     def __call__(self, denoiser: Denoiser) -> None:
         begun = time.monotonic()
+        if not self.took:
+            say(f"{self.run / 'samples.png'}  its samples, drawn anew as it trains")
         if self.took <= self.SHARE * (begun - self.drawn):
             draw(self.run, Model(denoiser, self.card, sha256=""), calls=16)
             self.drawn = time.monotonic()
