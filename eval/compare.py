@@ -19,7 +19,7 @@ from diffusion.console import UserError, at_least, diverted, run, say, silence
 from diffusion.model import Model, load, require_same_images, this_device
 from diffusion.samplers import SOLVERS
 from diffusion.schedules import check_shift
-from eval import plots, records, table
+from eval import closing, plots, records, table
 from eval.evaluate import Bench, measure_rows, template
 from eval.features import extractor
 from eval.lines import lines
@@ -275,6 +275,8 @@ def write_results(
         written.append("nearest.png")
     table.show(options.table, shown, options.times)
     say(f"{folder}: {', '.join(written)}")
+    say(closing.take(found))
+    say(f"make a page of it: {closing.python()} -m {closing.quoted('eval.report', str(folder))}")
 
 
 def main() -> None:
