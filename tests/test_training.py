@@ -258,8 +258,8 @@ def test_a_run_with_other_settings_is_refused_by_the_settings_name(
 def stopped_after(count: int):
     """fit, that stops as by a signal after some log lines."""
 
-    def begin(*arguments) -> Iterator[Progress]:
-        for i, line in enumerate(fit(*arguments), 1):
+    def begin(*arguments, **named) -> Iterator[Progress]:
+        for i, line in enumerate(fit(*arguments, **named), 1):
             yield line
             if i == count:
                 raise KeyboardInterrupt
