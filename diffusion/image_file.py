@@ -79,25 +79,26 @@ def read(path: Path, form: Form) -> Tensor:
     Raises whatever its decoder does; `reason` has the words for it.
     """
     with Image.open(path, formats=kinds()[0]) as image:
-        image.draft(
-            None, (4 * form.size, 4 * form.size)
-        )  # a JPEG's 1/2, 1/4 or 1/8, if that is more
+        # a JPEG is decoded at 1/2, 1/4 or 1/8 of its size, if that is more than this
+        reduced = image.draft(None, (4 * form.size, 4 * form.size))
         pixels = image.width * image.height
         if pixels > MOST_PIXELS:
             raise Image.DecompressionBombError
         with _alone if pixels > LARGE else nullcontext():
             image.load()
-            return _formed(image, form)
+            # a width of 900 is 112.5 then: the last column is no whole one
+            return _formed(image, reduced[1][2:] if reduced else image.size, form)
 
 
-def _formed(image: Image.Image, form: Form) -> Tensor:
+def _formed(image: Image.Image, measures: tuple[float, float], form: Form) -> Tensor:
+    """The pixels of a loaded image of that width and height."""
     turn, mode = _turn(image), MODES[form.channels]
     image = _shallow(image)
     clear = image.has_transparency_data
     needed = "RGBA" if clear else mode
     image = image if image.mode == needed else image.convert(needed)  # which would copy it
-    side = min(image.size)
-    left, top = (image.width - side) / 2, (image.height - side) / 2
+    side = min(measures)
+    left, top = ((measure - side) / 2 for measure in measures)
     box, size = (left, top, left + side, top + side), (form.size, form.size)
     # a mean over whole pixels first, down to 4 times the size: no different to the eye
     image = image.resize(size, Image.Resampling.LANCZOS, box, reducing_gap=4.0)
