@@ -1,7 +1,9 @@
 """Measure rows: network calls, times, quality and, of teachers, likelihood; resumable at every part."""
 
 import json
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,7 +15,8 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
-from diffusion.console import UserError, track
+from diffusion.console import UserError, say, track
+from diffusion.samplers import SOLVERS
 from eval import likelihood, machine, measure, stream
 from eval.plans import Row
 from eval.quality import SHOWN, Judge
@@ -90,7 +93,8 @@ def time_rows(bench: Bench, rows: dict[Row, Record]) -> dict[Row, Record]:
     """With the times that are asked for and lacking: all rows in turn, size by size."""
     device, sizes = bench.judge.device, sorted({1, bench.batch_size})
     found = {row: {t.batch_size: t for t in record.timings} for row, record in rows.items()}
-    lacking = {n: [bench.times and n not in known for known in found.values()] for n in sizes}
+    whole = {n: [n in known and known[n].over for known in found.values()] for n in sizes}
+    lacking = {n: [bench.times and not over for over in whole[n]] for n in sizes}
     (lacking,) = broadcast_object_list([lacking])  # the first process's, which alone has seen all
     untimed = {
         n: [row for row, lacks in zip(rows, lacking[n], strict=True) if lacks] for n in sizes
@@ -102,7 +106,9 @@ def time_rows(bench: Bench, rows: dict[Row, Record]) -> dict[Row, Record]:
         laps.append(sweep({row: partial(sample, row) for row in unswept}, device, found))
     for each in laps:
         for lap in track(each, "speed", Lap.progress):
-            found[lap.key][lap.timing.batch_size] = lap.timing
+            known, size = found[lap.key], lap.timing.batch_size
+            first = known[size].first if size in known else lap.timing.first
+            known[size] = replace(lap.timing, first=first)  # with what was compiled for its images
     changed = {row: [found[row][n] for n in sorted(found[row])] for row in rows}
     conditions = machine.conditions(device)
     return {
@@ -132,7 +138,8 @@ def judge_rows(
     total = sum(cost * len(left[row]) for row, cost in costs.items())
     for row in sorted(left, key=costs.get):
         watch = InPassing(bench.batch_size, judge.device, bench.compile)
-        timed = not bench.times or any(t.batch_size == bench.batch_size for t in found[row].timings)
+        known = [t for t in found[row].timings if t.batch_size == bench.batch_size]
+        timed = not bench.times or any(t.over for t in known)
         for seed in left[row]:
             record, words = found[row], f"network calls, {row.title}"
             part = store.folder / "partial" / f"{record.tag}-{seed}"
@@ -141,8 +148,9 @@ def judge_rows(
             look = stream.look(judge, row.model, row.plan, seed, *size, part, *more)
             yield done, total, words
             try:
-                for count, seen in look:  # noqa: B007
-                    yield done + record.nfe * count, total, words
+                with heard(row):
+                    for count, seen in look:  # noqa: B007
+                        yield done + record.nfe * count, total, words
             except UserError as error:
                 refused[row] = f"{row.title} ({row.path}): {error}"
                 del found[row]
@@ -151,11 +159,36 @@ def judge_rows(
             done += costs[row]
             if PartialState().is_main_process:
                 record = with_seed(record, judge.distance(seen), judge.others(seen))
-                found[row] = record = with_timing(record, watch.long)
+                found[row] = record = with_timing(record, watch.result)
                 first = len(record.quality) == 1
                 shown = {record.tag: seen.rows("pixels")[:SHOWN].cpu()}
                 store.put(record, images=shown if first else None)
                 stream.forget(part)
+
+
+@contextmanager
+def heard(row: Row, every: float = 30.0) -> Iterator[None]:
+    """A line every so many seconds while a long plan's batch is made: how far it is."""
+    calls = SOLVERS[row.sampler].calls(len(row.angles) - 1)
+    done, begun, said = 0, 0.0, 0.0
+
+    def tell(*_) -> None:
+        nonlocal done, begun, said
+        now = time.monotonic()
+        if done in (0, calls):
+            done, begun, said = 0, now, now
+        done += 1
+        if now - said > every and done < calls:
+            left = (now - begun) / done * (calls - done)
+            say(f"{row.title}: call {done:,} of {calls:,} of this batch, {left:.0f} s left of it")
+            said = now
+
+    hook = row.model.denoiser.register_forward_hook(tell) if row.long else None
+    try:
+        yield
+    finally:
+        if hook:
+            hook.remove()
 
 
 def with_timing(record: Record, timing: Timing | None) -> Record:

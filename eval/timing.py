@@ -38,6 +38,11 @@ class Timing:
     """Why there are no repeats, e.g. "out of memory"."""
 
     @property
+    def over(self) -> bool:
+        """Whether it has repeats, or can have none."""
+        return bool(self.seconds or self.failed)
+
+    @property
     def median(self) -> float:
         return median(self.seconds)
 
@@ -159,15 +164,18 @@ class InPassing:
         return result
 
     @property
-    def long(self) -> Timing | None:
-        """The timing of a row of long batches; None where a race must tell.
+    def result(self) -> Timing | None:
+        """The timing of a row of long batches; of others the first batch's alone, for a race to go on.
 
         Of one batch alone its only run is the repeat, unless compilation is in it.
         """
         timing = self.timing
-        if timing and not timing.seconds and not self.compiled:
+        if timing is None:
+            return None
+        if not timing.seconds and not self.compiled:
             timing = replace(timing, seconds=(timing.first,))
-        return timing if timing and timing.seconds and timing.median > IN_PASSING else None
+        long = timing.seconds and timing.median > IN_PASSING
+        return timing if long else Timing(timing.batch_size, first=timing.first)
 
 
 def joules(call: Callable[[], Tensor], batch_size: int, device: torch.device) -> float | None:

@@ -322,15 +322,19 @@ def slow(tmp_path_factory, train_tiny) -> Path:
 
 @pytest.fixture
 def calls(monkeypatch) -> list[tuple[int, int]]:
-    """(steps, images) of each call for images; each takes 0.05 s a step by the clock of the times."""
-    made, x0, timed = [], Model.x0, timing.timed
+    """(steps, images) of each call for images; by the clock of the times each takes 0.05 s a step,
+    and the first of its kind a second more."""
+    made, known, x0, timed = [], set(), Model.x0, timing.timed
 
     def counted(self, plan, seed, numbers, *others):
         made.append((len(plan[1]) - 1, len(numbers)))
         return x0(self, plan, seed, numbers, *others)
 
     def simulated(call, device):
-        return timed(call, device)[0], 0.05 * made[-1][0]
+        result, _ = timed(call, device)
+        compiles = made[-1] not in known
+        known.add(made[-1])
+        return result, 0.05 * made[-1][0] + compiles
 
     monkeypatch.setattr(Model, "x0", counted)
     monkeypatch.setattr(timing, "timed", simulated)
@@ -348,12 +352,13 @@ def test_a_long_plan_is_timed_while_its_fewer_images_are_made(slow, tmp_path, ca
         ("unipc", 32, 200),
     ]
     assert calls.count((120, 64)) == 2  # those of the quality run
-    assert rows[0].timing(64).first == rows[0].timing(64).median == pytest.approx(6.0)
-    assert len(rows[0].timing(64).seconds) == 1
+    assert rows[0].timing(64).first == pytest.approx(7.0)
+    assert rows[0].timing(64).seconds == pytest.approx((6.0,))
     assert calls.count((120, 1)) == 1 + 3  # counted; then the first and two repeats
     for row in rows[1:]:  # in a race
         assert [t.batch_size for t in row.timings] == [1, 64]
-        assert len(row.timing(64).seconds) >= 2
+        assert row.timing(64).seconds[:2] == pytest.approx((0.05 * row.steps,) * 2)
+    assert rows[-1].timing(64).first == pytest.approx(2.6)  # of its images, as it was compiled
     assert rows[0].floor != rows[1].floor
     found = lines.lines(rows)
     assert found[0].ratio is None
@@ -382,6 +387,22 @@ def test_a_comparison_stopped_within_its_long_row_still_ends_with_times(
     assert calls.count((120, 64)) == 1  # the batch that was lost
     assert rows[0].batch.seconds == pytest.approx((6.0,))
     assert records.read(tmp_path / "results.jsonl") == rows
+
+
+def test_a_long_batch_says_how_far_it_is(slow, monkeypatch, capsys):
+    model, clock = load(slow), Mock(side_effect=iter(range(1000)))
+    monkeypatch.setattr(evaluate, "time", Mock(monotonic=clock))  # a second passes with each call
+    row = rows(slow, model, None, ())[0]
+    with evaluate.heard(row):
+        for start in (0, 2):
+            model.x0(row.plan, 0, torch.arange(start, start + 2))
+    assert capsys.readouterr().out.splitlines() == 2 * [
+        "teacher 120: call 32 of 120 of this batch, 85 s left of it",
+        "teacher 120: call 63 of 120 of this batch, 56 s left of it",
+        "teacher 120: call 94 of 120 of this batch, 26 s left of it",
+    ]
+    model.x0(row.plan, 0, torch.arange(2))
+    assert capsys.readouterr().out == ""
 
 
 def test_rows_judged_without_times_get_them_later(slow, tmp_path, calls):
