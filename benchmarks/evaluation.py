@@ -41,7 +41,7 @@ def main() -> None:
     at_least(1, options, "steps", "num_images", "batch_size", "repeats")
     model = load(options.checkpoint, "bf16")
     device, spec = model.device, model.spec
-    dataset = data.load(spec.name, None, spec.size, spec.channels)
+    dataset = data.reload(spec)
     own = extractor(options.features, dataset, device)
     judge = Judge.of(dataset, own, extractor("random", dataset, device), device)
     part = Path(tempfile.mkdtemp()) / "part"

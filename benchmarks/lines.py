@@ -31,7 +31,8 @@ DIGITS = Line(
             "distill.consistency --mode ct --iterations 6400 --batch-size 64 --learning-rate 1e-3",
         ),
     },
-    compare="eval.compare --no-times --solvers ddim unipc",
+    compare="eval.compare --no-times --solvers ddim unipc --num-images 1024 --long-images 1024 "
+    "--seeds 0 1 --likelihood 1024",
     seeds=3,
 )
 
@@ -78,7 +79,7 @@ FASHION_CPU = Line(
         ),
     },
     compare="eval.compare --steps 1,2,4,8,10,50 --solvers ddim unipc --batch-size 64 "
-    "--likelihood 128 --compile",
+    "--num-images 1024 --long-images 1024 --seeds 0 1 --likelihood 128 --compile",
 )
 
 # One GPU: meant for 20 minutes. Nothing here has been timed on a GPU yet.
@@ -117,7 +118,7 @@ FASHION_NIGHT = Line(
             "distill.consistency --mode scm --iterations 8000",
         ),
     },
-    compare="eval.compare --num-images 10000 --compile --sweep",
+    compare="eval.compare --seeds 0 1 --compile --sweep",
     seeds=3,
 )
 

@@ -163,7 +163,7 @@ def subject(options: Options) -> tuple[Model, Dataset]:
     else:
         model = load(options.teacher, "bf16")
         spec = model.spec
-        dataset = replace(datasets.load(spec.name, None, spec.size, spec.channels), spec=spec)
+        dataset = replace(datasets.reload(spec), spec=spec)
     return model, replace(dataset, train_labels=None)  # whose pictures are whose is no matter here
 
 

@@ -160,8 +160,12 @@ def load(path: Path, precision: str = "fp32", device: torch.device | None = None
 
 
 def require_same_images(spec: ImageSpec, model: Model, path: Path) -> None:
-    if (spec.name, spec.shape) != (model.spec.name, model.spec.shape):
+    """UserError for a model of other images: by their sha256, or by their name where one has none."""
+    known = spec.sha256 and model.spec.sha256
+    same = spec.sha256 == model.spec.sha256 if known else spec.name == model.spec.name
+    if not same or spec.shape != model.spec.shape:
+        other = "other images of " if not same and spec.name == model.spec.name else ""
         raise UserError(
-            f"{path} was trained on {model.spec.name} images of shape {model.spec.shape}, "
+            f"{path} was trained on {other}{model.spec.name} images of shape {model.spec.shape}, "
             f"expected {spec.name} of shape {spec.shape}"
         )

@@ -51,9 +51,9 @@ def train_model(
     settings = {**card.training, **settings_of(config), "parent": card.parent, "net": card.net}
     settings["shift"] = card.shift
     plans = hashlib.sha256(json.dumps(card.plans).encode()).hexdigest()[:8]
-    settings = json.loads(
-        json.dumps(settings | {"data": dataset.spec.name, "images": card.data, "plans": plans})
-    )
+    images = {k: v for k, v in card.data.items() if k not in ("sha256", "background")}
+    settings |= {"data": dataset.spec.name, "data_sha256": dataset.spec.sha256}
+    settings = json.loads(json.dumps(settings | {"images": images, "plans": plans}))
     finished = run / "model.safetensors"
     if finished.exists():
         model = load(run, config.precision)
@@ -161,13 +161,31 @@ def some_labels(model: Model, count: int) -> torch.Tensor | None:
 
 
 def require_same(run: Path, before: dict, now: dict) -> None:
-    """UserError where the run there is of other settings; one that it lacks was off, as is 0 or none."""
-    for key in sorted(before.keys() | now.keys(), key=lambda key: (key != "minutes", key)):
+    """UserError where the run there is of other settings; one that it lacks was off, as is 0 or none.
+
+    Images are known by their sha256, wherever they lie; those of a run that has none, by their name.
+    """
+    known = before.get("data_sha256") and now.get("data_sha256")
+    if known and before["data_sha256"] != now["data_sha256"]:
+        raise UserError(
+            f"{run} was trained on other images than {now['data']} holds, or on another "
+            "--background: give those again, or another --out, or delete it"
+        )
+    if known:
+        before, now = _anywhere(before), _anywhere(now)
+    keys = (before.keys() | now.keys()) - {"data_sha256"}
+    for key in sorted(keys, key=lambda key: (key != "minutes", key)):
         if (before.get(key) or None) != (now.get(key) or None):
             raise UserError(
                 f"{run} holds a run with other settings ({key} was {before.get(key)}, now "
                 f"{now.get(key)}): give the same, or another --out, or delete it"
             )
+
+
+def _anywhere(settings: dict) -> dict:
+    """The settings without the place of the images."""
+    images = {k: v for k, v in settings.get("images", {}).items() if k != "name"}
+    return {k: v for k, v in settings.items() if k != "data"} | {"images": images}
 
 
 def _describe(p: Progress) -> tuple[int, int, str]:

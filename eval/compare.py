@@ -33,6 +33,10 @@ from eval.store import Store, samples_of
 
 OWN_CLASSIFIER = ("digits", "fashion-mnist")  # where it is the default extractor; elsewhere, fid
 DRAWS = 8  # of real images, for the floor
+# Of a teacher's long plan, at least: its calls are then as many as those of a solver's 50 steps on
+# 10,000 images, and every machine chooses alike, so that tables of several can be merged.
+LONG_IMAGES = 512
+SEARCHED = 1024  # images of each trial of a search, at most, where features have fewer dimensions
 
 
 @dataclass(frozen=True)
@@ -49,22 +53,28 @@ class Options:
     steps: str | None = None
     """Network calls to compare at, e.g. 1,2,4,8; the teacher's own plan is shown, too."""
     long: bool = True
-    """Show the teacher's own plan, by far the slowest row and what the others' ratios are to."""
+    """Show the teacher's own plan, by far the slowest row, which the others' speed-ups are to; and
+    where no row of a solver can stand in for it in the ratios, one of the last solver's at 32 calls."""
     solvers: tuple[str, ...] = ("ddim", "dpm-solver++", "unipc")
     """Samplers without training to compare with, of those that the teacher takes; others are heun,
     truncated, ancestral, stochastic and predictor-corrector."""
     shifts: tuple[float, ...] = ()
     """Shifts of the solvers' angles to compare, in place of the teacher's own (teachers.ddpm --shift)."""
-    num_images: int | None = None
-    """Images per seed, more than the features have dimensions: 1024, or 10,000 where that is not
-    enough, unless told."""
-    likelihood: int = 1024
-    """Held-out images whose bits per dimension are measured of a teacher; 0 for none."""
+    num_images: int = 10_000
+    """Images per seed, more than the features have dimensions."""
+    long_images: int | None = None
+    """Images per seed of a teacher's own plan of more than 100 steps, which takes by far the longest.
+    If fewer than --num-images, the others' ratios are to the teacher's best other row of 16 steps or
+    more. An option left out takes 512, or more where the features have as many dimensions, in whole
+    batches."""
+    likelihood: int = 64
+    """Held-out images whose bits per dimension are measured of a teacher, each as costly as about
+    200 network calls; 0 for none."""
     search_steps: tuple[int, ...] = ()
     """Search the best angles for consistency students to restart at, for these step counts; the
     figures in the table are of other noise than the search's."""
-    seeds: tuple[int, ...] = (0, 1)
-    """Noise seeds; the spread is over them."""
+    seeds: tuple[int, ...] = (0,)
+    """Noise seeds; of several, the table shows the spread over them."""
     batch_size: int = 256
     """For quality and for images/s."""
     features: str | None = None
@@ -83,8 +93,10 @@ class Options:
     """Time the rows. Without times, rows of several machines may share a table."""
     table: Literal["rich", "markdown", "csv", "latex", "jsonl"] = "rich"
     """How to print the table; the rest then goes to stderr."""
+    data: str | None = None
+    """Where the models' images are now, if their folder of images has moved."""
     data_dir: Path | None = None
-    """Where a named dataset's files are."""
+    """The folder that holds a named dataset's files."""
     out: Path | None = None
     """Where the results go; compare/ beside the runs unless told."""
 
@@ -106,7 +118,8 @@ def compare(options: Options) -> list[Record]:
     if paths:
         wanted = planned(options, paths)
         bench = prepare(options, wanted[0].model)
-        records.require_comparable([*given, template(bench, wanted[0])], options.times)
+        usual = next((row for row in wanted if not row.long), wanted[0])
+        records.require_comparable([*given, template(bench, usual)], options.times)
         wanted += searched(options, wanted, bench)
         measured, refused = measure_rows(bench, wanted, store)
         store.put(images={"real": bench.judge.dataset.train[:SHOWN]})
@@ -171,7 +184,8 @@ def searched(options: Options, wanted: list[Row], bench: Bench) -> list[Row]:
     found = []
     for path, model in students(wanted).items():
         for steps in options.search_steps:
-            size = bench.num_images, bench.batch_size
+            few = SEARCHED if bench.judge.extractor.dim < SEARCHED else bench.num_images
+            size = min(few, bench.num_images), bench.batch_size
             angles = [search_angles(bench.judge, model, steps, *size)]
             (angles,) = broadcast_object_list(angles)  # the first process's, to the bit
             found.append(Row(path, model, "consistency", angles, own=True, note="searched"))
@@ -183,25 +197,20 @@ def prepare(options: Options, model: Model) -> Bench:
     spec, device = model.spec, this_device()
     choice = options.features or ("classifier" if spec.name in OWN_CLASSIFIER else "inception")
     with PartialState().main_process_first():
-        dataset = datasets.load(spec.name, options.data_dir, spec.size, spec.channels)
-        if dataset.spec.shape != spec.shape:
+        dataset = datasets.reload(spec, options.data, options.data_dir)
+        # by the name that it was trained under: what was measured before a move stays measured
+        dataset = replace(dataset, spec=replace(dataset.spec, name=spec.name))
+        if len(dataset.train) < 2:
             raise UserError(
-                f"the models make images of shape {spec.shape}, but those of {spec.name} have "
-                f"{dataset.spec.shape}"
+                f"{spec.name} has {len(dataset.train)} image: expected 2 or more to judge by"
             )
         own = extractor(choice, dataset, device, options.inception)
-        num_images = options.num_images
-        if num_images is None:
-            num_images = 1024 if own.dim < 1024 else 10_000
-        if num_images <= own.dim:
-            raise UserError(
-                f"--num-images must be more than the {own.dim} dimensions of the features, "
-                f"got {num_images}"
-            )
+        num_images, long_images = sizes(options, own.dim)
         judge = Judge.of(dataset, own, extractor("random", dataset, device), device)
     return Bench(
         judge=judge,
         num_images=num_images,
+        long_images=long_images,
         seeds=options.seeds,
         batch_size=options.batch_size,
         precision=options.precision,
@@ -209,9 +218,28 @@ def prepare(options: Options, model: Model) -> Bench:
         times=options.times,
         sweep=options.sweep,
         likelihood=options.likelihood,
-        floor=judge.floor(num_images, DRAWS),
-        held_out=judge.held_out(num_images),
+        floors={n: judge.floor(n, DRAWS) for n in {num_images, long_images}},
+        held_out={n: judge.held_out(n) for n in {num_images, long_images}},
     )
+
+
+def sizes(options: Options, dim: int) -> tuple[int, int]:
+    """Images of a row, and of a teacher's long plan: whole batches, whose time is taken in passing."""
+    for flag, number in (("num", options.num_images), ("long", options.long_images)):
+        if number is not None and number <= dim:
+            raise UserError(
+                f"--{flag}-images must be more than the {dim} dimensions of the features, "
+                f"got {number}"
+            )
+    if options.long_images is None:
+        batches = -(-max(LONG_IMAGES, dim + 1) // options.batch_size)
+        return options.num_images, min(options.num_images, batches * options.batch_size)
+    if options.long_images > options.num_images:
+        raise UserError(
+            f"--long-images must be at most --num-images {options.num_images}, "
+            f"got {options.long_images}"
+        )
+    return options.num_images, options.long_images
 
 
 def home(paths: tuple[Path, ...]) -> Path:

@@ -10,6 +10,7 @@ from math import isfinite
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from diffusion.console import UserError, track
@@ -19,6 +20,7 @@ from eval.quality import SHOWN, Judge
 from eval.race import Lap, race, sweep
 from eval.records import Record
 from eval.store import Store
+from eval.timing import InPassing, Timing
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,8 @@ class Bench:
 
     judge: Judge
     num_images: int
+    long_images: int
+    """Of a teacher's own plan of very many steps."""
     seeds: tuple[int, ...]
     batch_size: int
     precision: str
@@ -35,14 +39,17 @@ class Bench:
     sweep: bool
     likelihood: int
     """Of how many held-out images, at most."""
-    floor: list[float]
-    held_out: dict[str, float]
+    floors: dict[int, list[float]]
+    """By number of images."""
+    held_out: dict[int, dict[str, float]]
+    """By number of images."""
 
 
 def recipe(settings: dict) -> str:
     """What trainings that differ in their seed alone have in common: all settings that are not off,
     so that an option that is new, and off, makes no other recipe."""
-    own = ("seed", "parent", "start")  # a seed's parents are its own
+    # a seed's parents are its own; the images are named, and rows of others share no table
+    own = ("seed", "parent", "start", "data_sha256")
     rest = {name: value for name, value in settings.items() if value and name not in own}
     return sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()[:8]
 
@@ -50,7 +57,7 @@ def recipe(settings: dict) -> str:
 def template(bench: Bench, row: Row) -> Record:
     """The record of a row before it is measured."""
     judge, card = bench.judge, row.model.card
-    extractor = judge.extractor
+    extractor, num_images = judge.extractor, bench.long_images if row.long else bench.num_images
     spent = ("iterations", "images", "total_images", "seconds")
     training = {name: card.training[name] for name in spent if name in card.training}
     if "settings" in card.training:
@@ -69,10 +76,10 @@ def template(bench: Bench, row: Row) -> Record:
         data=judge.data,
         metric=extractor.name,
         extractor={"sha256": extractor.sha256, "accuracy": extractor.accuracy},
-        num_images=bench.num_images,
+        num_images=num_images,
         seeds=list(bench.seeds),
-        floor=bench.floor,
-        held_out=bench.held_out,
+        floor=bench.floors[num_images],
+        held_out=bench.held_out[num_images],
         batch_size=bench.batch_size,
         environment=machine.environment(judge.device, bench.precision, bench.compile),
         conditions=machine.conditions(judge.device),
@@ -83,21 +90,26 @@ def time_rows(bench: Bench, rows: dict[Row, Record]) -> dict[Row, Record]:
     """With the times that are asked for and lacking: all rows in turn, size by size."""
     device, sizes = bench.judge.device, sorted({1, bench.batch_size})
     found = {row: {t.batch_size: t for t in record.timings} for row, record in rows.items()}
-    untimed = [row for row in rows if bench.times and not found[row]]
+    lacking = {n: [bench.times and n not in known for known in found.values()] for n in sizes}
+    (lacking,) = broadcast_object_list([lacking])  # the first process's, which alone has seen all
+    untimed = {
+        n: [row for row, lacks in zip(rows, lacking[n], strict=True) if lacks] for n in sizes
+    }
+    races = {n: {row: partial(sample, row, n) for row in untimed[n]} for n in sizes if untimed[n]}
     unswept = [row for row in rows if bench.times and bench.sweep and len(found[row]) <= len(sizes)]
-    laps = []
-    if untimed:
-        laps += [race({row: partial(sample, row, n) for row in untimed}, n, device) for n in sizes]
+    laps = [race(calls, n, device) for n, calls in races.items()]
     if unswept:
         laps.append(sweep({row: partial(sample, row) for row in unswept}, device, found))
     for each in laps:
         for lap in track(each, "speed", Lap.progress):
             found[lap.key][lap.timing.batch_size] = lap.timing
-    changed = {row: [found[row][n] for n in sorted(found[row])] for row in [*untimed, *unswept]}
+    changed = {row: [found[row][n] for n in sorted(found[row])] for row in rows}
     conditions = machine.conditions(device)
-    return rows | {
-        row: replace(rows[row], timings=timings, conditions=conditions)
-        for row, timings in changed.items()
+    return {
+        row: replace(record, timings=changed[row], conditions=conditions)
+        if changed[row] != record.timings
+        else record
+        for row, record in rows.items()
     }
 
 
@@ -108,35 +120,50 @@ def sample(row: Row, size: int) -> Tensor:
 def judge_rows(
     bench: Bench, found: dict[Row, Record], store: Store, refused: dict[Row, str]
 ) -> Iterator[tuple[int, int, str]]:
-    """Fill in the figures of all seeds, each on disk before the next begins: (images, of, words).
+    """Fill in the figures of all seeds, each on disk before the next begins: (calls, of, words).
 
-    A row whose images are none is moved from `found` to `refused`, with the reason.
+    Rows of few network calls come first, so that the pace is known when the longest begins. A row
+    whose batches are long is timed in passing. A row whose images are none is moved from `found`
+    to `refused`, with the reason.
     """
     judge, done = bench.judge, 0
     left = {row: record.seeds[len(record.quality) :] for row, record in found.items()}
-    total = bench.num_images * sum(map(len, left.values()))
-    for row, seeds in left.items():
-        for seed in seeds:
-            record = found[row]
+    costs = {row: record.nfe * record.num_images for row, record in found.items()}
+    total = sum(cost * len(left[row]) for row, cost in costs.items())
+    for row in sorted(left, key=costs.get):
+        watch = InPassing(bench.batch_size, judge.device, bench.compile)
+        timed = not bench.times or any(t.batch_size == bench.batch_size for t in found[row].timings)
+        for seed in left[row]:
+            record, words = found[row], f"network calls, {row.title}"
             part = store.folder / "partial" / f"{record.tag}-{seed}"
-            look = stream.look(
-                judge, row.model, row.plan, seed, bench.num_images, bench.batch_size, part
-            )
+            size = record.num_images, bench.batch_size
+            more = () if timed else (watch,)
+            look = stream.look(judge, row.model, row.plan, seed, *size, part, *more)
+            yield done, total, words
             try:
                 for count, seen in look:  # noqa: B007
-                    yield done + count, total, f"images, {row.title}"
+                    yield done + record.nfe * count, total, words
             except UserError as error:
                 refused[row] = f"{row.title} ({row.path}): {error}"
                 del found[row]
-                total -= bench.num_images * len(seeds)
+                total -= costs[row] * len(left[row])
                 break
-            done += bench.num_images
+            done += costs[row]
             if PartialState().is_main_process:
-                found[row] = record = with_seed(record, judge.distance(seen), judge.others(seen))
+                record = with_seed(record, judge.distance(seen), judge.others(seen))
+                found[row] = record = with_timing(record, watch.long)
                 first = len(record.quality) == 1
                 shown = {record.tag: seen.rows("pixels")[:SHOWN].cpu()}
                 store.put(record, images=shown if first else None)
                 stream.forget(part)
+
+
+def with_timing(record: Record, timing: Timing | None) -> Record:
+    """The record with that timing, if any, in place of one of its batch size."""
+    if timing is None:
+        return record
+    others = [each for each in record.timings if each.batch_size != timing.batch_size]
+    return replace(record, timings=[*others, timing])
 
 
 def with_seed(record: Record, quality: float, others: dict[str, float]) -> Record:
@@ -160,7 +187,8 @@ def likelihood_of(bench: Bench, row: Row, record: Record) -> Record:
     exact.precision = "fp32"
     model = replace(row.model, denoiser=exact)
     with torch.compiler.set_stance("force_eager"):  # compiled was the other precision
-        bits = likelihood.bits_per_dim(model, test[some], labels[some] if conditional else None)
+        label = labels[some] if conditional else None
+        bits = likelihood.bits_per_dim(model, test[some], label, batch_size=64)
     return replace(record, likelihood=bits)
 
 
@@ -174,10 +202,12 @@ def measure_rows(bench: Bench, rows: list[Row], store: Store) -> tuple[list[Reco
     if bench.compile:
         for model in {id(row.model): row.model for row in rows}.values():
             model.denoiser.compile_network()
-    found, refused = time_rows(bench, found), {}
+    refused: dict[Row, str] = {}
     store.put(*found.values())
     for _ in track(judge_rows(bench, found, store, refused), "quality", lambda told: told):
         pass
+    found = time_rows(bench, found)
+    store.put(*found.values())
     found = {row: likelihood_of(bench, row, record) for row, record in found.items()}
     store.put(*found.values())
     return list(found.values()), list(refused.values())

@@ -102,6 +102,8 @@ def _pool(h: Tensor, size: int) -> Tensor:
 
     Where windows overlap, as products of matrices: a GPU adds up the usual gradient in any order.
     """
+    if h.shape[-1] == size:
+        return h
     if h.shape[-1] % size == 0:
         return F.avg_pool2d(h, h.shape[-1] // size)
     windows = F.adaptive_avg_pool1d(torch.eye(h.shape[-1], device=h.device), size)

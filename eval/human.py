@@ -18,10 +18,11 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
+from diffusion import checkpoint, model
 from diffusion import data as datasets
-from diffusion import model
 from diffusion.checkpoint import write_atomic
 from diffusion.console import UserError, at_least, out, run, say
+from diffusion.image_file import Form, reason
 from eval import pages
 from students import generate
 
@@ -46,7 +47,10 @@ class Make:
     seed: int = 0
     """Of the order and the sides, of the noise, and of which real images are shown."""
     data_dir: Path | None = None
-    """Where a named dataset's files are."""
+    """The folder that holds a named dataset's files."""
+    background: str | None = None
+    """The colour behind what is transparent in real images: white, or what the other side's
+    checkpoint was trained on, unless given."""
 
 
 @dataclass(frozen=True)
@@ -93,17 +97,34 @@ def images_of(source: str, options: Make, shape: tuple | None) -> Tensor:
     path = Path(source)
     if source.startswith(REAL):
         size, channels = (shape[-1], shape[0]) if shape else (32, 3)
-        dataset = datasets.load(source.removeprefix(REAL), options.data_dir, size, channels)
+        form = Form(size, channels, background_of(options))
+        dataset = datasets.load(source.removeprefix(REAL), options.data_dir, form)
         images = _some(dataset.train, options.seed)
     elif path.suffix == ".npz":
         images = _npz(path)
-    elif path.is_dir() and not (path / "model.safetensors").exists() and any(path.glob("*.png")):
+    elif _holds_images(path):
         images = _some(_folder(path), options.seed)
     else:
         images = _generated(source, options)
     if len(images) < options.pairs:
         raise UserError(f"{source} holds {len(images)} images, --pairs {options.pairs} needs more")
     return images[: options.pairs]
+
+
+def background_of(options: Make) -> str:
+    """The colour behind real images: the one that is given, else that of a side's checkpoint."""
+    if options.background:
+        return options.background
+    for source in (options.a, options.b):
+        if source.startswith(REAL) or source.endswith(".npz") or _holds_images(Path(source)):
+            continue
+        _, card, _ = checkpoint.load(_checkpoint(source)[0])
+        return card.data.get("background") or Form.background
+    return Form.background
+
+
+def _holds_images(path: Path) -> bool:
+    return path.is_dir() and not (path / "model.safetensors").exists() and any(path.glob("*.png"))
 
 
 def _some(images: Tensor, seed: int) -> Tensor:
@@ -125,25 +146,28 @@ def _npz(path: Path) -> Tensor:
 
 def _folder(path: Path) -> Tensor:
     images = []
-    for file in sorted(path.glob("*.png")):
+    for file in sorted(filter(Path.is_file, path.glob("*.png"))):
         try:
             with Image.open(file) as image:
                 images.append(np.asarray(image.convert("RGB")))
-        except (OSError, SyntaxError, ValueError) as error:
-            raise UserError(f"{file} is not a whole PNG ({error})") from error
+        except Exception as error:  # decoders raise anything
+            raise UserError(f"{file} cannot be read: it is {reason(error)}") from error
         if images[-1].shape != images[0].shape:
             raise UserError(f"{file} has not the size of the others: {images[-1].shape[:2]}")
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
 
 
 def _generated(source: str, options: Make) -> Tensor:
+    path, steps = _checkpoint(source)
+    made = generate.Options(path, options.pairs, steps, seed=options.seed)
+    return torch.cat(list(generate.generate(model.load(path), made)))
+
+
+def _checkpoint(source: str) -> tuple[Path, int | None]:
+    """RUN or RUN@4: the checkpoint, and the steps where they are named."""
     name, _, steps = source.rpartition("@")
     named = bool(name) and steps.isdecimal() and not Path(source).exists()
-    checkpoint = Path(name if named else source)
-    made = generate.Options(
-        checkpoint, options.pairs, int(steps) if named else None, seed=options.seed
-    )
-    return torch.cat(list(generate.generate(model.load(checkpoint), made)))
+    return Path(name if named else source), int(steps) if named else None
 
 
 def seal(secret: dict) -> str:

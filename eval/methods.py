@@ -9,6 +9,7 @@ from statistics import mean, stdev
 from typing import Literal
 
 import tyro
+from rich.markup import escape
 from rich.table import Table
 from scipy.stats import kendalltau
 
@@ -175,7 +176,7 @@ def summarise(options: Options) -> list[Pool]:
         say(f"left out: {reason}")
     pooled = pools(found)
     seeds = max(len(next(iter(pool.figures.values()))) for pool in pooled)
-    first, ranked = found[0], rankings([pool for pool in pooled if pool.student])
+    first, ranked = records.fullest(found), rankings([pool for pool in pooled if pool.student])
     notes = [
         f"{first.metric} of {first.num_images} images (lower is better), the mean of noise seeds "
         f"{', '.join(map(str, first.seeds))}; mean ± spread over up to {seeds} training seeds; in "
@@ -204,12 +205,12 @@ def summarise(options: Options) -> list[Pool]:
 def _rich(heads: list[str], body: list[list[str]], notes: list[str]) -> None:
     table = Table()
     for i, head in enumerate(heads):
-        table.add_column(head, justify="right" if i else "left")
+        table.add_column(escape(head), justify="right" if i else "left")
     for row in body:
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     out.print(table)
     for note in notes:
-        out.print(note, highlight=False)
+        out.print(note, highlight=False, markup=False)
 
 
 def main() -> None:

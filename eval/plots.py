@@ -12,7 +12,7 @@ from diffusion.checkpoint import write_atomic
 from diffusion.pictures import grid
 from eval import sets
 from eval.lines import Line, lines
-from eval.records import Record
+from eval.records import Record, fullest
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -40,7 +40,7 @@ def cost_plot(
         (line.title, line.record.own, cost(line), line.record.score, line.record.spread)
         for line in found
     ]
-    curves(path, points, found[0].record, label)
+    curves(path, points, fullest([line.record for line in found]), label)
 
 
 def curves(

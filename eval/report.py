@@ -26,14 +26,16 @@ class Options:
     """Show times. Without them rows of several machines may share the page."""
     out: Path | None = None
     """The page; report.html in the first folder unless told."""
+    data: str | None = None
+    """Where the training images are now, if their folder has moved: for the nearest of them."""
     data_dir: Path | None = None
-    """Where a named dataset's files are, for the nearest training images."""
+    """The folder that holds a named dataset's files: likewise."""
 
 
 def latest(found: list[Record], times: bool = True) -> list[Record]:
     """Those measured as the last one was, the latest of each run's plans alone, teachers first."""
-    setting = records.setting(newest(found), times) if found else {}
-    same = [record for record in found if records.setting(record, times) == setting]
+    setting, most = _last_setting(found, times) if found else ({}, 0)
+    same = [record for record in found if records.setting(record, times, most) == setting]
     kept = {(r.run, r.method, r.sampler, r.steps, r.environment["device"]): r for r in same}
     return sorted(kept.values(), key=lambda record: record.parent is not None)
 
@@ -42,13 +44,19 @@ def newest(found: list[Record]) -> Record:
     return max(reversed(found), key=records.date)
 
 
+def _last_setting(found: list[Record], times: bool) -> tuple[dict[str, str], int]:
+    """That of the newest row and its number of images; a long plan of fewer is no measure of others."""
+    last = newest([record for record in found if not record.long] or found)
+    return records.setting(last, times), 0 if last.long else last.num_images
+
+
 def left_out(found: list[Record], kept: list[Record], times: bool) -> list[str]:
     """Why rows of a file are not on the page, and how many."""
-    setting = records.setting(newest(found), times)
+    setting, most = _last_setting(found, times)
     shown = {id(record) for record in kept}
     reasons: Counter[str] = Counter()
     for record in found:
-        own = records.setting(record, times)
+        own = records.setting(record, times, most)
         other = [
             f"{name} {own.get(name)}"
             for name in own | setting
@@ -93,7 +101,7 @@ def page(options: Options) -> str:
     shown = [grids.section(each, looks, ship) for each in tables]
     near = ""
     if ship and ship.record.tag in images:
-        near = pictures.nearest(ship, images[ship.record.tag], options.data_dir)
+        near = pictures.nearest(ship, images[ship.record.tag], options.data, options.data_dir)
     data = Path(rows[0].data["name"]).name
     return pages.fill(
         "report",

@@ -21,9 +21,9 @@ class StudentOptions:
     teacher: Path = Path("runs/digits/teacher")
     """The teacher's run or checkpoint; the default one is trained first where there is none."""
     data: str | None = None
-    """The dataset, where it is not where the teacher's was."""
+    """Where the teacher's images are now, if its folder of images has moved."""
     data_dir: Path | None = None
-    """Where a named dataset's files are."""
+    """The folder that holds a named dataset's files."""
     out: Path | None = None
     """The run's folder; a sibling of the teacher's unless told."""
     shift: float | None = None
@@ -68,14 +68,11 @@ def find_teacher(
         teacher = replace(teacher, card=replace(teacher.card, shift=options.shift))
     if fit.compile:
         teacher.denoiser.net.compile()
-    spec = teacher.spec
-    dataset = datasets.load(options.data or spec.name, options.data_dir, spec.size, spec.channels)
-    if dataset.spec.shape != spec.shape:
-        raise UserError(
-            f"{options.teacher} makes images of shape {spec.shape}, "
-            f"but {dataset.spec.name}'s are of shape {dataset.spec.shape}"
-        )
-    dataset = replace(dataset, spec=replace(spec, name=dataset.spec.name))  # the teacher's scale
+    dataset = datasets.reload(teacher.spec, options.data, options.data_dir)
+    place = {"name": dataset.spec.name, "sha256": dataset.spec.sha256}
+    dataset = replace(dataset, spec=replace(teacher.spec, **place))  # the teacher's scale
+    if teacher.spec.sha256:  # its students' cards say where its images are now
+        teacher = replace(teacher, card=replace(teacher.card, data=asdict(dataset.spec)))
     return teacher, dataset, run_folder(options, method)
 
 

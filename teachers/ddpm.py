@@ -1,6 +1,7 @@
 """Train a DDPM teacher: `python -m teachers.ddpm --data digits`."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -20,6 +21,7 @@ from diffusion.config import FitConfig
 from diffusion.console import UserError, run
 from diffusion.data import Dataset
 from diffusion.denoiser import check_prediction
+from diffusion.image_file import Form
 from diffusion.machine import this_device
 from diffusion.model import Model, build
 from diffusion.networks import UNetConfig
@@ -90,7 +92,9 @@ class Options:
     data: str = "digits"
     """digits, fashion-mnist, cifar10, or a folder of images (cropped to --size, of --channels)."""
     data_dir: Path | None = None
-    """Where a named dataset's files are, or are to be downloaded to."""
+    """The folder that holds a named dataset's files; no other place is looked in then."""
+    background: str = "white"
+    """The colour behind what is transparent in a folder's images: a name, or #rrggbb."""
     out: Path | None = None
     """The run's folder; runs/DATA/teacher unless told."""
     schedule: Literal["linear", "cosine", "sigmoid", "karras", "vp", "sub-vp", "ve"] = "cosine"
@@ -117,7 +121,8 @@ class Options:
 def load_data(options: Options) -> Dataset:
     """The dataset, after a check that the network's shape and the flip suit it."""
     net = options.net
-    dataset = datasets.load(options.data, options.data_dir, net.size, net.channels)
+    form = Form(net.size, net.channels, options.background)
+    dataset = datasets.load(options.data, options.data_dir, form)
     spec = dataset.spec
     if (net.channels, net.size) != (spec.channels, spec.size):
         raise UserError(
@@ -184,7 +189,8 @@ def faster(net: UNetConfig, fit: FitConfig) -> str:
 
 
 def run_folder(data: str) -> Path:
-    return Path("runs") / Path(data).name
+    """runs/ and the last part of the data's name; of `.` and `..`, of the folder that they are."""
+    return Path("runs") / Path(os.path.abspath(data)).name
 
 
 def peek(flag: str, default: str) -> str:

@@ -261,8 +261,11 @@ def test_only_the_last_setting_and_the_latest_of_a_run_are_shown_and_the_rest_is
     old = replace(ROWS[2], sha256="e" * 64)
     other = replace(TEACHER, num_images=200)
     assert report.latest([old, other, *ROWS]) == ROWS
-    dated = replace(other, conditions={"date": "2031-01-01T00:00:00+00:00"})
+    late = {"date": "2031-01-01T00:00:00+00:00"}
+    dated = replace(ROWS[2], num_images=200, conditions=late)
     assert report.latest([dated, old, *ROWS]) == [dated]
+    few = replace(TEACHER, num_images=50, conditions=late)  # a long plan is no measure of others
+    assert report.latest([*ROWS, few]) == [few, *ROWS[1:]]
     page = write_report(tmp_path, [old, other, *ROWS]).read_text()
     assert "1 row of runs since made anew; 1 row with num images 200" in page
 
