@@ -25,12 +25,15 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Options:
-    """Compare them on noisy digits, in random cosines of as many dimensions."""
+    """Compare our Fréchet distance with clean-fid's: how far apart the two are, and the time of
+    each."""
 
     dims: tuple[int, ...] = (64, 512, 2048)
+    """Dimensions of the features, random functions of noisy digits."""
     repeats: int = 3
+    """How often each is timed."""
     singular: bool = False
-    """Fewer images than dimensions on one side."""
+    """Take fewer images than dimensions on one side, so that its covariance is singular."""
 
 
 def features(count: int, dim: int, noise: float) -> torch.Tensor:

@@ -34,31 +34,34 @@ QUESTIONS = {True: "Which of the two is real?", False: "Which of the two looks b
 
 @dataclass(frozen=True)
 class Make:
-    """Write a page that shows images of A and B side by side, in random order and on random sides."""
+    """Write a page that asks people which of two images looks better, or is real, without saying
+    whose it is."""
 
     a: tyro.conf.Positional[str]
-    """A run or checkpoint (RUN@4: in 4 steps), an .npz, a folder of PNGs, or real:digits."""
+    """Images of one side: a run or checkpoint (RUN@4: in 4 steps), an .npz, a folder of PNGs, or
+    real:digits."""
     b: tyro.conf.Positional[str]
-    """The like. Images of the same number come from the same noise, and are shown together."""
+    """Images of the other side. Two models' images of one number come from the same noise and make
+    a pair."""
     out: Path = Path("human.html")
-    """The page. It needs no other file and no network."""
+    """The page to write. It needs no other file and no network."""
     pairs: int = 50
-    """Judgements to make."""
+    """How many pairs the page shows."""
     seed: int = 0
-    """Of the order and the sides, of the noise, and of which real images are shown."""
+    """Seed of the order and the sides, of the noise, and of the choice of real images."""
     data_dir: Path | None = None
     """The folder that holds a named dataset's files."""
     background: str | None = None
-    """The colour behind what is transparent in real images: white, or what the other side's
-    checkpoint was trained on, unless given."""
+    """The colour behind what is transparent in a folder's real images. If left out: the one that
+    the other side's checkpoint was trained with, else white."""
 
 
 @dataclass(frozen=True)
 class Read:
-    """Report how often one was preferred, or taken for real, with a 95 % confidence interval."""
+    """Say how often one side was preferred, or taken for real, with a 95 % confidence interval."""
 
     files: tyro.conf.Positional[tuple[Path, ...]]
-    """What the page's Download button saved, one file a judge."""
+    """Files that the page's Download button saved, one from each judge."""
 
 
 @dataclass(frozen=True)

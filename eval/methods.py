@@ -23,15 +23,17 @@ from eval.report import latest, left_out
 
 @dataclass(frozen=True)
 class Options:
-    """Pool the rows of students that differ in their training's seed alone, and rank the methods.
+    """Set methods against numbers of calls: one figure for all students that differ in their seed
+    alone.
 
-    Writes methods.md, methods.json and methods.png beside the first file of results.
+    Say where another distance ranks the methods otherwise. Write methods.md, methods.json and
+    methods.png beside the first file of results.
     """
 
     results: tyro.conf.Positional[tuple[Path, ...]] = (Path("runs/digits/compare/results.jsonl"),)
-    """results.jsonl of eval.compare, one or several."""
+    """Files results.jsonl that eval.compare wrote, one or several."""
     table: Literal["rich", "markdown", "json"] = "rich"
-    """How to print it; the rest then goes to stderr."""
+    """How to print the table. With markdown or json all else goes to stderr."""
 
 
 @dataclass(frozen=True)
