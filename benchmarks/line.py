@@ -22,6 +22,7 @@ import tyro
 from benchmarks.lines import LINES, Line
 from diffusion.checkpoint import write_atomic
 from diffusion.console import Interrupted, UserError, at_least, run, say
+from diffusion.folders import check_claim, check_home, claim
 
 LOCK = threading.Lock()  # of the log
 RUNNING: set[subprocess.Popen] = set()
@@ -117,10 +118,15 @@ def run_line(options: Options) -> None:
     folder = options.out or Path("runs") / options.line
     compare, teacher = folder / "compare", options.teacher or folder / "teacher"
     log = compare / "commands.json"
+    chains = students(line, folder, teacher)
+    check_claim(compare, "comparison")
+    outs = [Path(command[command.index("--out") + 1]) for chain in chains for command in chain]
+    for out in (folder, *outs, *([] if options.teacher else [teacher])):
+        check_home(out)  # a run, or the runs of a chain
+    claim(compare, "comparison")
     if not options.teacher:
         call(python(line.teacher, "--out", str(teacher)), log)
     threads = max(1, torch.get_num_threads() // options.jobs) if options.jobs > 1 else None
-    chains = students(line, folder, teacher)
     with ThreadPoolExecutor(options.jobs) as pool:
         started = [pool.submit(each, chain, log, threads) for chain in chains]
         try:

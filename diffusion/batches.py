@@ -10,6 +10,7 @@ from diffusion.config import FitConfig
 from diffusion.console import UserError
 from diffusion.data import Dataset
 from diffusion.denoiser import Condition
+from diffusion.noise import seed32
 
 
 class Batch(NamedTuple):
@@ -32,7 +33,7 @@ def batch_seed(seed: int, i: int) -> int:
 
     Seeds' runs of batches begin at multiples of the golden ratio, which lie far apart.
     """
-    return (seed * 0x9E3779B9 + i) % 2**32
+    return (seed32(seed) * 0x9E3779B9 + i) % 2**32
 
 
 class Batches:

@@ -4,8 +4,9 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from diffusion.console import UserError
+from diffusion.console import UserError, check_limits
 from diffusion.machine import compiler
+from diffusion.noise import check_seed
 
 ANNEAL = {
     "none": lambda done: 1.0,
@@ -48,7 +49,7 @@ class FitConfig:
     flip: bool = False
     """Mirror half of the images; only where that keeps their class."""
     seed: int = 0
-    """Of all randomness: batch i is a function of (seed, i) alone."""
+    """Of all randomness, from 0 to 2^63 - 1: batch i is a function of (seed, i) alone."""
     log_every: int = 25
     """Steps between log lines; the only time that the loop waits for the device."""
     save_every: float = 30.0
@@ -59,8 +60,9 @@ LIMITS = {
     "iterations": ("at least 1", lambda n: n >= 1),
     "batch_size": ("at least 1", lambda n: n >= 1),
     "log_every": ("at least 1", lambda n: n >= 1),
-    "learning_rate": ("above 0", lambda rate: rate > 0),
-    "weight_decay": ("at least 0", lambda decay: decay >= 0),
+    "learning_rate": ("above 0 and finite", lambda rate: 0 < rate < math.inf),
+    "warmup": ("at least 0", lambda n: n >= 0),
+    "weight_decay": ("at least 0 and finite", lambda decay: 0 <= decay < math.inf),
     "clip": ("above 0", lambda norm: norm > 0),
     "ema": ("in [0, 1)", lambda decay: 0 <= decay < 1),
     "label_dropout": ("in [0, 1]", lambda share: 0 <= share <= 1),
@@ -69,12 +71,10 @@ LIMITS = {
 
 def check(config: FitConfig) -> None:
     """UserError for a setting that cannot be trained with."""
-    for name, (words, holds) in LIMITS.items():
-        value = getattr(config, name)
-        if not holds(value):
-            raise UserError(f"--{name.replace('_', '-')} must be {words}, got {value:g}")
+    check_limits(config, LIMITS)
     if config.minutes is not None and not 0 < config.minutes < math.inf:
         raise UserError(f"--minutes must be above 0, got {config.minutes:g}")
+    check_seed(config.seed)
     check_compiler(config.compile)
 
 

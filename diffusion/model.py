@@ -123,27 +123,20 @@ class Model:
         label: Tensor | None = None,
         guidance: float | None = None,
     ) -> Tensor:
-        """The same as uint8."""
-        return self.spec.to_uint8(self.x0(plan, seed, indices, label, guidance))
+        """The same as uint8. Raises UserError for images that are not finite."""
+        x0 = self.x0(plan, seed, indices, label, guidance)
+        if not x0.isfinite().all():
+            raise UserError(
+                f"this {self.card.method} model makes images that are not finite (NaN or infinite): its "
+                "training failed; train it again, with a lower --learning-rate"
+            )
+        return self.spec.to_uint8(x0)
 
 
 def build(net: dict | UNetConfig, precision: str) -> Denoiser:
-    """A new denoiser of that configuration."""
+    """A new denoiser of that configuration, which networks.check_net has seen where a user gave it."""
     if isinstance(net, dict):
         net = UNetConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in net.items()})
-    if not 0 <= net.dropout < 1:
-        raise UserError(f"--dropout must be in [0, 1), got {net.dropout:g}")
-    if not net.multipliers or min(net.multipliers) < 1:
-        raise UserError(f"--multipliers must be 1 or more numbers from 1, got {net.multipliers}")
-    if net.patch < 1:
-        raise UserError(f"--patch must be at least 1, got {net.patch}")
-    coarsest = net.patch * 2 ** (len(net.multipliers) - 1)
-    if net.size % coarsest or net.width % 8 or net.width < 8:
-        raise UserError(
-            f"a network of {len(net.multipliers)} levels on patches of {net.patch} needs a size "
-            f"divisible by {coarsest} and a width divisible by 8, got size {net.size} and width "
-            f"{net.width}"
-        )
     return Denoiser(UNet(net), precision, layout())
 
 
@@ -153,9 +146,15 @@ def load(path: Path, precision: str = "fp32", device: torch.device | None = None
     try:
         denoiser = build(card.net, precision)
         denoiser.net.load_state_dict(weights)
-    except (RuntimeError, TypeError) as error:
+    except (RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{path}: the weights do not fit the card's network ({reason})") from error
+    for name, value in weights.items():
+        if not value.isfinite().all():
+            raise UserError(
+                f"{path}: the weights are not finite (NaN or infinite, first in {name}): the training "
+                "that made them failed; train again, with a lower --learning-rate"
+            )
     return Model(denoiser.to(device or this_device()).eval().requires_grad_(False), card, sha256)
 
 

@@ -3,9 +3,9 @@
 import hashlib
 import json
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,11 +13,12 @@ import torch
 from accelerate import PartialState
 
 from diffusion import checkpoint, machine
-from diffusion.checkpoint import Card, metadata, write_atomic
+from diffusion.checkpoint import Card, metadata, remove_parts, write_atomic
 from diffusion.config import FitConfig, check, settings_of
 from diffusion.console import UserError, say, silence, track
 from diffusion.data import Dataset
 from diffusion.denoiser import Denoiser
+from diffusion.folders import check_claim, claim
 from diffusion.machine import this_device
 from diffusion.model import Model, load
 from diffusion.pace import in_minutes, with_warning
@@ -39,10 +40,12 @@ def train_model(
     The card's `training` names the objective's settings; a run made with others is an error. Its
     `earlier_images`, those of the students it goes on from, count in the total.
     Leaves model.safetensors, log.jsonl and samples.png, which grows sharper while it trains; state/
-    only while it is unfinished. advice: how a training of more than an hour could be faster.
+    only while it is unfinished. A folder that holds somebody else's files is a UserError. advice:
+    how a training of more than an hour could be faster.
     """
     config = settled(config, run)
     check(config)
+    check_claim(run)
     processes = PartialState()
     if config.minutes and not settings_before(run):
         config = in_minutes(denoiser, objective, dataset, config)
@@ -62,7 +65,9 @@ def train_model(
         return model
     state = run / "state" / "state.safetensors"
     described = run / "state" / "settings.json"
+    processes.wait_for_everyone()  # all have looked at the folder before the first writes
     if processes.is_main_process:
+        claim(run)
         if state.exists():
             require_same(run, json.loads(described.read_text()), settings)
         else:
@@ -79,7 +84,7 @@ def train_model(
     card = replace(card, training=training)
     if processes.is_main_process:
         leave(run, denoiser, card)
-        shutil.rmtree(run / "state")
+        tidy(run)
         say(
             f"{run}  loss {last.loss:.4f} after {last.seconds:.0f} s: {finished}, {run / 'samples.png'}"
         )
@@ -124,6 +129,8 @@ class Preview:
 
     def __call__(self, denoiser: Denoiser) -> None:
         begun = time.monotonic()
+        if not self.took:
+            say(f"{self.run / 'samples.png'}  its samples, drawn anew as it trains")
         if self.took <= self.SHARE * (begun - self.drawn):
             draw(self.run, Model(denoiser, self.card, sha256=""), calls=16)
             self.drawn = time.monotonic()
@@ -150,6 +157,18 @@ def leave(run: Path, denoiser: Denoiser, card: Card) -> None:
     weights = {name: value.cpu() for name, value in denoiser.net.state_dict().items()}
     draw(run, Model(denoiser.requires_grad_(False), card, checkpoint.weights_sha256(weights)))
     checkpoint.save(run / "model.safetensors", weights, card)
+
+
+def tidy(run: Path) -> None:
+    """Delete what only an unfinished run needs; whatever else lies there is not the run's."""
+    state, described = run / "state" / "state.safetensors", run / "state" / "settings.json"
+    kept = (run / name for name in ("model.safetensors", "log.jsonl", "samples.png"))
+    for path in (state, described, *kept):
+        remove_parts(path)
+    state.unlink(missing_ok=True)
+    described.unlink(missing_ok=True)
+    with suppress(OSError):  # not empty
+        (run / "state").rmdir()
 
 
 def some_labels(model: Model, count: int) -> torch.Tensor | None:

@@ -17,6 +17,7 @@ from diffusion.console import UserError, run
 from diffusion.data import Dataset
 from diffusion.denoiser import Denoiser
 from diffusion.model import Model, build, load
+from diffusion.noise import seed32
 from diffusion.runs import train_model
 from diffusion.schedules import even
 from diffusion.training import Average, Objective, frozen_copy
@@ -298,7 +299,7 @@ def beginning(options: Options, teacher: Model) -> tuple[Denoiser, Model | None]
         return start.denoiser.requires_grad_(True), start
     if MODES[options.mode].from_teacher:
         return deepcopy(teacher.denoiser).requires_grad_(True), teacher
-    torch.manual_seed(options.fit.seed)
+    torch.manual_seed(seed32(options.fit.seed))
     return build(teacher.card.net, options.fit.precision), None
 
 

@@ -19,6 +19,7 @@ from diffusion.config import FitConfig
 from diffusion.console import UserError, run
 from diffusion.denoiser import Denoiser
 from diffusion.model import Model, build
+from diffusion.noise import seed32
 from diffusion.runs import train_model
 from diffusion.training import Average
 from students.start import StudentOptions, find_teacher, settle, student_card
@@ -72,7 +73,7 @@ class Options(StudentOptions):
 
 def with_guidance_input(teacher: Denoiser, guidance: tuple[float, float], seed: int) -> Denoiser:
     """The teacher's network and weights with a guidance input, which changes nothing as yet."""
-    torch.manual_seed(seed)
+    torch.manual_seed(seed32(seed))
     student = build(replace(teacher.net.config, guidance=guidance), teacher.precision)
     missing, unexpected = student.net.load_state_dict(teacher.net.state_dict(), strict=False)
     assert not unexpected

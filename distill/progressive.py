@@ -17,6 +17,7 @@ from diffusion.checkpoint import Card
 from diffusion.circle import add_noise, merge_steps, rotate, x0_loss
 from diffusion.config import FitConfig
 from diffusion.console import UserError, run, say
+from diffusion.folders import check_claim, check_home
 from diffusion.model import Model, load
 from diffusion.runs import train_model
 from diffusion.schedules import halve, respace, shifted
@@ -189,9 +190,11 @@ def distill(options: Options) -> list[Model]:
     """One student per round, each in its own folder and usable on its own."""
     counts(options)  # a mistake is told before a teacher is trained
     options = settle(options, "progressive")
-    teacher, dataset, out = find_teacher(options, "progressive", options.fit)
+    teacher, dataset, out = find_teacher(options, "progressive", options.fit, check_home)
     usual = preset(teacher.spec.name).rounds
     rounds = counts(options, [*usual])
+    for num_steps in rounds:
+        check_claim(out / f"{num_steps:04d}")
     fits = round_fits(options, rounds, usual)
     angles = respace(teacher.schedule, options.start_steps)
     if not teacher.card.shifted:

@@ -14,10 +14,12 @@ from torch import Tensor
 
 from diffusion import data as datasets
 from diffusion import machine
-from diffusion.checkpoint import require_folder, write_atomic
+from diffusion.checkpoint import write_atomic
 from diffusion.config import check_compiler
 from diffusion.console import UserError, at_least, diverted, run, say, silence
+from diffusion.folders import check_claim, claim
 from diffusion.model import Model, load, require_same_images, this_device
+from diffusion.noise import check_seed
 from diffusion.samplers import SOLVERS
 from diffusion.schedules import check_shift
 from eval import plots, records, table
@@ -112,7 +114,7 @@ def compare(options: Options) -> list[Record]:
     paths = tuple(path for path in options.runs if path not in files)
     given = records.merge(map(records.read, files))
     folder = options.out or home(paths)
-    require_folder(folder)
+    check_claim(folder, "comparison")
     store = Store.open(folder)
     measured, refused = [], []
     if paths:
@@ -121,6 +123,8 @@ def compare(options: Options) -> list[Record]:
         usual = next((row for row in wanted if not row.long), wanted[0])
         records.require_comparable([*given, template(bench, usual)], options.times)
         wanted += searched(options, wanted, bench)
+        if alone:
+            claim(folder, "comparison")
         measured, refused = measure_rows(bench, wanted, store)
         store.put(images={"real": bench.judge.dataset.train[:SHOWN]})
         if alone:
@@ -129,6 +133,7 @@ def compare(options: Options) -> list[Record]:
     shown = records.merge([measured, given])
     records.require_comparable(shown, options.times)
     if alone and shown:
+        claim(folder, "comparison")
         store.put(*shown, images=reduce(or_, (samples_of(file.parent) for file in files), {}))
         write_results(store, shown, options, bench.judge.dataset.train if paths else None)
     if refused:
@@ -146,6 +151,8 @@ def check(options: Options) -> None:
         raise UserError(f"--likelihood must be 0 or at least 2, got {options.likelihood}")
     if unknown := [name for name in options.solvers if name not in SOLVERS]:
         raise UserError(f"--solvers must be of {', '.join(SOLVERS)}, got {unknown[0]}")
+    for seed in options.seeds:
+        check_seed(seed, "--seeds")
     if SEED in options.seeds:
         raise UserError(f"--seeds must be others than the search's own {SEED}")
     if not options.seeds or len({*options.seeds}) < len(options.seeds):

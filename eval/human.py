@@ -22,7 +22,9 @@ from diffusion import checkpoint, model
 from diffusion import data as datasets
 from diffusion.checkpoint import write_atomic
 from diffusion.console import UserError, at_least, out, run, say
+from diffusion.folders import check_file
 from diffusion.image_file import Form, reason
+from diffusion.noise import check_seed, seed32
 from eval import pages
 from students import generate
 
@@ -48,7 +50,8 @@ class Make:
     pairs: int = 50
     """How many pairs the page shows."""
     seed: int = 0
-    """Seed of the order and the sides, of the noise, and of the choice of real images."""
+    """Seed of the order and the sides, of the noise, and of the choice of real images: from 0 to
+    2^63 - 1."""
     data_dir: Path | None = None
     """The folder that holds a named dataset's files."""
     background: str | None = None
@@ -132,7 +135,8 @@ def _holds_images(path: Path) -> bool:
 
 def _some(images: Tensor, seed: int) -> Tensor:
     """In random order: files may be sorted by what they show."""
-    return images[torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))]
+    random = torch.Generator().manual_seed(seed32(seed))
+    return images[torch.randperm(len(images), generator=random)]
 
 
 def _npz(path: Path) -> Tensor:
@@ -226,6 +230,8 @@ def page(options: Make) -> str:
 
 def make(options: Make) -> None:
     at_least(1, options, "pairs")
+    check_seed(options.seed)
+    check_file(options.out)
     write_atomic(options.out, page(options))
     say(f"{options.out}: {options.pairs} pairs; open it in a browser, then `read` what it saves")
 

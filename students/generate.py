@@ -1,7 +1,10 @@
 """Make images with any checkpoint: `python -m students.generate CHECKPOINT --num 64`."""
 
 import io
+import os
+import zipfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -12,9 +15,20 @@ import tyro
 from torch import Tensor
 
 from diffusion import machine
-from diffusion.checkpoint import require_folder, write_atomic
+from diffusion.checkpoint import write_atomic
 from diffusion.console import UserError, at_least, run, say, track
+from diffusion.folders import (
+    MARK,
+    SIGN,
+    check_claim,
+    check_file,
+    claim,
+    read_mark,
+    strangers,
+    write_mark,
+)
 from diffusion.model import Model, load
+from diffusion.noise import check_seed
 from diffusion.pictures import png, save_grid
 from diffusion.runs import some_labels
 from diffusion.samplers import SAMPLERS
@@ -47,13 +61,14 @@ class Options:
     """How strongly towards its class, for a conditional model: 1 is plain, the checkpoint's own
     unless told. Each step of a teacher then takes 2 network calls, of a guided student 1."""
     seed: int = 0
-    """Of the noise."""
+    """Seed of the noise, from 0 to 2^63 - 1."""
     batch_size: int = 256
     """Images at a time."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Number format of the network; auto takes the faster one on this machine."""
     out: Path = Path("grid.png")
-    """A .png for a grid, an .npz (uint8 `images`, N x H x W x C), or a folder for one PNG each."""
+    """A .png for a grid, an .npz (uint8 `images`, N x H x W x C), or a folder for one PNG each. What an
+    earlier call made there is replaced; anything else is left alone, with an error."""
 
 
 def plan_of(model: Model, options: Options) -> tuple[str, Tensor]:
@@ -111,17 +126,70 @@ def _tracked(model: Model, options: Options) -> Iterator[tuple[int, Tensor]]:
     )
 
 
+PART = ".part"  # within a folder of pictures: those under way
+
+
+def picture(number: int) -> str:
+    return f"{number:06d}.png"
+
+
+def pictures_before(folder: Path) -> list[Path]:
+    """The pictures that an earlier call made there. UserError where the folder holds anything else."""
+    check_claim(folder, "pictures")
+    made = [picture(i) for i in range(read_mark(folder).get("pictures", 0))]
+    if others := strangers(folder, {*made, PART}):
+        raise UserError(
+            f"{folder} holds {others[0]}, which students.generate did not make: expected a new or empty "
+            "folder, or one of its pictures alone; give another --out"
+        )
+    return [folder / name for name in made if (folder / name).exists()]
+
+
+@contextmanager
+def new_pictures(folder: Path, count: int) -> Iterator[Path]:
+    """A folder to write so many pictures to, which then take the place of those made before.
+
+    A failure leaves everything as it was.
+    """
+    before, new, marked = pictures_before(folder), not folder.exists(), (folder / MARK).exists()
+    claim(folder, "pictures")
+    part, done = folder / PART, False
+    part.mkdir(exist_ok=True)
+    try:
+        yield part
+        if before:
+            say(f"{folder}: the {len(before)} pictures of an earlier call are replaced")
+        write_mark(folder, "pictures", max(count, read_mark(folder).get("pictures", 0)))
+        done = True  # from here on all that is there is known as ours
+        for path in before:
+            path.unlink()
+        for i in range(count):
+            os.replace(part / picture(i), folder / picture(i))
+        write_mark(folder, "pictures", count)
+    finally:
+        for path in part.iterdir():
+            path.unlink()
+        part.rmdir()
+        if not (done or marked):
+            (folder / MARK).unlink()
+        if not done and new:
+            folder.rmdir()
+
+
 def write_folder(folder: Path, model: Model, options: Options) -> None:
     """One PNG an image, 000000.png onwards."""
-    for start, images in _tracked(model, options):
-        for i, image in enumerate(images, start):
-            write_atomic(folder / f"{i:06d}.png", png(image))
+    with new_pictures(folder, options.num) as part:
+        for start, images in _tracked(model, options):
+            for i, image in enumerate(images, start):
+                write_atomic(part / picture(i), png(image))
 
 
 def write_npz(path: Path, model: Model, options: Options) -> None:
     images = torch.cat([images for _, images in _tracked(model, options)])
     buffer = io.BytesIO()
     np.savez_compressed(buffer, images=images.permute(0, 2, 3, 1).numpy())
+    with zipfile.ZipFile(buffer, "a") as archive:
+        archive.comment = SIGN.encode()
     write_atomic(path, buffer.getvalue())
 
 
@@ -136,9 +204,13 @@ def main() -> None:
     config = (tyro.conf.OmitArgPrefixes,)
     options = tyro.cli(Options, prog="python -m students.generate", config=config)
     at_least(1, options, "num", "batch_size")
+    check_seed(options.seed)
     if options.out.suffix not in WRITERS:
         raise UserError(f"--out must end in .png or .npz or be a folder, got {options.out}")
-    require_folder(options.out.parent if options.out.suffix else options.out)
+    if options.out.suffix:
+        check_file(options.out)
+    else:
+        pictures_before(options.out)
     model = load(options.checkpoint, machine.precision(options.precision))
     sampler, angles = plan_of(model, options)
     WRITERS[options.out.suffix](options.out, model, options)

@@ -1,5 +1,6 @@
 """How every student begins: from its teacher's weights, on its teacher's data."""
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Self
@@ -8,6 +9,7 @@ from diffusion import data as datasets
 from diffusion.config import FitConfig, check
 from diffusion.console import UserError
 from diffusion.data import Dataset
+from diffusion.folders import check_claim
 from diffusion.model import Model, load
 from diffusion.runs import settled
 from diffusion.schedules import check_shift
@@ -51,9 +53,14 @@ def run_folder(options: StudentOptions, method: str) -> Path:
 
 
 def find_teacher(
-    options: StudentOptions, method: str, fit: FitConfig
+    options: StudentOptions,
+    method: str,
+    fit: FitConfig,
+    check_out: Callable[[Path], None] = check_claim,
 ) -> tuple[Model, Dataset, Path]:
-    """The teacher on its device, its data, and the folder for the run."""
+    """The teacher on its device, its data, and the folder for the run, which check_out lets pass."""
+    out = run_folder(options, method)
+    check_out(out)
     if not _trained(options.teacher) and options.teacher == StudentOptions.teacher:
         ddpm.train_teacher(ddpm.Options.default("digits"))
     check(fit)
@@ -74,7 +81,7 @@ def find_teacher(
     dataset = replace(dataset, spec=replace(teacher.spec, **place))  # the teacher's scale
     if teacher.spec.sha256:  # its students' cards say where its images are now
         teacher = replace(teacher, card=replace(teacher.card, data=asdict(dataset.spec)))
-    return teacher, dataset, run_folder(options, method)
+    return teacher, dataset, out
 
 
 def images_spent(model: Model) -> int:
@@ -91,4 +98,6 @@ def student_card(teacher: Model) -> dict:
     """What a student's card takes over from its teacher's; its plans are shifted."""
     card = teacher.card
     taken = {"net": card.net, "guidance": card.guidance, "shift": card.shift, "shifted": True}
-    return {**taken, "data": asdict(teacher.spec), "parent": teacher.sha256}
+    origin = card.origin if card.parent else teacher.sha256
+    line = {"parent": teacher.sha256, "origin": origin}
+    return {**taken, "data": asdict(teacher.spec), **line}

@@ -17,14 +17,16 @@ from diffusion import data as datasets
 from diffusion.batches import Batch
 from diffusion.checkpoint import Card
 from diffusion.circle import add_noise, x0_loss
-from diffusion.config import FitConfig
+from diffusion.config import FitConfig, check
 from diffusion.console import UserError, run
 from diffusion.data import Dataset
 from diffusion.denoiser import check_prediction
+from diffusion.folders import check_claim
 from diffusion.image_file import Form
 from diffusion.machine import this_device
 from diffusion.model import Model, build
-from diffusion.networks import UNetConfig
+from diffusion.networks import UNetConfig, check_net
+from diffusion.noise import seed32
 from diffusion.pace import passes_per_second
 from diffusion.runs import settled, train_model
 from diffusion.schedules import SCHEDULES, check_shift
@@ -147,8 +149,11 @@ def load_data(options: Options) -> Dataset:
 
 def train_teacher(options: Options) -> Model:
     """The teacher of these options: loaded where it is finished, else trained."""
+    check(options.fit)
+    check_net(options.net)
     check_shift(options.shift)
     out = options.out or run_folder(options.data) / "teacher"
+    check_claim(out)
     options = replace(options, fit=settled(options.fit, out))
     dataset = load_data(options)
     angles = SCHEDULES[options.schedule]()
@@ -165,7 +170,7 @@ def train_teacher(options: Options) -> Model:
         data=asdict(dataset.spec),
         training={name: getattr(options, name) for name in ("schedule", "levels", "weighting")},
     )
-    torch.manual_seed(options.fit.seed)
+    torch.manual_seed(seed32(options.fit.seed))
     denoiser = build(net, options.fit.precision)
     angles = angles.to(this_device())
     bound = VariationalBound(angles, dataset.spec) if learned else None

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from benchmarks import evaluation, frechet, overhead, step_cost
@@ -48,6 +49,16 @@ MISTAKES = [
     (ddpm, "--width 12", ["width", "12"]),
     (ddpm, "--width 0", ["width", "0"]),
     (ddpm, "--multipliers 0", ["multipliers", "0"]),
+    (ddpm, "--blocks -1", ["--blocks", "-1"]),
+    (ddpm, "--attention 16", ["--attention 16", "8"]),
+    (ddpm, "--patch 0", ["--patch", "0"]),
+    (ddpm, "--num-classes -1", ["--num-classes", "-1"]),
+    (ddpm, "--learning-rate inf", ["--learning-rate", "inf"]),
+    (ddpm, "--warmup -1", ["--warmup", "-1"]),
+    (ddpm, "--seed -1", ["--seed", "2^63", "-1"]),
+    (ddpm, f"--seed {2**63}", ["--seed", "2^63", str(2**63)]),
+    (progressive, "--seed -1", ["--seed", "-1"]),
+    (consistency, "--seed -1", ["--seed", "-1"]),
     (ddpm, "--size 16", ["--size", "16", "8"]),
     (ddpm, "--num-classes 3", ["--num-classes", "3", "10"]),
     (ddpm, "--flip", ["--flip"]),
@@ -94,6 +105,11 @@ MISTAKES = [
     (generate, "learned.safetensors --angles", ["--angles", "one or more"]),
     (generate, "runs/teacher --label 1", ["--label", "1"]),
     (generate, "runs/student --num 0", ["--num", "0"]),
+    (generate, "runs/student --seed -1", ["--seed", "-1"]),
+    (generate, f"runs/student --seed {2**64}", ["--seed", str(2**64)]),
+    (generate, "nan.safetensors", ["nan.safetensors", "not finite"]),
+    (progressive, "--teacher nan.safetensors", ["nan.safetensors", "not finite"]),
+    (soup, "runs/student nan.safetensors", ["nan.safetensors", "not finite"]),
     (generate, "runs/student --batch-size 0", ["--batch-size", "0"]),
     (generate, "runs/student --out a.jpg", [".png", "a.jpg"]),
     (generate, "runs/student --out file/a.png", ["file"]),
@@ -114,6 +130,7 @@ MISTAKES = [
     (compare, "runs --solvers euler", ["--solvers", "ddim", "euler"]),
     (compare, "runs --search-steps 1", ["--search-steps", "1"]),
     (compare, "runs --search-steps 2", ["--search-steps", "consistency"]),
+    (compare, "runs --seeds -1", ["--seeds", "-1"]),
     (compare, "runs --seeds 1 0 1", ["--seeds", "once", "1 0 1"]),
     (compare, "runs --shifts 2 -1", ["--shift", "-1"]),
     (compare, "runs --features mine.pt", ["mine.pt"]),
@@ -128,6 +145,7 @@ MISTAKES = [
     (report, "empty", ["results.jsonl", "eval.compare"]),
     (human, "make runs/student missing", ["missing"]),
     (human, "make runs/student empty --pairs 0", ["--pairs", "0"]),
+    (human, "make runs/student runs/teacher --seed -1", ["--seed", "-1"]),
     (human, "read cut.jsonl", ["cut.jsonl"]),
     (compare, "--seeds --out new runs", ["--seeds"]),
     (compare, "runs --out file/new", ["file"]),
@@ -144,6 +162,10 @@ def place(tmp_path_factory, teacher, student) -> Path:
     whole = teacher / "model.safetensors"
     (folder / "cut.safetensors").write_bytes(whole.read_bytes()[:-100])
     weights, card, _ = checkpoint.load(whole)
+    broken = {
+        name: value * torch.nan if "head" in name else value for name, value in weights.items()
+    }
+    checkpoint.save(folder / "nan.safetensors", broken, card)
     other = replace(card, data=card.data | {"name": "elsewhere"})
     checkpoint.save(folder / "other.safetensors", weights, other)
     learned = replace(card, sampler="consistency", solvers=("consistency",))

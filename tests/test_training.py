@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor
 
 from diffusion import checkpoint, runs
@@ -129,6 +130,30 @@ def test_signals_are_the_callers_again_after_training(training):
     assert signal.getsignal(signal.SIGTERM) != before
     loop.close()
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+# What a shell that was set up for another project may have of accelerate's.
+ACCELERATE = {
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4",
+    "ACCELERATE_MIXED_PRECISION": "bf16",
+    "ACCELERATE_DYNAMO_BACKEND": "EAGER",
+    "ACCELERATE_DYNAMO_MODE": "reduce-overhead",
+    "ACCELERATE_DYNAMO_USE_FULLGRAPH": "True",
+}
+
+
+def test_accelerates_variables_in_the_environment_change_no_bit(training, monkeypatch):
+    expected = undisturbed(training, denoising)
+    for name, value in ACCELERATE.items():
+        monkeypatch.setenv(name, value)
+    AcceleratorState._reset_state()  # as in a new process, which reads them
+    denoiser, loop = training(denoising)
+    list(loop)
+    assert identity(denoiser) == expected
+    worker = loops.make_worker()
+    assert worker.gradient_accumulation_steps == 1
+    assert worker.mixed_precision == "no"
+    assert worker.state.dynamo_plugin.backend.value == "NO"
 
 
 def iterations_in(state: Path) -> int:
@@ -349,9 +374,32 @@ def test_every_training_seed_draws_other_batches(digits, quick):
         return Batches(digits, replace(quick, seed=seed), Accelerator(cpu=True)).draw(3)
 
     assert torch.equal(first(1).eps, first(1).eps)
-    for seed in (1, 2, 2**31):
+    for seed in (1, 2, 2**31, 2**32, 2**62, 2**63 - 1):
         for mine, other in zip(first(0)[:3], first(seed)[:3], strict=True):
             assert not torch.equal(mine, other)
+
+
+def test_batches_of_seeds_of_32_bits_are_as_they_always_were():
+    for seed, i in ((0, 0), (1, 0), (7, 12345), (2**31, 9), (2**32 - 1, 10**6)):
+        assert batch_seed(seed, i) == (seed * 0x9E3779B9 + i) % 2**32
+
+
+def test_seeds_whose_low_32_bits_agree_begin_with_other_weights(tmp_path, command, tiny):
+    settings = "--width 8 --multipliers 1 --blocks 1 --attention --batch-size 8 --iterations 1"
+    settings += (
+        " --warmup 1000 --ema 0 --learning-rate 1e-9 --precision fp32"  # it stays where it was
+    )
+
+    def stem(seed: int) -> Tensor:
+        run = tmp_path / f"{seed}"
+        assert command(ddpm.main, *settings.split(), "--seed", seed, "--out", run).code == 0
+        return checkpoint.load(run)[0]["stem.weight"]
+
+    first, second = stem(5), stem(5 + 2**32)
+    assert (first - second).abs().max() > 0.01
+    torch.manual_seed(5)
+    net = build(tiny, "fp32").net
+    torch.testing.assert_close(first, net.stem.weight.detach(), rtol=0, atol=1e-6)
 
 
 def test_no_two_of_a_thousand_seeds_share_a_batch_within_a_million_iterations():

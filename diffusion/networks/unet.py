@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tyro.conf import Suppress
 
+from diffusion.console import UserError, check_limits
+
 
 @dataclass(frozen=True)
 class UNetConfig:
@@ -27,7 +29,7 @@ class UNetConfig:
     multipliers: tuple[int, ...] = (1, 2)
     """Channels of each level as a multiple of the width; each level halves the resolution."""
     blocks: int = 2
-    """Residual blocks per level."""
+    """Residual blocks per level on the way down; one more on the way up."""
     attention: tuple[int, ...] = (4,)
     """Resolutions (heights, in patches) that get self-attention."""
     dropout: float = 0.0
@@ -47,6 +49,41 @@ class UNetConfig:
     guidance: Suppress[tuple[float, float] | None] = None
     """Range of the guidance weight that is a further input (Meng et al. 2023); set by
     distill.guidance alone."""
+
+
+LIMITS = {
+    "channels": ("1 or 3", lambda n: n in (1, 3)),
+    "size": ("at least 1", lambda n: n >= 1),
+    "width": ("a multiple of 8, at least 8", lambda n: n >= 8 and n % 8 == 0),
+    "multipliers": ("one or more numbers from 1", lambda m: min(m, default=0) >= 1),
+    "blocks": ("at least 0", lambda n: n >= 0),
+    "dropout": ("in [0, 1)", lambda share: 0 <= share < 1),
+    "patch": ("at least 1", lambda n: n >= 1),
+    "num_classes": ("at least 0", lambda n: n >= 0),
+}
+
+
+def check_net(net: UNetConfig) -> None:
+    """UserError for a shape that no new network can have, or an attention that none of its levels has.
+
+    It is not asked of a checkpoint's network, which was trained as it is.
+    """
+    check_limits(net, LIMITS)
+    levels = len(net.multipliers)
+    coarsest = net.patch * 2 ** (levels - 1)
+    if net.size % coarsest:
+        raise UserError(
+            f"a network of {levels} levels on patches of {net.patch} needs a --size divisible by "
+            f"{coarsest}, got {net.size}"
+        )
+    resolutions = [net.size // net.patch // 2**level for level in range(levels)]
+    for resolution in net.attention:
+        if resolution not in resolutions:
+            raise UserError(
+                f"--attention {resolution} is no resolution of this network: at --size {net.size} and "
+                f"--patch {net.patch} its levels have {', '.join(map(str, resolutions))}; name some of "
+                "these, or none after --attention"
+            )
 
 
 def _zero(module: nn.Module) -> nn.Module:
