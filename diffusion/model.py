@@ -57,7 +57,7 @@ class Model:
         if sampler in (None, card.sampler) and num_steps in card.plans:
             if shift is not None:
                 raise UserError(
-                    f"--shift is of solvers' angles, and {num_steps} steps of {card.sampler} are this "
+                    f"--shift moves a solver's steps, and {num_steps} steps of {card.sampler} are this "
                     f"{card.method} model's own: leave it out, or name another --sampler or --steps"
                 )
             return card.sampler, torch.tensor(card.plans[num_steps], dtype=torch.float64)
@@ -88,7 +88,9 @@ class Model:
         Raises UserError for a weight that the model cannot be guided by.
         """
         if guidance is not None and label is None:
-            raise UserError("--guidance is towards a class, and there is none here: leave it out")
+            raise UserError(
+                "--guidance needs a model with classes, and this one has none: leave it out"
+            )
         weight = self.card.guidance if guidance is None else guidance
         if weight is None or label is None:
             return label
