@@ -113,7 +113,9 @@ def images_of(source: str, options: Make, shape: tuple | None) -> Tensor:
     else:
         images = _generated(source, options)
     if len(images) < options.pairs:
-        raise UserError(f"{source} holds {len(images)} images, --pairs {options.pairs} needs more")
+        raise UserError(
+            f"{source} holds {len(images)} images, fewer than --pairs {options.pairs}: ask for fewer pairs"
+        )
     return images[: options.pairs]
 
 
@@ -160,7 +162,9 @@ def _folder(path: Path) -> Tensor:
         except Exception as error:  # decoders raise anything
             raise UserError(f"{file} cannot be read: it is {reason(error)}") from error
         if images[-1].shape != images[0].shape:
-            raise UserError(f"{file} has not the size of the others: {images[-1].shape[:2]}")
+            raise UserError(
+                f"{file} is not of the others' size {images[0].shape[:2]}: it is {images[-1].shape[:2]}"
+            )
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
 
 
@@ -218,7 +222,7 @@ def page(options: Make) -> str:
     a, b = found[0], found[1]
     if a.shape[2:] != b.shape[2:]:
         sizes = " and ".join(f"{tuple(x.shape[2:])} in {name}" for x, name in zip((a, b), names))
-        raise UserError(f"A and B must have images of one size, got {sizes}")
+        raise UserError(f"both sides must have images of one size, got {sizes}")
     order, a_left = arrange(options.pairs, options.seed)
     uris = [[pages.data_uri(image.expand(3, -1, -1)) for image in images] for images in (a, b)]
     shown = [[uris[not left][i], uris[left][i]] for i, left in zip(order, a_left, strict=True)]
@@ -270,7 +274,9 @@ def read(options: Read) -> Table:
     groups: dict[tuple, list[Tally]] = {}
     for path, each in found:
         if each.session in seen:
-            raise UserError(f"{path} and {seen[each.session]} are of one session: give only one")
+            raise UserError(
+                f"{path} and {seen[each.session]} hold one session's judgements: give one of them"
+            )
         seen[each.session] = path
         groups.setdefault((each.first, each.second), []).append(each)
     table = Table(box=box.SIMPLE_HEAD, caption_justify="left", caption=(

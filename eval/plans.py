@@ -56,7 +56,9 @@ def find_runs(paths: tuple[Path, ...]) -> list[Path]:
     for path in paths:
         inside = sorted(path.rglob("model.safetensors"), reverse=True) if path.is_dir() else [path]
         if not inside:
-            raise UserError(f"{path} holds no finished run (no model.safetensors below it)")
+            raise UserError(
+                f"{path} holds no finished run: expected a model.safetensors in it or below it"
+            )
         found += inside
     return list(dict.fromkeys(found))
 

@@ -54,7 +54,9 @@ class Seen:
         """UserError where these cannot be a model's images."""
         images, broken, flat, far = self.odd.tolist()
         if broken:
-            raise UserError(f"{broken:.0f} of {images:.0f} images hold NaN or infinity")
+            raise UserError(
+                f"{broken:.0f} of {images:.0f} images hold NaN or infinity: the training failed"
+            )
         self.moments["own"].refuse()
         same = images > 1 and self.moments["own"].scatter.trace() == 0
         if flat == images or same:
