@@ -273,6 +273,7 @@ def test_a_guided_student_samples_as_its_teacher_does_and_halves(conditional, gu
     (halved,) = progressive.distill(options)
     assert (halved.denoiser.guidance, halved.card.guidance) == ((1.0, 4.0), 2.0)
     assert halved.calls_per_step() == 1
+    assert (student.card.shifted, halved.card.shifted) == (False, True)
     indices = torch.arange(4, device=halved.device)
     images = [halved.x0(halved.plan(), 0, indices, indices, w) for w in (None, 2.0, 4.0)]
     assert torch.equal(images[0], images[1])
