@@ -22,7 +22,7 @@ from diffusion.model import Model, load, require_same_images, this_device
 from diffusion.noise import check_seed
 from diffusion.samplers import SOLVERS
 from diffusion.schedules import check_shift
-from eval import plots, records, table
+from eval import closing, plots, records, table
 from eval.evaluate import Bench, measure_rows, template
 from eval.features import extractor
 from eval.lines import lines
@@ -282,6 +282,8 @@ def write_results(
         written.append("nearest.png")
     table.show(options.table, shown, options.times)
     say(f"{folder}: {', '.join(written)}")
+    say(closing.take(found))
+    say(f"make a page of it: {closing.python()} -m {closing.quoted('eval.report', str(folder))}")
 
 
 def main() -> None:

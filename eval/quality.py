@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from diffusion.checkpoint import load_tensors, save_tensors
-from diffusion.console import UserError
+from diffusion.console import UserError, track
 from diffusion.data import CACHE, Dataset, fingerprint
 from diffusion.image_file import Form
 from eval import sets
@@ -236,7 +236,12 @@ def reference(
         return load_tensors(path)[0]["features"].to(device)
     if not len(images):  # nothing is held out of a small folder
         return torch.zeros(0, extractor.dim, device=device)
-    features = torch.cat([extractor.extract(part.to(device)) for part in images.split(PORTION)])
+    parts = track(
+        enumerate(images.split(PORTION)),
+        "features of real images",
+        lambda item: (min(PORTION * item[0], len(images)), len(images), "images"),
+    )
+    features = torch.cat([extractor.extract(part.to(device)) for _, part in parts])
     save_tensors(path, {"features": features}, {})
     return features
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from diffusion.checkpoint import load_tensors, write_atomic
 from diffusion.console import UserError, run, say
-from eval import pages, records, table
+from eval import closing, pages, records, table
+from eval.lines import lines
 from eval.pages import chart, grids, pictures, provenance
 from eval.pages.verdict import choice, verdict
 from eval.records import Record
@@ -130,7 +131,12 @@ def write(options: Options) -> Path:
 
 def main() -> None:
     config = (tyro.conf.OmitArgPrefixes,)
-    say(str(write(tyro.cli(Options, prog="python -m eval.report", config=config))))
+    options = tyro.cli(Options, prog="python -m eval.report", config=config)
+    path = write(options)
+    rows, _, _ = gather(options.paths, options.times)
+    say(f"{path}: {len(rows)} rows of {rows[0].data['name']}, their tables, charts and pictures")
+    say(closing.take(lines(rows)))
+    say(f"open the page: {closing.opener(path)}")
 
 
 if __name__ == "__main__":

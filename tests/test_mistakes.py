@@ -126,6 +126,8 @@ MISTAKES = [
     (compare, "runs --steps some", ["--steps", "some"]),
     (compare, "runs --steps 9", ["8", "9"]),
     (compare, "runs --num-images 64", ["--num-images", "64"]),
+    (compare, "runs --long-images 64", ["--long-images", "64"]),
+    (compare, "runs --long-images 81", ["--long-images", "--num-images 80", "81"]),
     (compare, "runs --batch-size 0", ["--batch-size", "0"]),
     (compare, "runs --solvers euler", ["--solvers", "ddim", "euler"]),
     (compare, "runs --search-steps 1", ["--search-steps", "1"]),

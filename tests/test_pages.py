@@ -229,6 +229,27 @@ def test_a_student_with_a_warning_does_not_ship_while_another_is_sound(tmp_path)
     assert "Further figures" not in write_report(tmp_path, ROWS).read_text()
 
 
+def test_a_student_that_gains_nothing_over_a_solver_is_said_to():
+    def words(score: float) -> str:
+        free = record("teacher", 4, score, own=False, sampler="unipc", sha256=TEACHER.sha256)
+        return verdict.verdict(lines([TEACHER, free, ROWS[2]]))
+
+    assert "unipc at 4 calls</b> needs no training and is as good" in words(4.4)
+    assert "needs no training" not in words(4.5)
+
+
+def test_a_long_plan_on_fewer_images_is_no_part_of_the_front_nor_of_the_floor(monkeypatch):
+    few = replace(TEACHER, num_images=50, quality=[0.5, 0.5], floor=[0.4, 0.4])
+    points = []
+    monkeypatch.setattr(chart, "front", lambda given: points.extend(given) or given)
+    found = lines([few, *ROWS[1:]])
+    made = chart.draw(found, lambda line: line.record.nfe, "calls", "quality")
+    assert sorted(points) == sorted((row.nfe, row.score) for row in ROWS[1:])
+    assert made.count('class="dot" transform') == len(ROWS)
+    assert "teacher (50 images), 1,000 steps" in made
+    assert "<b>" in verdict.verdict(found)
+
+
 def test_the_pareto_front_holds_just_the_points_that_none_dominates():
     random = np.random.default_rng(0)
     points = [tuple(map(float, p)) for p in random.integers(1, 60, (400, 2))]
@@ -263,8 +284,10 @@ def test_only_the_last_setting_and_the_latest_of_a_run_are_shown_and_the_rest_is
     assert report.latest([old, other, *ROWS]) == ROWS
     late = {"date": "2031-01-01T00:00:00+00:00"}
     dated = replace(ROWS[2], num_images=200, conditions=late)
-    assert report.latest([dated, old, *ROWS]) == [dated]
-    few = replace(TEACHER, num_images=50, conditions=late)  # a long plan is no measure of others
+    long, *others = ROWS  # a long plan may have fewer images, and is no measure of others
+    assert report.latest([dated, old, *others]) == [dated]
+    assert report.latest([dated, old, *ROWS]) == [long, dated]
+    few = replace(TEACHER, num_images=50, conditions=late)
     assert report.latest([*ROWS, few]) == [few, *ROWS[1:]]
     page = write_report(tmp_path, [old, other, *ROWS]).read_text()
     assert "1 row of runs since made anew; 1 row with num images 200" in page
