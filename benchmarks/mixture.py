@@ -39,7 +39,7 @@ class Method:
     """Options of distill.consistency, where its defaults will not do."""
     fit: FitConfig = FIT
     start: "Method | None" = None
-    """Whose student it starts from; untrained weights unless told."""
+    """The method whose student it starts from; None for untrained weights."""
     normalised: bool = True
     """The tangent of scm."""
 

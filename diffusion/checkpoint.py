@@ -113,7 +113,7 @@ class Card:
     shifted: bool = False
     """Whether the angles of `plans` are shifted already. A teacher's own list is not."""
     guidance: float | None = None
-    """The guidance weight that it samples with unless told another; None for none."""
+    """The guidance weight that it samples with by default; None for none."""
     parent: str | None = None
     """sha256 of the weights that it was distilled from."""
     origin: str | None = None

@@ -44,7 +44,7 @@ class Model:
     ) -> tuple[str, Tensor]:
         """The sampler and angles (ascending) for a number of steps: its own, or a solver's.
 
-        shift: of a solver's angles, the card's unless told. Raises UserError where it was not
+        shift: of a solver's angles, by default the card's. Raises UserError where it was not
         trained for so many steps and no solver may run it, or a shift is told of its own.
         """
         card = self.card
@@ -83,7 +83,7 @@ class Model:
     def condition(
         self, label: Tensor | None, guidance: float | None = None
     ) -> Tensor | Condition | None:
-        """What the denoiser is told of classes (B,) and a guidance weight, the card's unless told.
+        """What the denoiser is given for classes (B,) and a guidance weight, by default the card's.
 
         Raises UserError for a weight that the model cannot be guided by.
         """
@@ -111,7 +111,7 @@ class Model:
     ) -> Tensor:
         """Images number `indices` (B,) of the seed: (B, C, H, W) float32 on the indices' device.
 
-        label: (B,) classes, None for unconditional. guidance: its weight, the card's unless told.
+        label: (B,) classes, None for unconditional. guidance: its weight, by default the card's.
         """
         sampler, angles = plan
         noise, condition = Noise(seed, indices, self.spec.shape), self.condition(label, guidance)

@@ -108,16 +108,16 @@ class Options(StudentOptions):
 @dataclass(frozen=True)
 class Mode:
     from_teacher: bool
-    """Where the student begins unless told: the teacher's weights, or none."""
+    """Whether the student begins, without --start, at the teacher's weights: else at random ones."""
     objective: Callable[[Options, Model, nn.Module], Objective]
     defaults: dict
-    """The mode's own options and their values unless told; the other modes' are refused."""
+    """The options that the mode has, with their defaults; it refuses those of other modes."""
     fit: str = "consistency"
     """Which of a dataset's presets it trains by."""
 
 
 def borders(teacher: Model, num_steps: int) -> Tensor:
-    """Of so many steps of a student."""
+    """The angles of a student's steps, that many, ascending from 0."""
     return even(teacher.schedule, num_steps, teacher.card.shift)
 
 
@@ -259,7 +259,7 @@ LIMITS = {
 
 
 def settings(options: Options) -> dict:
-    """The mode's options, each as told or else its default. UserError for what it cannot take."""
+    """The mode's options, as given or by default. UserError for an option that it does not have."""
     defaults = MODES[options.mode].defaults
     optional = {name for mode in MODES.values() for name in mode.defaults}
     told = {name: getattr(options, name) for name in optional}
@@ -304,7 +304,7 @@ def beginning(options: Options, teacher: Model) -> tuple[Denoiser, Model | None]
 
 
 def sampling(teacher: Model, segments: int) -> dict:
-    """What the card says of it: any number of calls, or a rotation over each segment."""
+    """How the student samples, for its card: any number of calls, or a rotation over each segment."""
     if segments > 1:
         plans = {segments: borders(teacher, segments).tolist()}
         return {"sampler": "ddim", "plans": plans, "solvers": ()}

@@ -89,7 +89,7 @@ class Tally:
 
 
 def wilson(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
-    """The score interval of a proportion (Wilson 1927), at 95 % unless told; (0, 1) of no trials."""
+    """The score interval of a proportion (Wilson 1927), by default at 95 %; (0, 1) of no trials."""
     if trials == 0:
         return 0.0, 1.0
     share, square = successes / trials, z * z / trials

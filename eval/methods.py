@@ -169,7 +169,9 @@ def summarise(options: Options) -> list[Pool]:
     """The pooled table of these files; writes it, its figures and its plot."""
     for path in options.results:
         if not path.exists():
-            raise UserError(f"{path}: no such file of results: make it with eval.compare")
+            raise UserError(
+                f"there is no file {path}: expected a results.jsonl that eval.compare wrote"
+            )
     given = records.merge(map(records.read, options.results))
     found = latest(given, times=False)
     if not found:

@@ -88,7 +88,7 @@ def rows(
 
     long: a teacher's own plan too, where it is not among the counts. Where that has very many
     steps, one row of a solver has enough to stand in for it: the last solver's at 32 calls, if no
-    other. shifts: of the solvers' angles, each in turn; the card's unless told.
+    other. shifts: of the solvers' angles, each in turn; by default the card's.
     """
     card = model.card
     made = []

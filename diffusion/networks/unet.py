@@ -168,8 +168,8 @@ class UNet(nn.Module):
     """(x_t (B, C, H, W), t (B,) radians, label (B,) or None) -> v, x0 or eps (B, C, H, W).
 
     With a learned variance (B, 2 C, H, W): its share, as diffusion.denoiser has it, comes after.
-    The output layer starts at zero: an untrained network predicts 0. A guidance weight, told where
-    the configuration has its range, is 1 unless told; it is embedded as the angle atan(w), and
+    The output layer starts at zero: an untrained network predicts 0. A guidance weight, an input
+    where the configuration has its range, is 1 by default; it is embedded as the angle atan(w), and
     its embedding starts at zero too, so that it changes nothing before it is trained.
     """
 
