@@ -37,7 +37,7 @@ class Options:
 
 
 def features(count: int, dim: int, noise: float) -> torch.Tensor:
-    """Of digits drawn anew, with noise of that many grey levels."""
+    """Features of digits drawn anew, with noise of that many grey levels."""
     random = torch.Generator().manual_seed(0)
     directions = 0.1 * torch.randn(64, dim, generator=random)
     phases = 2 * torch.pi * torch.rand(dim, generator=random)

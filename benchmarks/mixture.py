@@ -41,7 +41,7 @@ class Method:
     start: "Method | None" = None
     """The method whose student it starts from; None for untrained weights."""
     normalised: bool = True
-    """The tangent of scm."""
+    """Whether the tangent of scm is normalised."""
 
 
 # The exact map is a mean over the data that x_t may come from. In one dimension the norm of a

@@ -57,7 +57,7 @@ Cells = dict[str, dict[str, float | int | list[float]]]  # by variant
 def time_training(
     teacher: Model, name: str, dataset: Dataset, config: FitConfig, options: "Options"
 ) -> Cells:
-    """By variant: images/s, and that over what it is with everything on."""
+    """Variant -> images/s, and that over what it is with everything on."""
     calls = {}
     with ExitStack() as stack:
         state = Path(stack.enter_context(TemporaryDirectory()), "state")
@@ -81,7 +81,7 @@ def time_training(
 def time_sampling(
     models: dict[str, Model], sampler: str, steps: int, budget: float
 ) -> tuple[Cells, Cells]:
-    """By variant, at batch 1 and at the batch size that is best for it."""
+    """Variant -> its times, at batch 1 and at the batch size that is best for it."""
     first = models[ALL]
     plan = (sampler, SOLVERS[sampler].angles(first.schedule, steps))
 

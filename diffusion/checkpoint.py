@@ -109,7 +109,7 @@ class Card:
     data: dict
     """The images' name, shape and scale."""
     shift: float = 1.0
-    """Of the angles of few steps, its students' and its solvers': diffusion.schedules.shifted."""
+    """How far few steps, its students' and solvers', are moved towards noise: schedules.shifted."""
     shifted: bool = False
     """Whether the angles of `plans` are shifted already. A teacher's own list is not."""
     guidance: float | None = None

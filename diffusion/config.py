@@ -90,7 +90,7 @@ def check_compiler(compile: bool) -> None:
 
 
 def learning_rate(config: FitConfig, i: int) -> float:
-    """Of optimizer step i: a linear warm-up, then the annealing."""
+    """The learning rate of optimizer step i: a linear warm-up, then the annealing."""
     rising = min(1.0, (i + 1) / max(config.warmup, 1))
     return config.learning_rate * rising * ANNEAL[config.anneal](i / config.iterations)
 

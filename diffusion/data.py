@@ -30,7 +30,7 @@ class ImageSpec:
     mean: float
     std: float
     background: str = ""
-    """Of a folder's images, the colour behind what is transparent."""
+    """The colour behind what is transparent in a folder's images."""
     sha256: str = ""
     """The training images' fingerprint; none in cards from before there was one."""
 

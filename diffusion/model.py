@@ -24,7 +24,7 @@ class Model:
     denoiser: Denoiser
     card: Card
     sha256: str
-    """Of the weights."""
+    """Identity of the weights."""
 
     @property
     def device(self) -> torch.device:

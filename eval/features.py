@@ -34,7 +34,7 @@ class Extractor:
     extract: Callable[[Tensor], Tensor]
     """uint8 (B, C, H, W) on its device -> float32 (B, dim)."""
     accuracy: float | None = None
-    """Of the classifier, on held-out images."""
+    """The classifier's accuracy on held-out images."""
     probabilities: Callable[[Tensor], Tensor] | None = None
     """A classifier's: features (B, dim) -> (B, classes)."""
 

@@ -49,7 +49,7 @@ class Pool:
     """That the student, and those that it goes on from, took gradients of."""
     figures: dict[str, list[float]]
     ratio: float | None
-    """Of the mean to the larger of the teacher's figure and the floor."""
+    """The mean over the larger of the teacher's figure and the floor."""
 
     def mean(self, name: str) -> float:
         return mean(self.figures[name])
