@@ -7,10 +7,10 @@ from dataclasses import dataclass
 class Line:
     teacher: str
     students: dict[str, tuple[str, ...]]
-    """By name: a command, or several of which each starts from the one before."""
+    """Name -> its command, or several commands, each of which starts from the one before."""
     compare: str
     seeds: int = 1
-    """Of the students' training."""
+    """How often each student is trained, by another seed each time."""
 
 
 # Every method at a fifth of the teacher's images: 409,600 gradients of an image.

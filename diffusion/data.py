@@ -30,7 +30,7 @@ class ImageSpec:
     mean: float
     std: float
     background: str = ""
-    """Of a folder's images, the colour behind what is transparent."""
+    """The colour behind what is transparent in a folder's images."""
     sha256: str = ""
     """The training images' fingerprint; none in cards from before there was one."""
 
@@ -108,7 +108,7 @@ def at_hand(name: str) -> str:
     """The name. UserError where it is a folder that is no longer there."""
     if name not in DATASETS and not Path(name).is_dir():
         raise UserError(
-            f"the images of {name} are no longer there: name with --data where they are"
+            f"the images of {name} are no longer there: say with --data where they are now"
         )
     return name
 
@@ -135,7 +135,7 @@ def _dataset(name: str, train: Tensor, train_labels, test: Tensor, test_labels) 
     mean = float((histogram @ levels) / histogram.sum())
     std = float(((histogram @ (levels - mean).square()) / histogram.sum()).sqrt())
     if std == 0:
-        raise UserError(f"every pixel of {name} has the same value: there is nothing to learn")
+        raise UserError(f"every pixel of {name} has the same value: expected images that differ")
     classes = 0 if train_labels is None else int(train_labels.max()) + 1
     sha256 = fingerprint(train, train_labels)
     spec = ImageSpec(name, train.shape[1], train.shape[2], classes, mean, std, sha256=sha256)

@@ -24,7 +24,7 @@ class Model:
     denoiser: Denoiser
     card: Card
     sha256: str
-    """Of the weights."""
+    """Identity of the weights."""
 
     @property
     def device(self) -> torch.device:
@@ -44,7 +44,7 @@ class Model:
     ) -> tuple[str, Tensor]:
         """The sampler and angles (ascending) for a number of steps: its own, or a solver's.
 
-        shift: of a solver's angles, the card's unless told. Raises UserError where it was not
+        shift: of a solver's angles, by default the card's. Raises UserError where it was not
         trained for so many steps and no solver may run it, or a shift is told of its own.
         """
         card = self.card
@@ -57,7 +57,7 @@ class Model:
         if sampler in (None, card.sampler) and num_steps in card.plans:
             if shift is not None:
                 raise UserError(
-                    f"--shift is of solvers' angles, and {num_steps} steps of {card.sampler} are this "
+                    f"--shift moves a solver's steps, and {num_steps} steps of {card.sampler} are this "
                     f"{card.method} model's own: leave it out, or name another --sampler or --steps"
                 )
             return card.sampler, torch.tensor(card.plans[num_steps], dtype=torch.float64)
@@ -83,12 +83,14 @@ class Model:
     def condition(
         self, label: Tensor | None, guidance: float | None = None
     ) -> Tensor | Condition | None:
-        """What the denoiser is told of classes (B,) and a guidance weight, the card's unless told.
+        """What the denoiser is given for classes (B,) and a guidance weight, by default the card's.
 
         Raises UserError for a weight that the model cannot be guided by.
         """
         if guidance is not None and label is None:
-            raise UserError("--guidance is towards a class, and there is none here: leave it out")
+            raise UserError(
+                "--guidance needs a model with classes, and this one has none: leave it out"
+            )
         weight = self.card.guidance if guidance is None else guidance
         if weight is None or label is None:
             return label
@@ -109,7 +111,7 @@ class Model:
     ) -> Tensor:
         """Images number `indices` (B,) of the seed: (B, C, H, W) float32 on the indices' device.
 
-        label: (B,) classes, None for unconditional. guidance: its weight, the card's unless told.
+        label: (B,) classes, None for unconditional. guidance: its weight, by default the card's.
         """
         sampler, angles = plan
         noise, condition = Noise(seed, indices, self.spec.shape), self.condition(label, guidance)

@@ -43,64 +43,69 @@ SEARCHED = 1024  # images of each trial of a search, at most, where features hav
 
 @dataclass(frozen=True)
 class Options:
-    """Evaluate every checkpoint at its own step counts, and the teacher with training-free solvers.
+    """Say in one table what each student, and the teacher by each solver, costs in quality and in
+    time.
 
-    What is measured stays in results.jsonl and is not measured again. Under `accelerate launch`
-    the images are shared out among the processes.
+    What is measured stays in results.jsonl and is not measured again. Under `accelerate launch` the
+    processes share the images out.
     """
 
     runs: tyro.conf.Positional[tuple[Path, ...]] = (Path("runs/digits"),)
-    """Runs, checkpoints, folders that hold runs; and results.jsonl files of other machines or
-    people, whose rows join the table."""
+    """What to compare: runs, checkpoints, or folders that hold runs. The rows of results.jsonl
+    files, of other machines or people, join the table."""
     steps: str | None = None
-    """Network calls to compare at, e.g. 1,2,4,8; the teacher's own plan is shown, too."""
+    """Network calls for each image to compare at, such as 1,2,4,8. The teacher's own plan is shown
+    as well. If left out: each student's own, and for the teacher's solvers 1 to 32."""
     long: bool = True
-    """Show the teacher's own plan, by far the slowest row, which the others' speed-ups are to; and
-    where no row of a solver can stand in for it in the ratios, one of the last solver's at 32 calls."""
+    """Show the teacher's own plan, by far the slowest row; the speed-ups of the others are over it.
+    If no solver's row can stand in for it in the ratios, add one of the last solver's at 32
+    calls."""
     solvers: tuple[str, ...] = ("ddim", "dpm-solver++", "unipc")
-    """Samplers without training to compare with, of those that the teacher takes; others are heun,
-    truncated, ancestral, stochastic and predictor-corrector."""
+    """Samplers that need no training, by which the teacher is compared. Others are heun, truncated,
+    ancestral, stochastic and predictor-corrector."""
     shifts: tuple[float, ...] = ()
-    """Shifts of the solvers' angles to compare, in place of the teacher's own (teachers.ddpm --shift)."""
+    """Shifts to compare, which say where the solvers' steps are, in place of the teacher's own (see
+    teachers.ddpm --shift)."""
     num_images: int = 10_000
-    """Images per seed, more than the features have dimensions."""
+    """Images that each row's quality is measured on, for each seed. It must be above the number of
+    features."""
     long_images: int | None = None
-    """Images per seed of a teacher's own plan of more than 100 steps, which takes by far the longest.
-    If fewer than --num-images, the others' ratios are to the teacher's best other row of 16 steps or
-    more. An option left out takes 512, or more where the features have as many dimensions, in whole
-    batches."""
+    """Images for each seed of a teacher's own plan of more than 100 steps, which takes by far the
+    longest. If they are fewer than --num-images, the others' ratios are to the teacher's best other
+    row of 16 steps or more. If left out: 512, or in whole batches more than the features."""
     likelihood: int = 64
-    """Held-out images whose bits per dimension are measured of a teacher, each as costly as about
-    200 network calls; 0 for none."""
+    """Held-out images on which a teacher's bits per dimension are measured. Each costs about 200
+    network calls. 0: none."""
     search_steps: tuple[int, ...] = ()
-    """Search the best angles for consistency students to restart at, for these step counts; the
-    figures in the table are of other noise than the search's."""
+    """Step counts at which to search where consistency students should restart. The table's figures
+    come from other noise than the search's."""
     seeds: tuple[int, ...] = (0,)
-    """Noise seeds; of several, the table shows the spread over them."""
+    """Seeds of the noise. With several, the table shows the spread over them."""
     batch_size: int = 256
-    """For quality and for images/s."""
+    """Images that a network makes at a time, for quality and for images/s."""
     features: str | None = None
-    """What quality is measured on: classifier (the dataset's own), random, inception (fid), or a
-    TorchScript .pt or torch.export .pt2 file of yours. The classifier for digits and fashion-mnist,
-    else inception, unless told."""
+    """The features that quality is measured on: classifier (one of the data, trained once), random
+    (an untrained network), inception (fid), or your own network, a TorchScript .pt or torch.export
+    .pt2 file. If left out: classifier for digits and fashion-mnist, else inception."""
     inception: Path | None = None
-    """Where clean-fid's inception-2015-12-05.pt is; the cache, or downloaded, unless told."""
+    """Where clean-fid's weights are: the file inception-2015-12-05.pt or its folder. If left out:
+    the cache, or downloaded to it."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Number format of the networks, for all rows; auto takes the faster one on this machine."""
+    """Number format of the networks, for all rows. auto: the faster one on this machine."""
     compile: bool = False
-    """torch.compile the networks; the first call's time is shown apart."""
+    """Compile the networks by torch.compile. The table shows the first call's time apart."""
     sweep: bool = False
-    """Time every row at doubling batch sizes too, to its best images/s or out of memory."""
+    """Time every row at larger and larger batches too, up to its best images/s or out of memory."""
     times: bool = True
     """Time the rows. Without times, rows of several machines may share a table."""
     table: Literal["rich", "markdown", "csv", "latex", "jsonl"] = "rich"
-    """How to print the table; the rest then goes to stderr."""
+    """How to print the table. With any but rich, all else goes to stderr."""
     data: str | None = None
-    """Where the models' images are now, if their folder of images has moved."""
+    """The folder that the models' images are in now, if it has moved."""
     data_dir: Path | None = None
     """The folder that holds a named dataset's files."""
     out: Path | None = None
-    """Where the results go; compare/ beside the runs unless told."""
+    """The folder for the results. If left out: compare/ beside the runs."""
 
 
 def compare(options: Options) -> list[Record]:
@@ -154,12 +159,14 @@ def check(options: Options) -> None:
     for seed in options.seeds:
         check_seed(seed, "--seeds")
     if SEED in options.seeds:
-        raise UserError(f"--seeds must be others than the search's own {SEED}")
+        raise UserError(f"--seeds must not hold {SEED}, the seed of --search-steps: give another")
     if not options.seeds or len({*options.seeds}) < len(options.seeds):
         told = " ".join(map(str, options.seeds)) or "none"
         raise UserError(f"--seeds takes one or more numbers, each once, e.g. 0 1, got {told}")
     if missing := [path for path in options.runs if path.suffix == ".jsonl" and not path.exists()]:
-        raise UserError(f"{missing[0]}: no such file of results")
+        raise UserError(
+            f"there is no file {missing[0]}: expected a results.jsonl that eval.compare wrote"
+        )
 
 
 def planned(options: Options, paths: tuple[Path, ...]) -> list[Row]:
@@ -173,10 +180,12 @@ def planned(options: Options, paths: tuple[Path, ...]) -> list[Row]:
     asked = counts, options.solvers, options.long, options.shifts
     found = [row for path, model in models for row in rows(path, model, *asked)]
     if not found:
-        raise UserError(f"none of the runs samples in --steps {options.steps}")
+        raise UserError(
+            f"none of the runs samples in --steps {options.steps}: give others, or leave it out"
+        )
     if options.search_steps and not students(found):
         raise UserError(
-            "--search-steps is of consistency students, and there is none among the rows"
+            "--search-steps needs a consistency student, and there is none among the rows"
         )
     return found
 
@@ -252,7 +261,9 @@ def sizes(options: Options, dim: int) -> tuple[int, int]:
 def home(paths: tuple[Path, ...]) -> Path:
     """compare/ in the folder that was named, or beside the run that was."""
     if not paths:
-        raise UserError("--out must say where to merge the files of results to")
+        raise UserError(
+            "--out is needed to merge files of results: name the folder for the merged ones"
+        )
     named = paths[0].parent if paths[0].is_file() else paths[0]
     return (named.parent if (named / "model.safetensors").exists() else named) / "compare"
 

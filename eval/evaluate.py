@@ -33,7 +33,7 @@ class Bench:
     judge: Judge
     num_images: int
     long_images: int
-    """Of a teacher's own plan of very many steps."""
+    """Images for a teacher's own plan of very many steps."""
     seeds: tuple[int, ...]
     batch_size: int
     precision: str
@@ -41,11 +41,11 @@ class Bench:
     times: bool
     sweep: bool
     likelihood: int
-    """Of how many held-out images, at most."""
+    """Held-out images, at most, on which likelihoods are measured."""
     floors: dict[int, list[float]]
-    """By number of images."""
+    """Number of images -> the metric of as many real ones, for each draw."""
     held_out: dict[int, dict[str, float]]
-    """By number of images."""
+    """Number of images -> the further figures of as many held-out ones."""
 
 
 def recipe(settings: dict) -> str:

@@ -13,13 +13,13 @@ from eval.timing import Timing
 @dataclass(frozen=True)
 class Line:
     record: Record
-    """Of several trainings, one that has a figure of each; else its only one's."""
+    """The row's record. For several trainings it holds a figure of each."""
     title: str
     """Its method, told apart from the others'."""
     teacher: Record | None
     """Its teacher's longest plan, which its speed is compared with."""
     trainings: tuple[Record, ...]
-    """By one recipe, from other seeds."""
+    """The records of its trainings: of one recipe, from other seeds."""
     yardstick: Record | None = None
     """The row of its teacher's that its quality is compared with."""
     fewer: bool = False
@@ -54,7 +54,7 @@ class Line:
 
     @property
     def speed_up(self) -> float | None:
-        """In images/s."""
+        """How many times as many images/s as the teacher's longest plan."""
         if self.teacher is None or self.teacher.batch is None or self.record.batch is None:
             return None
         return self.images_per_second / self.teacher.batch.images_per_second

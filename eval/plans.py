@@ -56,7 +56,9 @@ def find_runs(paths: tuple[Path, ...]) -> list[Path]:
     for path in paths:
         inside = sorted(path.rglob("model.safetensors"), reverse=True) if path.is_dir() else [path]
         if not inside:
-            raise UserError(f"{path} holds no finished run (no model.safetensors below it)")
+            raise UserError(
+                f"{path} holds no finished run: expected a model.safetensors in it or below it"
+            )
         found += inside
     return list(dict.fromkeys(found))
 
@@ -86,7 +88,7 @@ def rows(
 
     long: a teacher's own plan too, where it is not among the counts. Where that has very many
     steps, one row of a solver has enough to stand in for it: the last solver's at 32 calls, if no
-    other. shifts: of the solvers' angles, each in turn; the card's unless told.
+    other. shifts: of the solvers' angles, each in turn; by default the card's.
     """
     card = model.card
     made = []

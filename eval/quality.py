@@ -32,11 +32,11 @@ class Seen:
     """What is kept of a set of images while it streams by; two of them merge, in any order."""
 
     moments: dict[str, Moments] = field(default_factory=dict)
-    """Of the features, by extractor: "own" alone is of all images."""
+    """Extractor -> moments of the features; "own" alone is of all images."""
     odd: Tensor | None = None
     """(4,) float64: images, those not finite, those of one flat colour, share of far-off values."""
     parts: dict[int, dict[str, Tensor]] = field(default_factory=dict)
-    """By the number of a batch's first image: the rows that are kept of it, by KEPT's names."""
+    """Number of a batch's first image -> the rows that are kept of it, by KEPT's names."""
 
     def __add__(self, other: "Seen") -> "Seen":
         if not self.parts:
@@ -54,7 +54,9 @@ class Seen:
         """UserError where these cannot be a model's images."""
         images, broken, flat, far = self.odd.tolist()
         if broken:
-            raise UserError(f"{broken:.0f} of {images:.0f} images hold NaN or infinity")
+            raise UserError(
+                f"{broken:.0f} of {images:.0f} images hold NaN or infinity: the training failed"
+            )
         self.moments["own"].refuse()
         same = images > 1 and self.moments["own"].scatter.trace() == 0
         if flat == images or same:
@@ -102,7 +104,7 @@ class Judge:
     test: Tensor
     """(M, D) features of the held-out images."""
     real: dict[str, Moments]
-    """Of the training images, as in Seen."""
+    """Moments of the training images' features, as in Seen."""
     bank: Tensor
     """The training images on the device, for the nearest ones."""
     held_out_nearest: Tensor

@@ -26,11 +26,11 @@ class Record:
     run: str
     method: str
     sha256: str
-    """Of the checkpoint's weights."""
+    """Identity of the checkpoint's weights."""
     parent: str | None
     sampler: str
     steps: int
-    """Of the sampler."""
+    """Steps of the sampler."""
     own: bool
     """Whether it is the checkpoint's own plan, not a solver's on the teacher."""
     angles: list[float]
@@ -49,7 +49,7 @@ class Record:
     held_out: dict[str, float]
     """The further figures of held-out real images: what a good model should come near to."""
     batch_size: int
-    """Of the images/s in the table."""
+    """Batch size of the table's images/s."""
     environment: dict
     """Device, precision, threads and versions: what a time depends on."""
     nfe: int = 0
@@ -141,7 +141,7 @@ def setting(record: Record, times: bool = True, most: int = 0) -> dict[str, str]
 
 
 def most_images(records: list[Record]) -> int:
-    """Of the rows that are no long plans; 0 where there are none."""
+    """The most images that a row is judged on, long plans apart; 0 where there are no other rows."""
     return max((record.num_images for record in records if not record.long), default=0)
 
 

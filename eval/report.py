@@ -19,18 +19,20 @@ from eval.records import Record
 
 @dataclass(frozen=True)
 class Options:
-    """Write report.html: the tables, quality against cost, the samples, and which student to ship."""
+    """Write one web page of a comparison: the tables, the charts, the samples, and which student to
+    take."""
 
     paths: tyro.conf.Positional[tuple[Path, ...]] = (Path("runs/digits/compare"),)
-    """Folders that eval.compare wrote, or results.jsonl files; of several machines or people, too."""
+    """Folders that eval.compare wrote, or results.jsonl files, of one or several machines."""
     times: bool = True
-    """Show times. Without them rows of several machines may share the page."""
+    """Show times. Without them, rows of several machines may share the page."""
     out: Path | None = None
-    """The page; report.html in the first folder unless told."""
+    """The page to write. If left out: report.html in the first folder."""
     data: str | None = None
-    """Where the training images are now, if their folder has moved: for the nearest of them."""
+    """The folder that the training images are in now, if it has moved. The page shows the nearest
+    ones."""
     data_dir: Path | None = None
-    """The folder that holds a named dataset's files: likewise."""
+    """The folder that holds a named dataset's files, for the same."""
 
 
 def latest(found: list[Record], times: bool = True) -> list[Record]:

@@ -27,7 +27,7 @@ class Timing:
     first: float | None = None
     """Seconds of the first call of all: compilation and warm-up are in it."""
     seconds: tuple[float, ...] = ()
-    """Of each repeat; none where it failed."""
+    """Seconds of each repeat; none where it failed."""
     allocated: int | None = None
     """Peak bytes that the call took beyond those that were held before; null on a CPU."""
     reserved: int | None = None

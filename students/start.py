@@ -18,19 +18,19 @@ from teachers import ddpm
 
 @dataclass(frozen=True)
 class StudentOptions:
-    """What all distillation commands ask."""
+    """Options of every distillation command."""
 
     teacher: Path = Path("runs/digits/teacher")
-    """The teacher's run or checkpoint; the default one is trained first where there is none."""
+    """The teacher's run or checkpoint. The default teacher is trained first if there is none."""
     data: str | None = None
-    """Where the teacher's images are now, if its folder of images has moved."""
+    """The folder that the teacher's images are in now, if it has moved."""
     data_dir: Path | None = None
     """The folder that holds a named dataset's files."""
     out: Path | None = None
-    """The run's folder; a sibling of the teacher's unless told."""
+    """The run's folder. If left out: a folder beside the teacher's, named after the method."""
     shift: float | None = None
-    """Of the student's angles: above 1, more of them where noise is heavy. The teacher's unless told;
-    a student that teaches keeps its own."""
+    """Where the student's steps are: above 1, more of them where noise is heavy. If left out: as
+    the teacher has it. A student that teaches keeps its own."""
 
     @staticmethod
     def parse(options: type[Self], prog: str) -> Self:
@@ -69,8 +69,9 @@ def find_teacher(
         check_shift(options.shift)
         if teacher.card.shifted and options.shift != teacher.card.shift:
             raise UserError(
-                f"--shift {options.shift:g} cannot be had of {options.teacher}, a student whose angles "
-                f"are shifted by {teacher.card.shift:g} already: leave it out, or distil its teacher"
+                f"--shift {options.shift:g} does not fit {options.teacher}, a student whose angles "
+                f"are shifted by {teacher.card.shift:g} already: leave --shift out, or distil its "
+                "teacher"
             )
         teacher = replace(teacher, card=replace(teacher.card, shift=options.shift))
     if fit.compile:

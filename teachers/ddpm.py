@@ -89,27 +89,34 @@ OBJECTIVES = {
 
 @dataclass(frozen=True)
 class Options:
-    """Train a DDPM teacher on a dataset, or on a folder of images."""
+    """Train a teacher: a diffusion model of a dataset or of a folder of images (Ho et al. 2020)."""
 
     data: str = "digits"
-    """digits, fashion-mnist, cifar10, or a folder of images (cropped to --size, of --channels)."""
+    """The images to learn: digits, fashion-mnist, cifar10, or a folder, whose images are cropped to
+    a square of --size with --channels."""
     data_dir: Path | None = None
-    """The folder that holds a named dataset's files; no other place is looked in then."""
+    """The folder that holds a named dataset's files. If you give one, no other place is looked
+    in."""
     background: str = "white"
     """The colour behind what is transparent in a folder's images: a name, or #rrggbb."""
     out: Path | None = None
-    """The run's folder; runs/DATA/teacher unless told."""
+    """The run's folder. If left out: runs/DATA/teacher."""
     schedule: Literal["linear", "cosine", "sigmoid", "karras", "vp", "sub-vp", "ve"] = "cosine"
-    """The 1000 noise levels."""
+    """How the 1000 noise levels are spread from little noise to pure noise."""
     levels: Literal["uniform", "log-normal", "importance"] = "uniform"
-    """How often each is trained: all alike; as EDM; or where the loss is large, and weighted less."""
+    """How often each noise level is trained. uniform: all alike; log-normal: mostly the middle
+    (EDM, Karras et al. 2022); importance: more often where the loss is large, with less weight
+    (Nichol & Dhariwal 2021)."""
     weighting: Literal["v", "truncated", "eps"] = "v"
-    """Of the loss: SNR + 1, max(SNR, 1), or SNR as in DDPM's simple loss (all as weights of x0's)."""
+    """How much each noise level counts in the loss, as a weight of x0's squared error. v: SNR + 1;
+    truncated: max(SNR, 1); eps: SNR, as in DDPM's simple loss."""
     clamp: bool = True
-    """Clamp every x0 to the range of images, in training and in sampling: a sharper black and white."""
+    """Keep every predicted image between black and white, in training and in sampling. Images with
+    much plain black or white come out cleaner."""
     shift: float = 1.0
-    """Of the angles of few steps, its students' and its solvers' (not of its training): their tangents
-    are multiplied by this. Above 1, more steps where noise is heavy, as larger images want."""
+    """Where students and solvers with few steps put them: above 1, more of them where noise is
+    heavy, as larger images want. It multiplies the tangents of their angles. The teacher's training
+    is the same."""
     net: UNetConfig = field(default_factory=UNetConfig)
     fit: FitConfig = field(default_factory=FitConfig)
 
@@ -129,14 +136,14 @@ def load_data(options: Options) -> Dataset:
     if (net.channels, net.size) != (spec.channels, spec.size):
         raise UserError(
             f"{spec.name} images have {spec.channels} channels and size {spec.size}, "
-            f"but --channels is {net.channels} and --size {net.size}"
+            f"but --channels is {net.channels} and --size is {net.size}: leave both out"
         )
     if net.num_classes not in (0, spec.num_classes):
         raise UserError(
             f"--num-classes must be 0 or {spec.num_classes} for {spec.name}, got {net.num_classes}"
         )
     if options.fit.flip and options.data == "digits":
-        raise UserError("--flip would turn digits into other signs: it is not for this dataset")
+        raise UserError("--flip would turn digits into other signs: leave it out for this dataset")
     return dataset
 
 

@@ -1,4 +1,4 @@
-"""Settings that were measured to work, by dataset: what each command takes where it is told nothing."""
+"""Settings for each dataset: the defaults of every command."""
 
 from dataclasses import dataclass, field
 
@@ -13,17 +13,18 @@ class Preset:
     net: UNetConfig
     teacher: FitConfig
     halving: FitConfig
-    """One round of progressive distillation."""
+    """How one round of progressive distillation trains."""
     consistency: FitConfig
     continuous: FitConfig
-    """Consistency in continuous time."""
+    """How consistency in continuous time trains (--mode scm)."""
     start_steps: int
-    """Where progressive distillation begins."""
+    """Steps of the teacher that progressive distillation begins with."""
     clamp: bool = True
     shift: float = 1.0
-    """Of the angles of few steps."""
+    """How far the angles of few steps are moved towards noise."""
     rounds: dict[int, float] = field(default_factory=dict)
-    """Its students' step counts, with the shares of halving.iterations; none to halve down to 1."""
+    """Step counts of its students, with each one's share of halving.iterations. If empty: halve
+    down to 1."""
 
 
 # 2 CPU cores: teacher, students and comparison in about 20 minutes.
@@ -85,9 +86,9 @@ PRESETS = {"digits": DIGITS, "fashion-mnist": FASHION_MNIST, "cifar10": CIFAR10}
 
 
 def preset(data: str, size: int | None = None, channels: int = 3) -> Preset:
-    """The dataset's settings, or for a folder of images those that suit their size and this machine.
+    """The dataset's settings; for a folder of images, settings that suit its size and this machine.
 
-    size, channels: of the folder's images, as the network will see them.
+    size, channels: what the folder's images are brought to.
     """
     if data in PRESETS:
         return PRESETS[data]
@@ -96,7 +97,7 @@ def preset(data: str, size: int | None = None, channels: int = 3) -> Preset:
 
 
 def folder_preset(size: int, channels: int, gpu: bool) -> Preset:
-    """Settings for images of one's own: a budget in minutes, whatever their number.
+    """Settings for a folder of images: a budget in minutes, whatever their number.
 
     On a CPU the finest level has at most 16x16 patches, so that half an hour shows every image
     of a few hundred some thousand times; on a GPU the network is CIFAR-10's.

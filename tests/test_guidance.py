@@ -157,7 +157,7 @@ def test_a_weight_that_the_model_cannot_be_guided_by_is_an_error(net, weight):
 
 
 def test_guidance_of_a_model_without_classes_is_an_error():
-    with pytest.raises(UserError, match="--guidance is towards a class"):
+    with pytest.raises(UserError, match="--guidance needs a model with classes"):
         model_of(replace(NET, num_classes=0)).condition(None, 2.0)
 
 

@@ -141,5 +141,5 @@ def test_what_stands_in_brackets_is_printed_as_it_is(tmp_path, capsys):
 
 
 def test_a_missing_file_of_results_is_one_line(tmp_path):
-    with pytest.raises(UserError, match="no such file of results"):
+    with pytest.raises(UserError, match="there is no file"):
         summarise(Options(results=(tmp_path / "none.jsonl",)))

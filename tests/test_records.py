@@ -18,7 +18,7 @@ from eval.records import Record
 from eval.timing import Timing
 
 SCHEMA = json.loads(schema.SCHEMA.read_text("utf-8"))
-DOCS = Path(__file__).parents[1] / "docs" / "results.md"
+DOCS = Path(__file__).parents[1] / "docs" / "formats.md"
 FULL = record(
     "teacher", 3,
     others={"kid": [0.5, -1e-17]}, held_out={"kid": 0.1},

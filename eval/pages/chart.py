@@ -42,7 +42,7 @@ class Look:
 
 
 def looks(found: list[Line]) -> dict[str, Look]:
-    """By title. Students have the colours, teachers and solvers without training the greys."""
+    """Title -> colour: students have the colours, teachers and solvers without training the greys."""
     # a student's colours and shapes are as many as have no common factor: 30 looks, all different
     made, shapes = {}, {True: cycle(SHAPES[1:]), False: cycle(SHAPES)}
     colours = cycle(f"c{i}" for i in range(1, COLOURS))
