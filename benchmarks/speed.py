@@ -55,13 +55,21 @@ Cells = dict[str, dict[str, float | int | list[float]]]  # by variant
 
 
 def time_training(
-    teacher: Model, name: str, dataset: Dataset, config: FitConfig, options: "Options"
+    teacher: Model,
+    name: str,
+    dataset: Dataset,
+    config: FitConfig,
+    options: "Options",
+    chosen: Mapping[str, frozenset[str]] | None = None,
 ) -> Cells:
-    """Variant -> images/s, and that over what it is with everything on."""
-    calls = {}
+    """Variant -> images/s, and that over what it is with everything on.
+
+    chosen: the variants, ALL among them; an option left out turns every part off in turn.
+    """
+    calls, chosen = {}, chosen or variants(TRAINING, absent(teacher.device, options.compile))
     with ExitStack() as stack:
         state = Path(stack.enter_context(TemporaryDirectory()), "state")
-        for variant, on in variants(TRAINING, absent(teacher.device, options.compile)).items():
+        for variant, on in chosen.items():
             made = training(teacher, OBJECTIVES[name], dataset, config, on, state)
             loop = stack.enter_context(closing(made[1]))
             lines = 1 if "one wait a line" in on else config.log_every
@@ -192,7 +200,7 @@ def main() -> None:
     off = absent(device, options.compile)
     out.print(table("training", TRAINING, off, fits))
 
-    models, sampled = sampling_models(model, off), {}
+    models, sampled = sampling_models(model, variants(SAMPLING, off)), {}
     for name, sampler in SAMPLERS.items():
         columns: dict[str, Cells] = {}
         for steps in options.steps:

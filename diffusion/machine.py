@@ -49,7 +49,13 @@ def workers() -> int:
 def compiler() -> str | None:
     """Why torch.compile cannot work here; None where it can."""
     if torch.cuda.is_available():
-        return None if find_spec("triton") else "it needs triton on a GPU, and there is none"
+        if not find_spec("triton"):
+            return "it needs triton on a GPU, and there is none"
+        # triton builds what launches its kernels by a C compiler, and fails in the first step without
+        names = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
+        if any(map(shutil.which, names)):
+            return None
+        return f"it needs a C compiler on a GPU, and {' or '.join(names)} was not found"
     name = os.environ.get("CXX", "g++")  # as torch.compile has it
     if shutil.which(name):
         return None

@@ -219,7 +219,8 @@ def likelihood_of(bench: Bench, row: Row, record: Record) -> Record:
     exact = copy(row.model.denoiser)
     exact.precision = "fp32"
     model = replace(row.model, denoiser=exact)
-    with torch.compiler.set_stance("force_eager"):  # compiled was the other precision
+    # compiled was the other precision, and "fp32" alone leaves convolutions in TF32 on a GPU
+    with torch.compiler.set_stance("force_eager"), machine.full_float32():
         label = labels[some] if conditional else None
         bits = likelihood.bits_per_dim(model, test[some], label, batch_size=64)
     return replace(record, likelihood=bits)

@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from diffusion.console import UserError, say, track
 from diffusion.data import CACHE, Dataset
 from eval import inception as clean_fid
 from eval import own
+from eval.machine import full_float32
 
 STEPS = 1500  # of the classifier's training
 
@@ -50,6 +51,14 @@ def extractor(
 
     inception: the file of clean-fid's weights, or its folder; None to find or download it.
     """
+    chosen = _extractor(choice, dataset, device, inception, cache)
+    # all of them here, so that none forgets it: a figure must not depend on the kind of device
+    return replace(chosen, extract=full_float32()(chosen.extract))
+
+
+def _extractor(
+    choice: str, dataset: Dataset, device: torch.device, inception: Path | None, cache: Path
+) -> Extractor:
     if choice == "inception":
         file = clean_fid.weights(inception, cache)
         network = clean_fid.network(file, device)
