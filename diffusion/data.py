@@ -108,7 +108,7 @@ def at_hand(name: str) -> str:
     """The name. UserError where it is a folder that is no longer there."""
     if name not in DATASETS and not Path(name).is_dir():
         raise UserError(
-            f"the images of {name} are no longer there: say with --data where they are now"
+            f"the images of {name} are no longer there: name with --data where they are"
         )
     return name
 

@@ -154,9 +154,7 @@ def budgets(
     """Optimizer steps of each round. usual: shares of --iterations, where nothing is told of them."""
     told, last = options.round_iterations, options.last_rounds
     if told and options.fit.minutes:
-        raise UserError(
-            "--round-iterations and --minutes both say how long rounds take: leave one out"
-        )
+        raise UserError("--round-iterations says how long each round takes: leave --minutes out")
     if told and (len(told) != len(counts) or min(told) < 1):
         raise UserError(
             f"--round-iterations must be a number of at least 1 for each of the {len(counts)} "

@@ -498,7 +498,7 @@ def test_a_start_of_another_network_is_refused(teacher, tmp_path, quick):
     checkpoint.save(
         tmp_path / "other.safetensors", weights, replace(card, data=card.data | {"mean": 0.0})
     )
-    with pytest.raises(UserError, match=r"other\.safetensors is of another network"):
+    with pytest.raises(UserError, match=r"other\.safetensors has another network"):
         distill(Options(teacher=teacher, start=tmp_path / "other.safetensors", fit=quick))
 
 
