@@ -15,13 +15,18 @@ class Line:
 
 # Every method at a fifth of the teacher's images: 409,600 gradients of an image.
 DIGITS = Line(
-    teacher="teachers.ddpm --iterations 8000",
+    teacher="teachers.ddpm --iterations 8000 --patch 1 --no-clamp",
     students={
-        "cd": ("distill.consistency --mode cd --iterations 1600 --learning-rate 4e-3",),
-        "progressive": ("distill.progressive --iterations 1600 --batch-size 64",),
+        "cd": (
+            "distill.consistency --mode cd --iterations 1600 --batch-size 256 --learning-rate 4e-3",
+        ),
+        "progressive": (
+            "distill.progressive --solver euler --start-steps 64 --rounds 8 4 2 1 --batch-size 64 "
+            "--round-iterations 1000 1200 1800 2400",
+        ),
         "ect": ("distill.consistency --mode ect --solver heun --iterations 1600",),
         "midtraining-scm": (
-            "distill.midtraining --iterations 1300",
+            "distill.midtraining --iterations 1300 --batch-size 256",
             "distill.consistency --mode scm --iterations 300 --learning-rate 1e-4",
         ),
         "ict": (

@@ -102,7 +102,8 @@ class Options(StudentOptions):
     @staticmethod
     def default(data: str) -> "Options":
         mode = MODES.get(peek("--mode", "cd"), MODES["cd"])
-        return Options(fit=getattr(preset(data), mode.fit))
+        chosen = preset(data)
+        return Options(fit=getattr(chosen, mode.fit) or chosen.consistency)
 
 
 @dataclass(frozen=True)
@@ -187,6 +188,7 @@ SCM = LogNormal(mean=-0.3, std=1.4)
 MODES = {
     "cd": Mode(
         from_teacher=True,
+        fit="distillation",
         objective=partial(discrete, share=uniform),
         defaults={
             "solver": "heun",

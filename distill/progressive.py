@@ -113,7 +113,7 @@ class Options(StudentOptions):
     @staticmethod
     def default(data: str) -> "Options":
         chosen = preset(data)
-        return Options(fit=chosen.halving, start_steps=chosen.start_steps)
+        return Options(fit=chosen.halving, start_steps=chosen.start_steps, solver=chosen.solver)
 
 
 def counts(options: Options, usual: Sequence[int] = ()) -> list[int]:
