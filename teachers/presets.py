@@ -21,7 +21,7 @@ class Preset:
     start_steps: int
     """Steps of the teacher that progressive distillation begins with."""
     solver: Literal["euler", "heun"] = "euler"
-    """How the teacher takes them."""
+    """How the teacher takes those steps."""
     distillation: FitConfig | None = None
     """How consistency distillation trains (--mode cd), where not as the other modes."""
     clamp: bool = True
