@@ -253,16 +253,17 @@ def test_a_run_on_images_of_another_scale_is_refused(tmp_path, train_tiny, digit
 
 @pytest.mark.parametrize("stopped", [True, False], ids=["stopped", "finished"])
 def test_a_run_knows_its_images_by_their_fingerprint_wherever_they_lie(
-    tmp_path, train_tiny, digits, monkeypatch, stopped
+    tmp_path, train_tiny, quick, digits, monkeypatch, stopped
 ):
     def lying(name: str, sha256: str) -> Dataset:
         return replace(digits, spec=replace(digits.spec, name=name, sha256=sha256))
 
-    run = tmp_path / "run"
+    run, often = tmp_path / "run", replace(quick, save_every=0.0)
     with monkeypatch.context() as patch:
         patch.setattr(runs, "fit", stopped_after(3 if stopped else 99))
         with suppress(KeyboardInterrupt):
-            train_tiny(run, dataset=lying("/a/photos", "1" * 64))
+            train_tiny(run, often, dataset=lying("/a/photos", "1" * 64))
+    assert (run / "model.safetensors").exists() != stopped
     with pytest.raises(UserError, match="trained on other images than /a/photos holds"):
         train_tiny(run, dataset=lying("/a/photos", "2" * 64))
     train_tiny(run, dataset=lying("/b/pictures", "1" * 64))
