@@ -142,14 +142,16 @@ def cifar10(data_dir: Path | None, cache: Path, download: bool) -> Parts:
     try:
         train, test = both(download=False)
     except BROKEN as error:
-        if data_dir or not download:
-            files = root / CIFAR10.base_folder
+        if data_dir:
+            files = data_dir / CIFAR10.base_folder
             names = [name for name, _ in (*CIFAR10.train_list, *CIFAR10.test_list)]
             lacking = [name for name in names if not (files / name).is_file()]
             fault = (
                 f"lacks {', '.join(lacking)}" if lacking else "holds other files than CIFAR-10's"
             )
             raise UserError(f"{files} {fault}: {hint}") from error
+        if not download:
+            raise UserError(f"cifar10 is not on this disk: {hint}") from error
         try:
             train, test = both(download=True)
         except BROKEN as error:

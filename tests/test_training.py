@@ -288,6 +288,7 @@ def test_a_run_knows_its_images_by_their_fingerprint_wherever_they_lie(
         patch.setattr(runs, "fit", stopped_after(3 if stopped else 99))
         with suppress(KeyboardInterrupt):
             train_tiny(run, config, dataset=lying("/a/photos", "1" * 64))
+    assert (run / "model.safetensors").exists() != stopped
     with pytest.raises(UserError, match="trained on other images than /a/photos holds"):
         train_tiny(run, config, dataset=lying("/a/photos", "2" * 64))
     train_tiny(run, config, dataset=lying("/b/pictures", "1" * 64))
