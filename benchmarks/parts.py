@@ -125,9 +125,9 @@ def training(
     return student, fit(student, aim, dataset, config, state, fused)
 
 
-def sampling_models(model: Model, off: Mapping) -> dict[str, Model]:
+def sampling_models(model: Model, chosen: Mapping[str, frozenset[str]]) -> dict[str, Model]:
     models = {}
-    for variant, on in variants(SAMPLING, off).items():
+    for variant, on in chosen.items():
         denoiser = refitted(model.denoiser, on).eval().requires_grad_(False)
         if "CUDA graphs" in on:
             denoiser.compile_network()

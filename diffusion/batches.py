@@ -51,8 +51,8 @@ class Batches:
     ):
         if config.batch_size % worker.num_processes:
             raise UserError(
-                f"the batch size {config.batch_size} does not divide among "
-                f"{worker.num_processes} processes"
+                f"--batch-size {config.batch_size} does not divide among {worker.num_processes} "
+                "processes: give a multiple of their number"
             )
         self.config, self.spec, self.device = config, dataset.spec, worker.device
         self.rank, self.world = worker.process_index, worker.num_processes
@@ -66,7 +66,9 @@ class Batches:
             self.labels = dataset.train_labels.to(home)
         self.guidance = guidance
         if guidance and self.labels is None:
-            raise UserError(f"guidance is towards a class, but {dataset.spec.name} has none")
+            raise UserError(
+                f"guidance needs classes, but {dataset.spec.name} has none: choose data with labels"
+            )
 
     def draw(self, i: int) -> Batch:
         size, device, share = (

@@ -39,7 +39,8 @@ def require_folder(folder: Path) -> None:
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise UserError(
-            f"{folder} cannot be written to: {existing} is no folder that one may write in"
+            f"{folder} cannot be made: {existing} is no folder that you may write in; "
+            "give another --out"
         )
 
 
@@ -108,9 +109,11 @@ class Card:
     data: dict
     """The images' name, shape and scale."""
     shift: float = 1.0
-    """Of the angles of few steps, its students' and its solvers': diffusion.schedules.shifted."""
+    """How far few steps, its students' and solvers', are moved towards noise: schedules.shifted."""
+    shifted: bool = False
+    """Whether the angles of `plans` are shifted already. A teacher's own list is not."""
     guidance: float | None = None
-    """The guidance weight that it samples with unless told another; None for none."""
+    """The guidance weight that it samples with by default; None for none."""
     parent: str | None = None
     """sha256 of the weights that it was distilled from."""
     origin: str | None = None
@@ -132,6 +135,10 @@ class Card:
             raise UserError(f"the card is of format {card.get('format')}, expected {FORMAT}")
         card["plans"] = {int(steps): angles for steps, angles in card["plans"].items()}
         card["solvers"] = tuple(card["solvers"])
+        # Cards before there was `shifted`: students' plans were, but not a guided one's, which are
+        # its teacher's, as are the solvers that take their angles from them.
+        student = card.get("parent") is not None and "ddim" not in card["solvers"]
+        card.setdefault("shifted", student)
         return Card(**card)
 
 
@@ -154,10 +161,15 @@ def load(path: Path) -> tuple[dict[str, Tensor], Card, str]:
         raise UserError(f"no checkpoint at {file}: expected a run's folder or a .safetensors file")
     weights, metadata = load_tensors(file)
     if "card" not in metadata:
-        raise UserError(f"{file} has no card: it was not written by this suite")
+        raise UserError(
+            f"{file} has no card: expected a checkpoint that a command of fewstep wrote"
+        )
     sha256 = weights_sha256(weights)
     if metadata.get("sha256") != _seal(sha256, metadata["card"]):
-        raise UserError(f"{file} is damaged: its weights and card do not match their sha256")
+        raise UserError(
+            f"{file} is damaged: its weights and card do not match their sha256; take another "
+            "copy, or train it again"
+        )
     try:
         return weights, Card.from_json(metadata["card"]), sha256
     except UserError as error:

@@ -1,14 +1,11 @@
 """How a network is trained, whatever the objective: settings, and the learning rate they give."""
 
 import math
-import os
-import shutil
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-import torch
-
 from diffusion.console import UserError, check_limits
+from diffusion.machine import compiler
 from diffusion.noise import check_seed
 
 ANNEAL = {
@@ -23,36 +20,42 @@ class FitConfig:
     """How a network is trained, whatever the objective."""
 
     iterations: int = 2000
-    """Optimizer steps."""
+    """Training steps: one batch and one update of the weights each."""
+    minutes: float | None = None
+    """How many minutes to train on this machine, in place of --iterations. The first seconds say
+    how many iterations fit; a training that resumes keeps that number."""
     batch_size: int = 256
-    """Images per step, over all processes together."""
+    """Images of a training step, over all processes together."""
     learning_rate: float = 1e-3
-    """Adam's, after warm-up."""
+    """How large the steps of the optimizer (Adam) are, after the warm-up."""
     warmup: int = 100
-    """Steps over which the learning rate rises from 0."""
+    """First steps, over which the learning rate rises from 0."""
     anneal: Literal["none", "linear", "cosine"] = "cosine"
-    """How the learning rate falls to 0 at the end."""
+    """How the learning rate falls towards 0 over the training; none: it stays."""
     ema: float = 0.999
-    """Decay of the weights' average that is kept; it ramps up from 0. 0 keeps the raw weights."""
+    """How slowly the average of the weights follows them; the average is what is kept. It starts
+    faster. 0 keeps the last weights themselves."""
     clip: float = 1.0
-    """Largest norm of the gradient."""
+    """Largest norm of a gradient; longer ones are cut to it."""
     weight_decay: float = 0.0
-    """AdamW's decoupled weight decay."""
-    precision: Literal["fp32", "bf16"] = "bf16"
-    """Of the network's passes; weights, sums and losses stay float32."""
+    """How strongly weights are pulled towards 0 (AdamW's decoupled weight decay)."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Number format of the network's passes. auto: the faster one on this machine, measured once.
+    Weights, sums and losses are float32 in any case."""
     compile: bool = False
-    """torch.compile the networks, the teacher's and the target's too; pays after a minute or two. On
-    a CPU it takes a C++ compiler."""
+    """Compile the networks by torch.compile: slower to start by a minute or two, faster from then
+    on. On a CPU it needs a C++ compiler."""
     label_dropout: float = 0.1
-    """Share of labels that a conditional model sees as its null class."""
+    """Share of the images whose class a conditional model is not told, which guidance needs."""
     flip: bool = False
-    """Mirror half of the images; only where that keeps their class."""
+    """Mirror half of the images. Use it where a mirrored image is as good as the other."""
     seed: int = 0
-    """Of all randomness, from 0 to 2^63 - 1: batch i is a function of (seed, i) alone."""
+    """Seed of all randomness, from 0 to 2^63 - 1. The same seed gives the same weights on the same
+    machine."""
     log_every: int = 25
-    """Steps between log lines; the only time that the loop waits for the device."""
+    """Steps from one log line to the next. At these alone the loop waits for the device."""
     save_every: float = 30.0
-    """Least seconds between saves of the state to resume from."""
+    """Seconds, at least, from one save to the next of what a stopped training resumes from."""
 
 
 LIMITS = {
@@ -72,22 +75,23 @@ LIMITS = {
 def check(config: FitConfig) -> None:
     """UserError for a setting that cannot be trained with."""
     check_limits(config, LIMITS)
+    if config.minutes is not None and not 0 < config.minutes < math.inf:
+        raise UserError(f"--minutes must be above 0, got {config.minutes:g}")
     check_seed(config.seed)
     check_compiler(config.compile)
 
 
 def check_compiler(compile: bool) -> None:
     """UserError where torch.compile would find no compiler."""
-    compiler = os.environ.get("CXX", "g++")  # as torch.compile has it
-    if compile and not torch.cuda.is_available() and not shutil.which(compiler):
+    if compile and (reason := compiler()):
         raise UserError(
-            f"--compile needs a C++ compiler on a CPU, and {compiler} was not found: install it, name "
-            "another in the environment's CXX, or leave --compile out"
+            f"--compile cannot work here: {reason}; install it (or name another C++ compiler in the "
+            "environment's CXX), or leave --compile out"
         )
 
 
 def learning_rate(config: FitConfig, i: int) -> float:
-    """Of optimizer step i: a linear warm-up, then the annealing."""
+    """The learning rate of optimizer step i: a linear warm-up, then the annealing."""
     rising = min(1.0, (i + 1) / max(config.warmup, 1))
     return config.learning_rate * rising * ANNEAL[config.anneal](i / config.iterations)
 

@@ -123,11 +123,12 @@ def track(
 
 def _bar(items, title, describe):
     columns = [
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),  # a run's [name] is no markup
         BarColumn(),
         TextColumn("{task.percentage:>3.0f}%"),
     ]
-    columns += [TextColumn("{task.fields[words]}"), TimeElapsedColumn(), TimeRemainingColumn()]
+    columns += [TextColumn("{task.fields[words]}", markup=False)]
+    columns += [TimeElapsedColumn(), TimeRemainingColumn()]
     with Progress(*columns, console=_shown) as bar:
         task = bar.add_task(title, words="", total=None)
         for item in items:

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from torch import Tensor
 
 from diffusion import checkpoint
@@ -13,10 +12,11 @@ from diffusion.checkpoint import Card
 from diffusion.console import UserError
 from diffusion.data import ImageSpec
 from diffusion.denoiser import Condition, Denoiser
+from diffusion.machine import layout, this_device
 from diffusion.networks import UNet, UNetConfig
 from diffusion.noise import Noise
 from diffusion.samplers import SOLVERS, sample
-from diffusion.schedules import check_shift, shifted
+from diffusion.schedules import check_shift, respace, shifted
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Model:
     denoiser: Denoiser
     card: Card
     sha256: str
-    """Of the weights."""
+    """Identity of the weights."""
 
     @property
     def device(self) -> torch.device:
@@ -44,7 +44,7 @@ class Model:
     ) -> tuple[str, Tensor]:
         """The sampler and angles (ascending) for a number of steps: its own, or a solver's.
 
-        shift: of a solver's angles, the card's unless told. Raises UserError where it was not
+        shift: of a solver's angles, by default the card's. Raises UserError where it was not
         trained for so many steps and no solver may run it, or a shift is told of its own.
         """
         card = self.card
@@ -57,15 +57,18 @@ class Model:
         if sampler in (None, card.sampler) and num_steps in card.plans:
             if shift is not None:
                 raise UserError(
-                    f"--shift is of solvers' angles, and {num_steps} steps of {card.sampler} are this "
+                    f"--shift moves a solver's steps, and {num_steps} steps of {card.sampler} are this "
                     f"{card.method} model's own: leave it out, or name another --sampler or --steps"
                 )
             return card.sampler, torch.tensor(card.plans[num_steps], dtype=torch.float64)
         if sampler is None and card.solvers:
             sampler = card.solvers[0]
         if sampler in card.solvers:
-            angles = SOLVERS[sampler].angles(self.schedule, num_steps)
-            return sampler, shifted(angles, card.shift if shift is None else shift)
+            solver = SOLVERS[sampler]
+            # angles out of the list bear its shift; spread anew up to its end they bear none
+            already = card.shift if card.shifted and solver.space is respace else 1.0
+            asked = card.shift if shift is None else shift
+            return sampler, shifted(solver.angles(self.schedule, num_steps), asked / already)
         counts = ", ".join(map(str, card.plans))
         raise UserError(
             f"this {card.method} model samples by {card.sampler} in {counts} steps, "
@@ -80,12 +83,14 @@ class Model:
     def condition(
         self, label: Tensor | None, guidance: float | None = None
     ) -> Tensor | Condition | None:
-        """What the denoiser is told of classes (B,) and a guidance weight, the card's unless told.
+        """What the denoiser is given for classes (B,) and a guidance weight, by default the card's.
 
         Raises UserError for a weight that the model cannot be guided by.
         """
         if guidance is not None and label is None:
-            raise UserError("--guidance is towards a class, and there is none here: leave it out")
+            raise UserError(
+                "--guidance needs a model with classes, and this one has none: leave it out"
+            )
         weight = self.card.guidance if guidance is None else guidance
         if weight is None or label is None:
             return label
@@ -106,7 +111,7 @@ class Model:
     ) -> Tensor:
         """Images number `indices` (B,) of the seed: (B, C, H, W) float32 on the indices' device.
 
-        label: (B,) classes, None for unconditional. guidance: its weight, the card's unless told.
+        label: (B,) classes, None for unconditional. guidance: its weight, by default the card's.
         """
         sampler, angles = plan
         noise, condition = Noise(seed, indices, self.spec.shape), self.condition(label, guidance)
@@ -128,13 +133,7 @@ def build(net: dict | UNetConfig, precision: str) -> Denoiser:
     """A new denoiser of that configuration, which networks.check_net has seen where a user gave it."""
     if isinstance(net, dict):
         net = UNetConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in net.items()})
-    layout = torch.channels_last if torch.cuda.is_available() else torch.contiguous_format
-    return Denoiser(UNet(net), precision, layout)
-
-
-def this_device() -> torch.device:
-    """This process's GPU where there is CUDA, else the CPU (angles are float64, which MPS has not)."""
-    return PartialState(cpu=not torch.cuda.is_available()).device
+    return Denoiser(UNet(net), precision, layout())
 
 
 def load(path: Path, precision: str = "fp32", device: torch.device | None = None) -> Model:
@@ -156,8 +155,12 @@ def load(path: Path, precision: str = "fp32", device: torch.device | None = None
 
 
 def require_same_images(spec: ImageSpec, model: Model, path: Path) -> None:
-    if (spec.name, spec.shape) != (model.spec.name, model.spec.shape):
+    """UserError for a model of other images: by their sha256, or by their name where one has none."""
+    known = spec.sha256 and model.spec.sha256
+    same = spec.sha256 == model.spec.sha256 if known else spec.name == model.spec.name
+    if not same or spec.shape != model.spec.shape:
+        other = "other images of " if not same and spec.name == model.spec.name else ""
         raise UserError(
-            f"{path} was trained on {model.spec.name} images of shape {model.spec.shape}, "
+            f"{path} was trained on {other}{model.spec.name} images of shape {model.spec.shape}, "
             f"expected {spec.name} of shape {spec.shape}"
         )

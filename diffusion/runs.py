@@ -3,7 +3,8 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -11,14 +12,16 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
-from diffusion import checkpoint
-from diffusion.checkpoint import Card, remove_parts, write_atomic
+from diffusion import checkpoint, machine
+from diffusion.checkpoint import Card, metadata, remove_parts, write_atomic
 from diffusion.config import FitConfig, check, settings_of
 from diffusion.console import UserError, say, silence, track
 from diffusion.data import Dataset
 from diffusion.denoiser import Denoiser
 from diffusion.folders import check_claim, claim
-from diffusion.model import Model, load, this_device
+from diffusion.machine import this_device
+from diffusion.model import Model, load
+from diffusion.pace import in_minutes, with_warning
 from diffusion.pictures import save_grid
 from diffusion.training import Objective, Progress, fit
 
@@ -30,28 +33,30 @@ def train_model(
     dataset: Dataset,
     config: FitConfig,
     card: Card,
+    advice: Callable[[], str] | None = None,
 ) -> Model:
     """The model of this run: loaded where it is finished, else trained from where it was stopped.
 
     The card's `training` names the objective's settings; a run made with others is an error. Its
     `earlier_images`, those of the students it goes on from, count in the total.
-    Leaves model.safetensors, log.jsonl and samples.png; state/ only while it is unfinished. A folder
-    that holds somebody else's files is a UserError.
+    Leaves model.safetensors, log.jsonl and samples.png, which grows sharper while it trains; state/
+    only while it is unfinished. A folder that holds somebody else's files is a UserError. advice:
+    how a training of more than an hour could be faster.
     """
+    config = settled(config, run)
     check(config)
     check_claim(run)
-    this_device()  # before anything asks PartialState
     processes = PartialState()
-    if not processes.is_main_process:
-        silence()
+    if config.minutes and not settings_before(run):
+        config = in_minutes(denoiser, objective, dataset, config)
     if "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:  # accelerate launch --cpu
         say("accelerate launch --cpu starts one process; --multi_gpu starts several, CPUs or GPUs")
     settings = {**card.training, **settings_of(config), "parent": card.parent, "net": card.net}
     settings["shift"] = card.shift
     plans = hashlib.sha256(json.dumps(card.plans).encode()).hexdigest()[:8]
-    settings = json.loads(
-        json.dumps(settings | {"data": dataset.spec.name, "images": card.data, "plans": plans})
-    )
+    images = {k: v for k, v in card.data.items() if k not in ("sha256", "background")}
+    settings |= {"data": dataset.spec.name, "data_sha256": dataset.spec.sha256}
+    settings = json.loads(json.dumps(settings | {"images": images, "plans": plans}))
     finished = run / "model.safetensors"
     if finished.exists():
         model = load(run, config.precision)
@@ -68,7 +73,9 @@ def train_model(
         else:
             write_atomic(described, json.dumps(settings))
     processes.wait_for_everyone()
-    progress = _logged(fit(denoiser, objective, dataset, config, state), run / "log.jsonl")
+    preview = Preview(run, card)
+    lines = fit(denoiser, objective, dataset, config, state, preview=preview)
+    progress = _logged(with_warning(lines, config, advice), run / "log.jsonl")
     *_, last = track(progress, str(run), _describe)
     training = {"settings": settings, "iterations": config.iterations}
     images = config.iterations * config.batch_size
@@ -85,16 +92,70 @@ def train_model(
     return load(run, config.precision)
 
 
-def leave(run: Path, denoiser: Denoiser, card: Card) -> None:
-    """Write the run's samples.png, then its model.safetensors: the run is finished."""
-    weights = {name: value.cpu() for name, value in denoiser.net.state_dict().items()}
-    model = Model(denoiser.requires_grad_(False), card, checkpoint.weights_sha256(weights))
-    indices = torch.arange(64, device=model.device)
+def settled(config: FitConfig, *runs: Path) -> FitConfig:
+    """The config with what `auto` and `minutes` stand for: this machine's, or an earlier start's.
+
+    runs: where the training is, or may have been begun. The first process alone speaks from here on.
+    """
+    this_device()  # before anything asks PartialState
+    if not PartialState().is_main_process:
+        silence()
+    before = next(filter(None, map(settings_before, runs)), {})
+    if config.precision == "auto" and before.get("precision"):
+        config = replace(config, precision=before["precision"])
+    config = replace(config, precision=machine.precision(config.precision))
+    if config.minutes and config.minutes == before.get("minutes"):
+        config = replace(config, iterations=before["iterations"], warmup=before["warmup"])
+    return config
+
+
+def settings_before(run: Path) -> dict:
+    """The settings of a run that is finished or was begun; none of one that is neither."""
+    described = run / "state" / "settings.json"
+    if (run / "model.safetensors").exists():
+        card = json.loads(metadata(run / "model.safetensors").get("card", "{}"))
+        return card.get("training", {}).get("settings", {})
+    return json.loads(described.read_text()) if described.exists() else {}
+
+
+class Preview:
+    """Draws samples.png of a training's averaged weights, as long as that takes little time."""
+
+    SHARE = 0.05  # of the time since the picture before
+
+    def __init__(self, run: Path, card: Card):
+        self.run, self.card = run, card
+        self.drawn, self.took = time.monotonic(), 0.0
+
+    def __call__(self, denoiser: Denoiser) -> None:
+        begun = time.monotonic()
+        if not self.took:
+            say(f"{self.run / 'samples.png'}  its samples, drawn anew as it trains")
+        if self.took <= self.SHARE * (begun - self.drawn):
+            draw(self.run, Model(denoiser, self.card, sha256=""), calls=16)
+            self.drawn = time.monotonic()
+            self.took = self.drawn - begun
+
+
+def draw(run: Path, model: Model, calls: int = 50) -> None:
+    """Write samples.png, 64 images of the model by its own plan, or by a solver where that is longer."""
+    card, indices = model.card, torch.arange(64, device=model.device)
+    steps = next(iter(card.plans))
     # a teacher's 1000 calls would take longer than its training where there is no GPU
-    plan = model.plan(min(next(iter(card.plans)), 50) if card.solvers else None)
+    sampler = next((name for name in QUICK if name in card.solvers), None)
+    plan = model.plan(min(steps, calls), sampler if steps > calls else None)
     with torch.compiler.set_stance("force_eager"):  # to compile for one batch would take longer
         images = model.sample(plan, 0, indices, some_labels(model, 64))
     save_grid(run / "samples.png", images)
+
+
+QUICK = ("unipc", "dpm-solver++", "ddim")  # solvers of few calls, the best first
+
+
+def leave(run: Path, denoiser: Denoiser, card: Card) -> None:
+    """Write the run's samples.png, then its model.safetensors: the run is finished."""
+    weights = {name: value.cpu() for name, value in denoiser.net.state_dict().items()}
+    draw(run, Model(denoiser.requires_grad_(False), card, checkpoint.weights_sha256(weights)))
     checkpoint.save(run / "model.safetensors", weights, card)
 
 
@@ -119,13 +180,31 @@ def some_labels(model: Model, count: int) -> torch.Tensor | None:
 
 
 def require_same(run: Path, before: dict, now: dict) -> None:
-    """UserError where the run there is of other settings; one that it lacks was off, as is 0 or none."""
-    for key in sorted(before.keys() | now.keys()):
+    """UserError where the run there is of other settings; one that it lacks was off, as is 0 or none.
+
+    Images are known by their sha256, wherever they lie; those of a run that has none, by their name.
+    """
+    known = before.get("data_sha256") and now.get("data_sha256")
+    if known and before["data_sha256"] != now["data_sha256"]:
+        raise UserError(
+            f"{run} was trained on other images than {now['data']} holds, or on another "
+            "--background: give those again, or another --out, or delete it"
+        )
+    if known:
+        before, now = _anywhere(before), _anywhere(now)
+    keys = (before.keys() | now.keys()) - {"data_sha256"}
+    for key in sorted(keys, key=lambda key: (key != "minutes", key)):
         if (before.get(key) or None) != (now.get(key) or None):
             raise UserError(
                 f"{run} holds a run with other settings ({key} was {before.get(key)}, now "
                 f"{now.get(key)}): give the same, or another --out, or delete it"
             )
+
+
+def _anywhere(settings: dict) -> dict:
+    """The settings without the place of the images."""
+    images = {k: v for k, v in settings.get("images", {}).items() if k != "name"}
+    return {k: v for k, v in settings.items() if k != "data"} | {"images": images}
 
 
 def _describe(p: Progress) -> tuple[int, int, str]:

@@ -30,8 +30,11 @@ class Follower(Protocol):
     module: nn.Module
     """Its state: parameters and buffers."""
 
-    def follow(self, student: nn.Module, done: int) -> None:
-        """done: optimizer steps. Called in every process, whose states stay the same."""
+    def follow(self, student: nn.Module, done: int, progress: float) -> None:
+        """Move on after optimizer step number `done`, which began at this share of the training.
+
+        Called in every process, whose states stay the same.
+        """
 
 
 @dataclass(frozen=True)
@@ -39,19 +42,20 @@ class Average:
     """A denoiser that follows the student: w <- decay w + (1 - decay) student, after each step."""
 
     module: nn.Module
-    decay: Callable[[int], float]
-    """Optimizer steps done -> decay."""
+    decay: Callable[[int, float], float]
+    """(optimizer steps done, share of the training at the last one's start) -> decay."""
     fused: bool = True
     """A few kernels for all parameters, not one for each."""
 
     @torch.no_grad()
-    def follow(self, student: nn.Module, done: int) -> None:
+    def follow(self, student: nn.Module, done: int, progress: float = 0.0) -> None:
         kept, new = list(self.module.parameters()), list(student.parameters())
+        share = 1 - self.decay(done, progress)
         if self.fused:
-            torch._foreach_lerp_(kept, new, 1 - self.decay(done))
+            torch._foreach_lerp_(kept, new, share)
             return
         for old, value in zip(kept, new, strict=True):
-            old.lerp_(value, 1 - self.decay(done))
+            old.lerp_(value, share)
 
 
 class Objective(Protocol):
@@ -74,6 +78,9 @@ class Progress(NamedTuple):
     seconds: float
 
 
+EARLY = 5.0  # seconds to the first line at the latest, or to the end of the step
+
+
 def frozen_copy(denoiser: nn.Module) -> nn.Module:
     return deepcopy(denoiser).eval().requires_grad_(False)
 
@@ -85,18 +92,20 @@ def fit(
     config: FitConfig,
     state: Path,
     fused: bool = True,
+    preview: Callable[[nn.Module], None] | None = None,
 ) -> Iterator[Progress]:
     """Train the denoiser in place; it ends with its averaged weights.
 
     Resumes from the file `state` where there is one, to the same result bit for bit, and
     writes it after log lines; a loss that is not finite raises UserError before it is written.
     fused: of the optimizer and the average; what that saves, benchmarks.speed measures.
+    preview: is shown the averaged denoiser early and after each save, in the first process.
     """
     check(config)
     worker = make_worker()
     batches = Batches(dataset, config, worker, denoiser.guidance)
     denoiser.to(worker.device).train()
-    ramp = Average(frozen_copy(denoiser), lambda done: min(config.ema, done / (done + 9)), fused)
+    ramp = Average(frozen_copy(denoiser), lambda done, _: min(config.ema, done / (done + 9)), fused)
     averages = [ramp, *objective.averages]
     settings = {"betas": (0.9, 0.99), "weight_decay": config.weight_decay}
     settings |= {"fused": fused, "foreach": False}  # neither is one parameter after the other
@@ -111,6 +120,7 @@ def fit(
 
     sums, counted = torch.zeros(2, device=worker.device), 0
     begun = logged = saved = time.monotonic()
+    lines = 0
     if before:
         yield before  # its line in the log may not have been written
     with _stop_requests() as stop:
@@ -126,11 +136,14 @@ def fit(
             prepared.step()
             prepared.zero_grad(set_to_none=True)
             for average in averages:
-                average.follow(denoiser, done)
+                average.follow(denoiser, done, i / config.iterations)
             sums += torch.stack([loss.detach(), norm])
             counted += 1
             alone = worker.num_processes == 1  # else all must agree on where to stop
-            if done % config.log_every and done < config.iterations and not (stop and alone):
+            due = done % config.log_every == 0 or done == config.iterations
+            if alone and not (due or lines):  # the first line comes early: it tells the pace
+                due = time.monotonic() - begun > EARLY
+            if not due and not (stop and alone):
                 continue
             told = torch.cat([sums / counted, sums.new_tensor([len(stop)])])
             mean_loss, mean_norm, stopped = worker.reduce(told, "mean").tolist()
@@ -143,10 +156,13 @@ def fit(
             seconds = spent + now - begun
             pace = counted * config.batch_size / (now - logged)
             line = Progress(done, config.iterations, mean_loss, mean_norm, rate, pace, seconds)
-            due = stopped or done == config.iterations or now - saved >= config.save_every
-            if worker.is_main_process and due:
+            save = stopped or done == config.iterations or now - saved >= config.save_every
+            if worker.is_main_process and save:
                 _save(state, denoiser, averages, optimizer, line)
                 saved = now
+            if preview and worker.is_main_process and (save or not lines) and not stopped:
+                preview(ramp.module)
+            lines += 1
             if stopped:
                 where = f"stopped at iteration {done} of {config.iterations}"
                 number = stop[0] if stop else signal.SIGTERM

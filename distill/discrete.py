@@ -73,6 +73,7 @@ def _pseudo_huber(difference: Tensor) -> Tensor:
 
 
 DISTANCES = {
+    # the norm itself; Song et al. 2023 square it (section 3, their l2 metric), as "squared" does
     "l2": lambda difference: (difference.flatten(1).square().sum(1) + 1e-12).sqrt(),
     "pseudo-huber": _pseudo_huber,
     "squared": lambda difference: difference.flatten(1).square().mean(1),
@@ -80,5 +81,9 @@ DISTANCES = {
 WEIGHTS = {
     "one": lambda t, s: torch.ones_like(t),
     "gap": lambda t, s: 1 / (t - s),  # Song & Dhariwal 2023, section 3.1, in angles
-    "sigma-gap": lambda t, s: 1 / (t.tan() - s.tan()),  # theirs, light where noise is heavy
+    # theirs. On equal angles it falls as cos^2 t, and is 6e-17 for the pair that ends at pure noise
+    "sigma-gap": lambda t, s: 1 / (t.tan() - s.tan()),
+    # theirs as it falls on their own list, Karras' of rho = 7, whatever list is trained: sigma^(-6/7),
+    # of the pair's middle, for pure noise has no finite tan t
+    "karras": lambda t, s: ((t + s) / 2).tan() ** (-6 / 7),
 }

@@ -128,7 +128,7 @@ class Frechet(nn.Module):
         return (phi - aim).square().sum(1) / (2 * self.distance)
 
     @torch.no_grad()
-    def follow(self, student: nn.Module, done: int) -> None:
+    def follow(self, student: nn.Module, done: int, progress: float = 0.0) -> None:
         """After a step: every process's features join the moments, the same in each."""
         mean, square = moments(reduce(self.fresh, "sum"))
         pace = 1 - min(DECAY, (done - 1) / (done + 9))
@@ -164,7 +164,11 @@ class FrechetTerm:
     frechet: Frechet
 
     def __call__(self, x0: Tensor, batch: Batch, progress: float) -> Tensor:
-        """(B,), 0 for the other half."""
+        """(B,), 0 for the other half.
+
+        The loss of a step is the mean over all B, the zeros too: so `weight` counts half of what it
+        would if the mean were over those images that have a term.
+        """
         noisy = batch.level.topk((len(x0) + 1) // 2).indices
         eps = batch.eps[noisy].flip(-1, -2)  # upside down: x0 may be made of what lies beneath
         loss = self.weight * progress * self.frechet(self.features(x0[noisy], eps))

@@ -19,7 +19,7 @@ from diffusion.runs import train_model
 from diffusion.samplers import sample
 from diffusion.schedules import even, respace
 from diffusion.training import Average
-from students.start import StudentOptions, find_teacher, student_card
+from students.start import StudentOptions, find_teacher, settle, student_card
 from teachers.presets import preset
 
 SOLVER = "dpm-solver++"
@@ -74,12 +74,16 @@ def trajectory(teacher, noise: Tensor, angles: Tensor, label=None) -> tuple[Tens
 
 @dataclass(frozen=True)
 class Options(StudentOptions):
-    """Teach a student where the teacher's short trajectories end: a start for consistency training."""
+    """Prepare a student for consistency training: teach it where the teacher's trajectories end.
+
+    Give the result to distill.consistency --start (Hu et al. 2025)."""
 
     solver_steps: int = 16
-    """Steps of DPM-Solver++ in a trajectory, and angles at which the student learns."""
+    """Steps of a trajectory of DPM-Solver++. The student learns at the same number of noise
+    levels."""
     weighting: Literal["truncated", "v"] = "truncated"
-    """max(SNR, 1) or SNR + 1, as weights of x0's squared error."""
+    """How much each noise level counts, as a weight of x0's squared error. truncated: max(SNR, 1);
+    v: SNR + 1."""
     fit: FitConfig = field(default_factory=FitConfig)
 
     @staticmethod
@@ -90,6 +94,7 @@ class Options(StudentOptions):
 def distill(options: Options) -> Model:
     """The mid-trained student of these options: loaded where it is finished, else trained."""
     at_least(2, options, "solver_steps")
+    options = settle(options, "midtraining")
     teacher, dataset, out = find_teacher(options, "midtraining", options.fit)
     angles = even(teacher.schedule, options.solver_steps, teacher.card.shift)
     card = Card(

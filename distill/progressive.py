@@ -23,7 +23,7 @@ from diffusion.runs import train_model
 from diffusion.schedules import halve, respace, shifted
 from diffusion.training import Average, frozen_copy
 from distill.steps import STEPS, Step
-from students.start import StudentOptions, find_teacher, images_spent, student_card
+from students.start import StudentOptions, find_teacher, images_spent, settle, student_card
 from teachers.presets import preset
 
 
@@ -80,33 +80,40 @@ def steps_table(angles: Tensor, kept: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Options(StudentOptions):
-    """Merge a teacher's sampling steps, round after round, down to one."""
+    """Make students of a teacher that need fewer and fewer steps, down to one (Salimans & Ho 2022).
+
+    Each round merges the sampling steps of its teacher, and its student teaches the next round."""
 
     start_steps: int = 1000
-    """Steps that the first round's teacher takes; at most the teacher's own 1000."""
+    """Steps that the teacher takes in the first round, at most its own 1000."""
     solver: Literal["euler", "heun"] = "euler"
-    """How it takes them: DDIM, or in two calls each, of second order. A student's are DDIM's."""
+    """How the teacher takes the steps of the first round. euler: DDIM's step, one call; heun: a
+    step of second order, two calls, of which far fewer do."""
     rounds: tuple[int, ...] = ()
-    """The students' step counts, such as 16 4 1; those measured best for the data unless told."""
+    """The students' step counts, one for each round, such as 16 4 1. If left out: those that
+    measured best for the data."""
     factor: int | None = None
-    """Or the steps that each round merges into one; 2 where --end-steps alone is told."""
+    """In place of --rounds: how many steps each round merges into one. With --end-steps alone:
+    2."""
     end_steps: int | None = None
-    """Where to stop; 1 where --factor alone is told."""
+    """In place of --rounds: the last student's steps. With --factor alone: 1."""
     round_iterations: tuple[int, ...] = ()
-    """Each round's own --iterations."""
+    """Optimizer steps of each round, one number a round, in place of --iterations for all."""
     last_rounds: float | None = None
-    """Or rounds that end at 2 steps or fewer train this many times --iterations. Unless told, rounds
-    to step counts of the data's preset have its shares, and among others these have 2.5."""
+    """How many times --iterations the rounds to 2 steps or fewer train. If left out: what the
+    data's preset says for its rounds, and 2.5 for other rounds."""
     weighting: Literal["truncated", "v"] = "truncated"
-    """max(SNR, 1) or SNR + 1, as weights of x0's squared error."""
+    """How much each noise level counts, as a weight of x0's squared error. truncated: max(SNR, 1);
+    v: SNR + 1 (Salimans & Ho 2022, section 4)."""
     next_teacher: Literal["ema", "raw"] = "ema"
-    """Of a student, what teaches the next: the average that is kept, or its last weights."""
+    """Which weights of a student teach the next. ema: the average, which is kept; raw: the last
+    ones."""
     fit: FitConfig = field(default_factory=FitConfig)
 
     @staticmethod
     def default(data: str) -> "Options":
         chosen = preset(data)
-        return Options(fit=chosen.halving, start_steps=chosen.start_steps)
+        return Options(fit=chosen.halving, start_steps=chosen.start_steps, solver=chosen.solver)
 
 
 def counts(options: Options, usual: Sequence[int] = ()) -> list[int]:
@@ -123,10 +130,16 @@ def counts(options: Options, usual: Sequence[int] = ()) -> list[int]:
         chain = (start, *options.rounds)
         if not all(n > m >= 1 for n, m in pairwise(chain)):
             told = " ".join(map(str, options.rounds))
-            raise UserError(f"--rounds must fall from below --start-steps {start} to 1, got {told}")
+            raise UserError(
+                f"--rounds must be numbers that fall, from below --start-steps {start} to 1 or "
+                f"more, such as 16 4 1, got {told}"
+            )
         return list(options.rounds)
     if start <= end:
-        raise UserError(f"--start-steps {start} is not above --end-steps {end}")
+        raise UserError(
+            f"--start-steps {start} must be above --end-steps {end}: start from more steps or end "
+            "at fewer"
+        )
     if usual and not chained:
         return [num_steps for num_steps in usual if num_steps < start]
     found = [start]
@@ -140,10 +153,12 @@ def budgets(
 ) -> list[int]:
     """Optimizer steps of each round. usual: shares of --iterations, where nothing is told of them."""
     told, last = options.round_iterations, options.last_rounds
+    if told and options.fit.minutes:
+        raise UserError("--round-iterations says how long each round takes: leave --minutes out")
     if told and (len(told) != len(counts) or min(told) < 1):
         raise UserError(
-            f"--round-iterations must be a number from 1 for each of the {len(counts)} rounds, "
-            f"to {' '.join(map(str, counts))} steps, got {' '.join(map(str, told))}"
+            f"--round-iterations must be a number of at least 1 for each of the {len(counts)} "
+            f"rounds, to {' '.join(map(str, counts))} steps, got {' '.join(map(str, told))}"
         )
     if last is not None and last <= 0:
         raise UserError(f"--last-rounds must be above 0, got {last:g}")
@@ -153,20 +168,40 @@ def budgets(
     return list(told) or [max(1, round(options.fit.iterations * shares[n])) for n in counts]
 
 
+def round_fits(
+    options: Options, counts: Sequence[int], usual: Mapping[int, float] | None = None
+) -> list[FitConfig]:
+    """Each round's training: its iterations, or its part of --minutes by what its iterations cost.
+
+    An iteration costs about three network passes, and one for each of the teacher's steps.
+    """
+    iterations, fit = budgets(options, counts, usual), options.fit
+    if fit.minutes is None:
+        return [replace(fit, iterations=number) for number in iterations]
+    steps = [math.ceil(n / m) for n, m in pairwise([options.start_steps, *counts])]
+    steps[0] *= 2 if options.solver == "heun" else 1
+    costs = [number * (3 + calls) for number, calls in zip(iterations, steps, strict=True)]
+    return [replace(fit, minutes=fit.minutes * cost / sum(costs)) for cost in costs]
+
+
 def distill(options: Options) -> list[Model]:
     """One student per round, each in its own folder and usable on its own."""
     counts(options)  # a mistake is told before a teacher is trained
+    options = settle(options, "progressive")
     teacher, dataset, out = find_teacher(options, "progressive", options.fit, check_home)
     usual = preset(teacher.spec.name).rounds
     rounds = counts(options, [*usual])
     for num_steps in rounds:
         check_claim(out / f"{num_steps:04d}")
-    iterations = budgets(options, rounds, usual)
-    angles = shifted(respace(teacher.schedule, options.start_steps), teacher.card.shift)
+    fits = round_fits(options, rounds, usual)
+    angles = respace(teacher.schedule, options.start_steps)
+    if not teacher.card.shifted:
+        angles = shifted(angles, teacher.card.shift)
     students = []
-    for i, (num_steps, budget) in enumerate(zip(rounds, iterations, strict=True)):
+    for i, (num_steps, fit) in enumerate(zip(rounds, fits, strict=True)):
         before, kept = len(angles) - 1, merged(angles, num_steps)
-        say(f"round: {num_steps} steps from the teacher's {before}, {budget} iterations")
+        budget = f"{fit.minutes:.1f} minutes" if fit.minutes else f"{fit.iterations} iterations"
+        say(f"round: {num_steps} steps from the teacher's {before}, {budget}")
         solver = "euler" if i else options.solver
         card = Card(
             method="progressive",
@@ -185,11 +220,11 @@ def distill(options: Options) -> list[Model]:
         student = deepcopy(teacher.denoiser).requires_grad_(True)
         last = frozen_copy(student) if options.next_teacher == "raw" else None
         # an average without memory: the student itself
-        averages = (Average(last, lambda done: 0.0),) if last else ()
+        averages = (Average(last, lambda done, progress: 0.0),) if last else ()
         table = steps_table(angles, kept).to(teacher.device)
         step = STEPS[solver](teacher.denoiser)
         objective = Halving(step, table, options.weighting, averages)
-        folder, fit = out / f"{num_steps:04d}", replace(options.fit, iterations=budget)
+        folder = out / f"{num_steps:04d}"
         finished = (folder / "model.safetensors").exists()
         teacher, angles = train_model(folder, student, objective, dataset, fit, card), kept
         students.append(teacher)

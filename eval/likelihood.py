@@ -8,6 +8,12 @@ a discretised Gaussian around D(z, t_1). Whatever density p of z the model stand
 The two differ in p. The variational bound's is where the chain of ancestral steps over the list
 ends, and -log p(z) is itself bounded; the probability flow's is where the ODE ends, exactly. Both
 are bounds for any network, however bad, and estimated without bias, but for the ODE solver's error.
+
+Neither is tight. The exact denoiser of the 1438 training digits, which says each of them in
+log2(1438) / 64 = 0.16 bits, has a variational bound of 0.69 and a flow of 0.68 on the cosine list
+(0.28 and 0.26 on one of 4000 angles): half a bit is the decoder's, for at t_1 its Gaussian is 0.6
+grey levels wide, and leaves part of an exact x0's probability to the levels beside it. So compare
+models of one list with each other, and not their bits with those of other decoders.
 """
 
 import math
@@ -19,7 +25,7 @@ import torch
 from torch import Tensor
 
 from diffusion.circle import FROM_X0, add_noise
-from diffusion.console import UserError
+from diffusion.console import UserError, track
 from diffusion.data import ImageSpec
 from diffusion.grey_levels import log_levels
 from diffusion.model import Model
@@ -52,7 +58,8 @@ def bits_per_dim(
             "bits per dimension need a model of 2 or more steps, got one of 1: measure its teacher"
         )
     nats = []
-    for indices in torch.arange(len(images)).split(batch_size):
+    parts = torch.arange(len(images)).split(batch_size)
+    for indices in track(parts, "likelihood", lambda part: (int(part[0]), len(images), "images")):
         label = None if labels is None else labels[indices].to(device)
         indices, part = indices.to(device), images[indices].to(device)
         noise, share = Noise(seed, indices, spec.shape), offsets(seed, indices)

@@ -14,6 +14,7 @@ import torch
 import tyro
 from torch import Tensor
 
+from diffusion import machine
 from diffusion.checkpoint import write_atomic
 from diffusion.console import UserError, at_least, run, say, track
 from diffusion.folders import (
@@ -35,55 +36,61 @@ from diffusion.samplers import SAMPLERS
 
 @dataclass(frozen=True)
 class Options:
-    """Make images with a teacher, a halved student or a consistency student.
+    """Make images with any checkpoint: a teacher or a student.
 
-    The checkpoint says which sampler and steps are its own. Image i of a seed is the same
+    The checkpoint knows its own sampler and numbers of steps. Image i of a seed is the same
     whatever the batch size and however many are made.
     """
 
     checkpoint: tyro.conf.Positional[Path]
-    """A run's folder or a .safetensors file."""
+    """The model: a run's folder or a .safetensors file."""
     num: int = 64
-    """Images to make."""
+    """How many images to make."""
     steps: int | None = None
-    """Network calls per image, before guidance; the checkpoint's own number unless told."""
+    """Network calls for each image (guidance may double them). If left out: the checkpoint's own
+    number."""
     sampler: Literal[tuple(SAMPLERS)] | None = None
-    """The checkpoint's own, or ddim at other numbers of steps, unless told."""
+    """How to go from noise to an image. If left out: the checkpoint's own way, or ddim at other
+    --steps."""
     angles: tuple[float, ...] | None = None
-    """Angles in radians to call the network at, falling, instead of --steps: for a consistency
-    student, e.g. 1.56 1.0."""
+    """In place of --steps: the noise levels to call the network at, as angles in radians from noise
+    to image, for instance 1.56 1.0 for a consistency student."""
     shift: float | None = None
-    """Of a solver's angles, the teacher's own unless told: above 1, more of them where noise is heavy."""
+    """Where a solver's steps are: above 1, more of them where noise is heavy. If left out: as the
+    teacher has it."""
     label: int | None = None
-    """The class to make, for a conditional model; every class in turn unless told."""
+    """The class to make, for a conditional model. If left out: every class in turn."""
     guidance: float | None = None
-    """How strongly towards its class, for a conditional model: 1 is plain, the checkpoint's own
-    unless told. Each step of a teacher then takes 2 network calls, of a guided student 1."""
+    """How strongly images are pushed towards their class, for a conditional model; 1: not at all. A
+    step of a teacher then takes 2 network calls, of a guided student 1. If left out: the
+    checkpoint's own weight."""
     seed: int = 0
     """Seed of the noise, from 0 to 2^63 - 1."""
     batch_size: int = 256
-    """Images at a time."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Of the network."""
+    """Images that the network makes at a time."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Number format of the network. auto: the faster one on this machine."""
     out: Path = Path("grid.png")
-    """A .png for a grid, an .npz (uint8 `images`, N x H x W x C), or a folder for one PNG each. What an
-    earlier call made there is replaced; anything else is left alone, with an error."""
+    """Where the images go: a .png (one grid), an .npz (uint8 `images`, N x H x W x C), or a folder
+    (one PNG each). What an earlier call made there is replaced; anything else is refused."""
 
 
 def plan_of(model: Model, options: Options) -> tuple[str, Tensor]:
     if options.angles is None:
         return model.plan(options.steps, options.sampler, options.shift)
     if options.shift is not None:
-        raise UserError("--shift is in place of --angles: leave one of them out")
+        raise UserError("--shift and --angles both say where the steps are: leave one of them out")
     angles = torch.tensor([*options.angles, 0.0], dtype=torch.float64)
     top = float(model.schedule[-1])
     if len(angles) < 2 or not (angles.diff() < 0).all() or angles[0] > top + 1e-4:
         raise UserError(
-            f"--angles must be one or more, fall from at most {top:.4f} and stay above 0, "
+            f"--angles must be one or more numbers that fall, from at most {top:.4f} to above 0, "
             f"got {options.angles}"
         )
     if options.steps not in (None, len(options.angles)):
-        raise UserError(f"--steps {options.steps} does not fit {len(options.angles)} --angles")
+        raise UserError(
+            f"--steps {options.steps} does not fit {len(options.angles)} --angles: leave --steps out"
+        )
     sampler = options.sampler or model.card.sampler
     if sampler not in model.card.solvers:
         raise UserError(
@@ -215,12 +222,12 @@ def main() -> None:
     at_least(1, options, "num", "batch_size")
     check_seed(options.seed)
     if options.out.suffix not in WRITERS:
-        raise UserError(f"--out must end in .png or .npz or be a folder, got {options.out}")
+        raise UserError(f"--out must be a .png or .npz file or a folder, got {options.out}")
     if options.out.suffix:
         check_file(options.out)
     else:
         pictures_before(options.out)
-    model = load(options.checkpoint, options.precision)
+    model = load(options.checkpoint, machine.precision(options.precision))
     sampler, angles = plan_of(model, options)
     WRITERS[options.out.suffix](options.out, model, options)
     steps = f"{len(angles) - 1} steps"

@@ -20,16 +20,16 @@ FARTHEST = 0.4  # students of one teacher were 0.12 to 0.2 apart, a fresh networ
 
 @dataclass(frozen=True)
 class Options:
-    """Average the weights of students of one teacher that differ in their seed or settings.
+    """Average the weights of students of one teacher: often better than each, and as fast as one.
 
-    They begin at the same weights and end in one basin, where the mean of several is better than
-    each. It is one network, as fast as any of them; its training is all of theirs.
+    The students may differ in their training seed or settings (Wortsman et al. 2022).
     """
 
     students: tyro.conf.Positional[tuple[Path, ...]]
-    """Runs or checkpoints, two or more, of one teacher, network and sampler, with the same angles."""
+    """Two or more runs or checkpoints. They must have one teacher, network and sampler, and the
+    same angles."""
     out: Path = Path("runs/soup")
-    """The run's folder."""
+    """The folder for the average."""
 
 
 def average(weights: list[dict[str, Tensor]]) -> dict[str, Tensor]:

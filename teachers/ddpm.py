@@ -1,11 +1,13 @@
 """Train a DDPM teacher: `python -m teachers.ddpm --data digits`."""
 
 import argparse
+import os
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 import tyro
@@ -20,15 +22,20 @@ from diffusion.console import UserError, run
 from diffusion.data import Dataset
 from diffusion.denoiser import check_prediction
 from diffusion.folders import check_claim
-from diffusion.model import Model, build, this_device
+from diffusion.image_file import Form
+from diffusion.machine import this_device
+from diffusion.model import Model, build
 from diffusion.networks import UNetConfig, check_net
 from diffusion.noise import seed32
-from diffusion.runs import train_model
+from diffusion.pace import passes_per_second
+from diffusion.runs import settled, train_model
 from diffusion.schedules import SCHEDULES, check_shift
 from diffusion.training import Follower
 from teachers.levels import ImportanceSampling, Levels, LossHistory, log_normal, uniform
 from teachers.presets import preset
 from teachers.variance import VariationalBound
+
+T = TypeVar("T")
 
 SOLVERS = (
     "ddim",
@@ -82,31 +89,40 @@ OBJECTIVES = {
 
 @dataclass(frozen=True)
 class Options:
-    """Train a DDPM teacher on a dataset, or on a folder of images."""
+    """Train a teacher: a diffusion model of a dataset or of a folder of images (Ho et al. 2020)."""
 
     data: str = "digits"
-    """digits, fashion-mnist, cifar10, or a folder of images (cropped to --size, of --channels)."""
+    """The images to learn: digits, fashion-mnist, cifar10, or a folder, whose images are cropped to
+    a square of --size with --channels."""
     data_dir: Path | None = None
-    """Where a named dataset's files are, or are to be downloaded to."""
+    """The folder that holds a named dataset's files. If you give one, no other place is looked
+    in."""
+    background: str = "white"
+    """The colour behind what is transparent in a folder's images: a name, or #rrggbb."""
     out: Path | None = None
-    """The run's folder; runs/DATA/teacher unless told."""
+    """The run's folder. If left out: runs/DATA/teacher."""
     schedule: Literal["linear", "cosine", "sigmoid", "karras", "vp", "sub-vp", "ve"] = "cosine"
-    """The 1000 noise levels."""
+    """How the 1000 noise levels are spread from little noise to pure noise."""
     levels: Literal["uniform", "log-normal", "importance"] = "uniform"
-    """How often each is trained: all alike; as EDM; or where the loss is large, and weighted less."""
+    """How often each noise level is trained. uniform: all alike; log-normal: mostly the middle
+    (EDM, Karras et al. 2022); importance: more often where the loss is large, with less weight
+    (Nichol & Dhariwal 2021)."""
     weighting: Literal["v", "truncated", "eps"] = "v"
-    """Of the loss: SNR + 1, max(SNR, 1), or SNR as in DDPM's simple loss (all as weights of x0's)."""
+    """How much each noise level counts in the loss, as a weight of x0's squared error. v: SNR + 1;
+    truncated: max(SNR, 1); eps: SNR, as in DDPM's simple loss."""
     clamp: bool = True
-    """Clamp every x0 to the range of images, in training and in sampling: a sharper black and white."""
+    """Keep every predicted image between black and white, in training and in sampling. Images with
+    much plain black or white come out cleaner."""
     shift: float = 1.0
-    """Of the angles of few steps, its students' and its solvers' (not of its training): their tangents
-    are multiplied by this. Above 1, more steps where noise is heavy, as larger images want."""
+    """Where students and solvers with few steps put them: above 1, more of them where noise is
+    heavy, as larger images want. It multiplies the tangents of their angles. The teacher's training
+    is the same."""
     net: UNetConfig = field(default_factory=UNetConfig)
     fit: FitConfig = field(default_factory=FitConfig)
 
     @staticmethod
-    def default(data: str = "digits") -> "Options":
-        chosen = preset(data)
+    def default(data: str = "digits", size: int | None = None, channels: int = 3) -> "Options":
+        chosen = preset(data, size, channels)
         common = {"clamp": chosen.clamp, "shift": chosen.shift}
         return Options(data=data, net=chosen.net, fit=chosen.teacher, **common)
 
@@ -114,19 +130,20 @@ class Options:
 def load_data(options: Options) -> Dataset:
     """The dataset, after a check that the network's shape and the flip suit it."""
     net = options.net
-    dataset = datasets.load(options.data, options.data_dir, net.size, net.channels)
+    form = Form(net.size, net.channels, options.background)
+    dataset = datasets.load(options.data, options.data_dir, form)
     spec = dataset.spec
     if (net.channels, net.size) != (spec.channels, spec.size):
         raise UserError(
             f"{spec.name} images have {spec.channels} channels and size {spec.size}, "
-            f"but --channels is {net.channels} and --size {net.size}"
+            f"but --channels is {net.channels} and --size is {net.size}: leave both out"
         )
     if net.num_classes not in (0, spec.num_classes):
         raise UserError(
             f"--num-classes must be 0 or {spec.num_classes} for {spec.name}, got {net.num_classes}"
         )
     if options.fit.flip and options.data == "digits":
-        raise UserError("--flip would turn digits into other signs: it is not for this dataset")
+        raise UserError("--flip would turn digits into other signs: leave it out for this dataset")
     return dataset
 
 
@@ -137,6 +154,7 @@ def train_teacher(options: Options) -> Model:
     check_shift(options.shift)
     out = options.out or run_folder(options.data) / "teacher"
     check_claim(out)
+    options = replace(options, fit=settled(options.fit, out))
     dataset = load_data(options)
     angles = SCHEDULES[options.schedule]()
     check_prediction(options.net.prediction, angles)
@@ -157,11 +175,34 @@ def train_teacher(options: Options) -> Model:
     angles = angles.to(this_device())
     bound = VariationalBound(angles, dataset.spec) if learned else None
     objective = OBJECTIVES[options.levels](angles, options.weighting, bound=bound)
-    return train_model(out, denoiser, objective, dataset, options.fit, card)
+    return train_model(
+        out, denoiser, objective, dataset, options.fit, card, lambda: faster(net, options.fit)
+    )
+
+
+def faster(net: UNetConfig, fit: FitConfig) -> str:
+    """Which smaller network would train faster here, and how much, by a few of its passes."""
+    patch = max(
+        net.patch, next(p for p in (4, 2, 1) if net.size % p == 0 and p <= max(1, net.size // 14))
+    )
+    levels = next(n for n in (2, 1) if net.size // patch % n == 0)
+    multipliers = net.multipliers[:levels]
+    small = replace(net, width=min(net.width, 32), patch=patch, attention=())
+    small = replace(small, multipliers=multipliers, blocks=1)
+    shape = (net.channels, net.size, net.size)
+    mine, other = (
+        passes_per_second(build(each, fit.precision).to(this_device()).train(), shape)
+        for each in (net, small)
+    )
+    if other < 1.5 * mine:
+        return ""
+    shape = f"--width {small.width} --multipliers {' '.join(map(str, multipliers))} --blocks 1"
+    return f"{shape} --patch {patch} --attention is {other / mine:.0f} times as fast"
 
 
 def run_folder(data: str) -> Path:
-    return Path("runs") / Path(data).name
+    """runs/ and the last part of the data's name; of `.` and `..`, of the folder that they are."""
+    return Path("runs") / Path(os.path.abspath(data)).name
 
 
 def peek(flag: str, default: str) -> str:
@@ -171,10 +212,22 @@ def peek(flag: str, default: str) -> str:
     return getattr(parser.parse_known_args()[0], flag.strip("-"))
 
 
-def main() -> None:
-    options = Options.default(peek("--data", "digits"))
+def parse(options: type[T], prog: str, default: T) -> T:
+    """Options of a training command from the command line, by --iterations or by --minutes."""
+    flags = {word.split("=")[0] for word in sys.argv[1:]}
+    if {"--iterations", "--minutes"} <= flags:
+        raise UserError("--minutes is in place of --iterations: leave one of them out")
+    if "--iterations" in flags:
+        default = replace(default, fit=replace(default.fit, minutes=None))
     config = (tyro.conf.OmitArgPrefixes,)
-    train_teacher(tyro.cli(Options, prog="python -m teachers.ddpm", default=options, config=config))
+    return tyro.cli(options, prog=prog, default=default, config=config)
+
+
+def main() -> None:
+    size, channels = (peek(name, "") for name in ("--size", "--channels"))
+    shape = int(size) if size.isdecimal() else None, int(channels) if channels.isdecimal() else 3
+    default = Options.default(peek("--data", "digits"), *shape)
+    train_teacher(parse(Options, "python -m teachers.ddpm", default))
 
 
 if __name__ == "__main__":

@@ -74,7 +74,7 @@ class LossHistory(nn.Module):
         self.fresh += torch.stack([loss.double().square(), torch.ones_like(level)]) @ bins
 
     @torch.no_grad()
-    def follow(self, student: nn.Module, done: int) -> None:
+    def follow(self, student: nn.Module, done: int, progress: float = 0.0) -> None:
         """After a step: every process's losses join the means, the same in each."""
         total, count = reduce(self.fresh, "sum")
         self.seen += count > 0

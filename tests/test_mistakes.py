@@ -38,6 +38,15 @@ MISTAKES = [
     (ddpm, "--data no-such-data", ["no-such-data", "digits"]),
     (ddpm, "--data empty", ["empty", ".png"]),
     (ddpm, "--data pictures --channels 2", ["channels", "2"]),
+    (ddpm, "--data pictures --background greenish", ["--background", "#rrggbb", "greenish"]),
+    (ddpm, "--data runs/teacher", ["runs/teacher", "no training images"]),
+    (ddpm, "--data fashion-mnist --data-dir typo", ["typo", "--data-dir"]),
+    (
+        ddpm,
+        "--data fashion-mnist --data-dir empty",
+        ["empty", "lacks", "t10k-labels-idx1-ubyte.gz"],
+    ),
+    (ddpm, "--data cifar10 --data-dir empty", ["empty", "lacks", "data_batch_1", "--data-dir"]),
     (ddpm, "--out file/run", ["file"]),
     (ddpm, "--iterations 0", ["--iterations", "0"]),
     (ddpm, "--batch-size 0", ["--batch-size", "0"]),
@@ -120,6 +129,14 @@ MISTAKES = [
     (soup, "runs/student missing", ["missing"]),
     (soup, "runs/student runs/teacher", ["sampler", "runs/teacher", "ddim"]),
     (compare, "missing", ["missing"]),
+    (compare, "moved.safetensors", ["/gone/photos", "--data"]),
+    (compare, "runs --data pictures", ["pictures", "trained on", "--data"]),
+    (progressive, "--teacher moved.safetensors", ["/gone/photos", "--data"]),
+    (
+        progressive,
+        "--teacher moved.safetensors --data pictures",
+        ["pictures", "trained on", "--data"],
+    ),
     (compare, "empty", ["empty"]),
     (compare, "cut.safetensors", ["cut.safetensors"]),
     (compare, "runs other.safetensors", ["other.safetensors", "digits", "elsewhere"]),
@@ -127,6 +144,8 @@ MISTAKES = [
     (compare, "runs --steps some", ["--steps", "some"]),
     (compare, "runs --steps 9", ["8", "9"]),
     (compare, "runs --num-images 64", ["--num-images", "64"]),
+    (compare, "runs --long-images 64", ["--long-images", "64"]),
+    (compare, "runs --long-images 81", ["--long-images", "--num-images 80", "81"]),
     (compare, "runs --batch-size 0", ["--batch-size", "0"]),
     (compare, "runs --solvers euler", ["--solvers", "ddim", "euler"]),
     (compare, "runs --search-steps 1", ["--search-steps", "1"]),
@@ -167,8 +186,10 @@ def place(tmp_path_factory, teacher, student) -> Path:
         name: value * torch.nan if "head" in name else value for name, value in weights.items()
     }
     checkpoint.save(folder / "nan.safetensors", broken, card)
-    other = replace(card, data=card.data | {"name": "elsewhere"})
+    other = replace(card, data=card.data | {"name": "elsewhere", "sha256": "0" * 64})
     checkpoint.save(folder / "other.safetensors", weights, other)
+    moved = replace(card, data=card.data | {"name": "/gone/photos"})
+    checkpoint.save(folder / "moved.safetensors", weights, moved)
     learned = replace(card, sampler="consistency", solvers=("consistency",))
     learned = replace(learned, plans={1: [0.0, 1.5], 2: [0.0, 1.0, 1.5]})
     checkpoint.save(folder / "learned.safetensors", weights, learned)
@@ -215,6 +236,4 @@ def test_compiling_without_a_compiler_is_a_mistake_too(place, command, monkeypat
 
 
 def files(folder: Path) -> set[str]:
-    """All below the folder but what fashion-mnist's files are unpacked to."""
-    paths = (str(path.relative_to(folder)) for path in folder.rglob("*"))
-    return {path for path in paths if not path.startswith("idx/FashionMNIST")}
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}

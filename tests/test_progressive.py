@@ -1,3 +1,4 @@
+import json
 import os
 import shutil
 from dataclasses import replace
@@ -7,9 +8,11 @@ import pytest
 import torch
 
 from diffusion import checkpoint
+from diffusion.checkpoint import Card
 from diffusion.circle import add_noise, rotate
+from diffusion.console import UserError
 from diffusion.model import load
-from diffusion.schedules import SCHEDULES, halve, respace, shifted
+from diffusion.schedules import SCHEDULES, even, halve, respace, shifted
 from distill.progressive import (
     Halving,
     Options,
@@ -270,3 +273,48 @@ def test_a_student_and_its_students_take_their_steps_where_the_teachers_shift_sa
     wide = load(tmp_path / "wide.safetensors")
     assert wide.plan(3, "ddim")[1].equal(shifted(respace(wide.schedule, 3), 2.0))
     assert wide.plan(3, "ddim", 1.0)[1].equal(respace(wide.schedule, 3))
+
+
+def chain(out, teacher, fit, **told) -> list:
+    return distill(Options(teacher=teacher, out=out, fit=fit, last_rounds=1.0, **told))
+
+
+def test_a_chain_that_goes_on_from_its_own_student_keeps_the_angles_of_one_in_one_go(
+    teacher, quick, tmp_path
+):
+    fit = replace(quick, iterations=1)
+    whole = chain(tmp_path / "whole", teacher, fit, start_steps=8, rounds=(4, 2), shift=2.0)
+    four = tmp_path / "whole" / "0004"
+    (two,) = chain(tmp_path / "on", four, fit, start_steps=4, rounds=(2,))
+    assert two.card.plans == whole[1].card.plans
+    assert two.card.shifted
+    (same,) = chain(tmp_path / "same", four, fit, start_steps=4, rounds=(2,), shift=2.0)
+    assert same.card.plans == two.card.plans
+    # a card of before: 4 shifted angles, and nothing that says so
+    card = checkpoint.load(four)[1]
+    old = json.loads(card.to_json())
+    del old["shifted"]
+    assert Card.from_json(json.dumps(old)).shifted
+    assert not load(teacher).card.shifted
+
+
+def test_another_shift_of_a_student_whose_angles_are_shifted_is_refused(teacher, quick, tmp_path):
+    chain(tmp_path, teacher, replace(quick, iterations=1), start_steps=8, rounds=(4,), shift=2.0)
+    with pytest.raises(UserError, match=r"--shift 3 .* shifted by 2 already"):
+        chain(tmp_path / "on", tmp_path / "0004", quick, start_steps=4, rounds=(2,), shift=3.0)
+
+
+def test_a_solver_shifts_only_angles_that_are_not_shifted_already(teacher):
+    model = load(teacher)
+    plain = model.schedule
+    card = replace(
+        model.card,
+        plans={8: shifted(plain, 2.0).tolist()},
+        shift=2.0,
+        shifted=True,
+        solvers=("ddim", "consistency"),
+    )
+    model = replace(model, card=card)
+    close(model.plan(4, "ddim")[1], shifted(respace(plain, 4), 2.0), rtol=0, atol=0)
+    close(model.plan(4, "ddim", 3.0)[1], shifted(respace(plain, 4), 3.0), rtol=1e-12, atol=0)
+    close(model.plan(4, "consistency")[1], even(plain, 4, 2.0), rtol=0, atol=0)

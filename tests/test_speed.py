@@ -73,7 +73,7 @@ def test_a_looped_average_is_the_fused_one(tiny, unlabelled):
         parameter.copy_(torch.randn_like(parameter))
     kept = [untrained(tiny, unlabelled).denoiser for _ in range(2)]
     for module, fused in zip(kept, (True, False), strict=True):
-        Average(module, lambda done: 0.9, fused).follow(student, 1)
+        Average(module, lambda done, progress: 0.9, fused).follow(student, 1)
     for a, b in zip(*(module.parameters() for module in kept), strict=True):
         torch.testing.assert_close(a, b)
 
@@ -83,7 +83,7 @@ def test_images_are_the_same_whatever_is_on(model):
     random = torch.Generator().manual_seed(0)
     for parameter in model.denoiser.parameters():
         parameter.add_(0.05 * torch.randn(parameter.shape, generator=random).to(parameter.device))
-    models = sampling_models(model, absent(CPU, compiled=False))
+    models = sampling_models(model, variants(SAMPLING, absent(CPU, compiled=False)))
     plan = model.plan(4, "ddim")
     images = {name: m.x0(plan, 0, stream.indices(m, 0, 8)[0]) for name, m in models.items()}
     assert images.keys() == {ALL, "without bf16"}

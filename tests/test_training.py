@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from diffusion import training as loops
 from diffusion.batches import Batch, Batches, batch_seed
 from diffusion.checkpoint import load_tensors
 from diffusion.console import Interrupted, UserError
+from diffusion.data import Dataset
 from diffusion.denoiser import Denoiser
 from diffusion.model import build, this_device
 from diffusion.schedules import cosine
@@ -55,7 +57,7 @@ def consistency(denoiser) -> Consistency:
         distance=DISTANCES["l2"],
         weight=WEIGHTS["one"],
         target=target,
-        averages=(Average(target, lambda done: 0.9),),
+        averages=(Average(target, lambda done, progress: 0.9),),
     )
 
 
@@ -258,8 +260,8 @@ def test_a_run_with_other_settings_is_refused_by_the_settings_name(
 def stopped_after(count: int):
     """fit, that stops as by a signal after some log lines."""
 
-    def begin(*arguments) -> Iterator[Progress]:
-        for i, line in enumerate(fit(*arguments), 1):
+    def begin(*arguments, **named) -> Iterator[Progress]:
+        for i, line in enumerate(fit(*arguments, **named), 1):
             yield line
             if i == count:
                 raise KeyboardInterrupt
@@ -267,11 +269,41 @@ def stopped_after(count: int):
     return begin
 
 
-def test_a_run_on_other_images_is_refused(tmp_path, train_tiny, digits):
-    darker = replace(digits, spec=replace(digits.spec, name="elsewhere", mean=3.0))
+def test_a_run_on_images_of_another_scale_is_refused(tmp_path, train_tiny, digits):
+    darker = replace(digits, spec=replace(digits.spec, mean=3.0))
     train_tiny(tmp_path / "run")
     with pytest.raises(UserError, match="other settings"):
         train_tiny(tmp_path / "run", dataset=darker)
+
+
+@pytest.mark.parametrize("stopped", [True, False], ids=["stopped", "finished"])
+def test_a_run_knows_its_images_by_their_fingerprint_wherever_they_lie(
+    tmp_path, train_tiny, quick, digits, monkeypatch, stopped
+):
+    def lying(name: str, sha256: str) -> Dataset:
+        return replace(digits, spec=replace(digits.spec, name=name, sha256=sha256))
+
+    run, config = tmp_path / "run", replace(quick, save_every=0.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "fit", stopped_after(3 if stopped else 99))
+        with suppress(KeyboardInterrupt):
+            train_tiny(run, config, dataset=lying("/a/photos", "1" * 64))
+    assert (run / "model.safetensors").exists() != stopped
+    with pytest.raises(UserError, match="trained on other images than /a/photos holds"):
+        train_tiny(run, config, dataset=lying("/a/photos", "2" * 64))
+    train_tiny(run, config, dataset=lying("/b/pictures", "1" * 64))
+    assert (run / "model.safetensors").exists()
+
+
+def test_a_run_from_before_fingerprints_knows_its_images_by_their_name(tmp_path):
+    images = {"name": "/a/photos", "mean": 3.0}
+    before = {"data": "/a/photos", "images": images}
+    now = {**before, "data_sha256": "1" * 64}
+    runs.require_same(tmp_path, before, now)
+    runs.require_same(tmp_path, now, before)
+    assert recipe(before) == recipe(now)
+    with pytest.raises(UserError, match="data was /a/photos, now /b/photos"):
+        runs.require_same(tmp_path, before, now | {"data": "/b/photos"})
 
 
 def test_an_option_that_is_new_and_off_makes_no_other_run_and_no_other_recipe(tmp_path):
@@ -303,7 +335,7 @@ def test_a_run_stopped_between_its_last_step_and_its_model_keeps_its_whole_log(
         raise KeyboardInterrupt
 
     run = tmp_path / "run"
-    monkeypatch.setattr(runs, "save_grid", killed)
+    monkeypatch.setattr(runs, "leave", killed)
     with pytest.raises(KeyboardInterrupt):
         train_tiny(run)
     monkeypatch.undo()

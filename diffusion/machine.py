@@ -1,0 +1,161 @@
+"""What this machine is good at, asked of it once: device, precision, layout, compiler, workers.
+
+How its threads wait is set in `diffusion/__init__.py`, before torch is loaded.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import time
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from torch import nn
+
+from diffusion.console import say
+
+CACHE = Path(os.environ.get("FEWSTEP_CACHE", Path.home() / ".cache" / "fewstep"))
+WORTH_IT = 0.8  # bf16 must take at most this share of fp32's time to be chosen
+PATIENCE = 3.0  # times fp32's time, beyond which one pass in bf16 says enough
+
+
+def this_device() -> torch.device:
+    """This process's GPU where there is CUDA, else the CPU (angles are float64, which MPS has not)."""
+    return PartialState(cpu=not torch.cuda.is_available()).device
+
+
+def layout() -> torch.memory_format:
+    """The fast order of images in memory: channels last on GPUs with tensor cores.
+
+    On CPUs group norm makes it the slow one (1.3 times at 8x8).
+    """
+    return torch.channels_last if torch.cuda.is_available() else torch.contiguous_format
+
+
+def workers() -> int:
+    """Processor cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def compiler() -> str | None:
+    """Why torch.compile cannot work here; None where it can."""
+    if torch.cuda.is_available():
+        if not find_spec("triton"):
+            return "it needs triton on a GPU, and there is none"
+        # triton builds what launches its kernels by a C compiler, and fails in the first step without
+        names = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
+        if any(map(shutil.which, names)):
+            return None
+        return f"it needs a C compiler on a GPU, and {' or '.join(names)} was not found"
+    name = os.environ.get("CXX", "g++")  # as torch.compile has it
+    if shutil.which(name):
+        return None
+    return f"it needs a C++ compiler on a CPU, and {name} was not found"
+
+
+def precision(asked: str = "auto") -> str:
+    """The network's precision: "fp32" or "bf16" as asked, or for "auto" the faster one here.
+
+    Whoever asks for bf16 where it is the slower one gets it, and a line that says what it costs.
+    Every process of several takes the first one's.
+    """
+    if asked == "auto" or (asked == "bf16" and not torch.cuda.is_available()):
+        share = bf16_share()
+        if asked == "auto":
+            return "bf16" if share <= WORTH_IT else "fp32"
+        _say_once(share)
+    return asked
+
+
+@cache
+def _say_once(share: float) -> None:
+    if share > 1:
+        say(
+            f"bf16 takes {share:.1f} times as long as fp32 on this processor: --precision auto takes "
+            "the faster one"
+        )
+
+
+@cache
+def bf16_share() -> float:
+    """What a training step in bf16 takes of the time that it takes in fp32.
+
+    Processors' names and features mislead: AVX512 without bf16 claims support and takes 10 times
+    as long, AVX512-BF16 without AMX gains less than the casts cost. So a CPU is measured once, in
+    0.1 s where it has bf16 units and 0.5 s where not, and the result is kept in the cache.
+    """
+    this_device()  # before anything asks PartialState
+    if torch.cuda.is_available():
+        return 0.5 if torch.cuda.is_bf16_supported(including_emulation=False) else 2.0
+    path = CACHE / "machine" / f"{_identity()}.json"
+    try:
+        share = float(json.loads(path.read_text())["bf16_share"])
+    except (OSError, ValueError, KeyError, TypeError):
+        share = _measured_share()
+        _keep(path, share)
+    if PartialState().num_processes > 1:
+        share = broadcast_object_list([share])[0]
+    return share
+
+
+def _identity() -> str:
+    """The processor as torch sees it: its name, its instructions, torch's version and threads."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "")
+    parts = (processor(), capability, limit, torch.__version__, str(torch.get_num_threads()))
+    return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
+
+
+def processor() -> str:
+    """Its name, as the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def _measured_share(channels: int = 32, size: int = 8, batch: int = 64, repeats: int = 5) -> float:
+    """The ratio of the least times of a small residual block's passes forward and back."""
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        first, second = (nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
+        norm, x = nn.GroupNorm(4, channels), torch.randn(batch, channels, size, size)
+
+    def seconds(bf16: bool) -> float:
+        start = time.perf_counter()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            y = second(F.silu(norm(first(x))))
+        y.float().square().mean().backward()
+        return time.perf_counter() - start
+
+    seconds(False)  # oneDNN prepares its kernels in the first call
+    single = min(seconds(False) for _ in range(repeats))
+    half = seconds(True)
+    if half > PATIENCE * single:
+        half = seconds(True)
+    if half <= PATIENCE * single:
+        for _ in range(repeats):
+            single, half = min(single, seconds(False)), min(half, seconds(True))
+    return half / single
+
+
+def _keep(path: Path, share: float) -> None:
+    """Write the figure to the cache; a cache that cannot be written is no reason to stop."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(json.dumps({"processor": processor(), "bf16_share": share}))
+        os.replace(part, path)
+    except OSError:
+        part.unlink(missing_ok=True)

@@ -1,0 +1,177 @@
+"""benchmarks.gpu tries every stage, resumes, and says what is not as it must be."""
+
+import json
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import gpu, gpu_stages
+from benchmarks.gpu_stages import BOUNDS, STAGES, Job
+from eval import features, machine
+
+
+@pytest.fixture
+def bare(monkeypatch, tmp_path):
+    """A folder, on a machine without a compiler: to compile takes minutes."""
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    return tmp_path / "gpu"
+
+
+def stages(folder: Path) -> dict:
+    return json.loads((folder / "gpu.json").read_text())["stages"]
+
+
+def checks(folder: Path) -> dict[str, dict]:
+    rows = (row for stage in stages(folder).values() for row in stage["tables"].get("checks", []))
+    return {row["what"]: row for row in rows}
+
+
+def test_every_stage_has_a_result_within_its_bounds_and_is_skipped_when_asked_again(bare, command):
+    outcome = command(gpu.main, "--cpu", "--out", bare)
+    assert outcome.code == 0, outcome
+    assert {name: stage["state"] for name, stage in stages(bare).items()} == dict.fromkeys(
+        STAGES, "done"
+    )
+    made = checks(bare)
+    assert all(row["ok"] and row["measured"] <= row["bound"] for row in made.values())
+    assert made["network, bf16"]["measured"] > 0  # it is another network than the CPU's
+    kinds = {kind for kind in BOUNDS if any(what.startswith(kind) for what in made)}
+    left_out = {kind for kind in BOUNDS if "compiled" in kind or kind.startswith("images kept")}
+    assert kinds == BOUNDS.keys() - left_out - {"power"}
+    reasons = [
+        row for stage in stages(bare).values() for row in stage["tables"].get("left out", [])
+    ]
+    assert any("no-such-compiler" in row["why"] for row in reasons)
+    page = (bare / "gpu.md").read_text()
+    assert "within its bound" in page
+    assert all(what in page for what in (*STAGES, *made))
+
+    before = stages(bare)
+    again = command(gpu.main, "--cpu", "--out", bare)
+    assert again.code == 0
+    assert again.out.count("done before") == len(STAGES)
+    assert stages(bare) == before
+
+
+def test_a_violated_bound_is_a_failure_now_and_when_asked_again(bare, command, monkeypatch):
+    right = gpu_stages.Noise
+    monkeypatch.setattr(
+        gpu_stages, "Noise", lambda *told: iter([next(right(*told)) * torch.rand(1)])
+    )
+    arguments = (gpu.main, "--cpu", "--out", bare, "--stages", "numbers")
+    for _ in range(2):
+        outcome = command(*arguments)
+        assert outcome.code == 1
+        assert "numbers: noise" in outcome.out
+        assert "**no**" in (bare / "gpu.md").read_text()
+    assert stages(bare).keys() == {"numbers"}
+
+
+def test_a_stage_that_fails_or_has_no_time_is_said_and_the_others_go_on(bare, command, monkeypatch):
+    def broken(sheet) -> None:
+        sheet.row("seconds", what="before it broke", seconds=1.0)
+        raise ValueError("a broken kernel")
+
+    monkeypatch.setitem(gpu_stages.STAGES, "network", (broken, 1))
+    asked = (gpu.main, "--cpu", "--out", bare, "--stages", "network", "distances")
+    outcome = command(*asked)
+    assert outcome.code == 1
+    assert stages(bare)["distances"]["state"] == "done"
+    failed = stages(bare)["network"]
+    assert failed["state"] == "failed: ValueError: a broken kernel"
+    assert failed["tables"]["seconds"]
+    assert "a broken kernel" in (bare / "gpu.md").read_text()
+
+    monkeypatch.setattr(gpu, "LEAST", 1e9)
+    monkeypatch.setattr(gpu, "perform", None)  # not called
+    outcome = command(gpu.main, "--cpu", "--out", bare, "--minutes", 1e-9, "--stages", "numbers")
+    assert "numbers: left out for lack of time" in outcome.out
+    assert "| numbers | - | left out" in (bare / "gpu.md").read_text()
+
+
+@pytest.mark.parametrize(("seconds", "state"), [(300.0, "done"), (0.2, None)])
+def test_a_stage_in_a_process_of_its_own_ends_with_its_time(bare, seconds, state):
+    path = bare / "gpu.json"
+    gpu.write_atomic(path, json.dumps({"stages": {}}))
+    job = Job("peer", str(path), seconds, "digits", 8, small=True)
+    assert gpu.perform(job, alone=True) == ""
+    assert stages(bare).get("peer", {}).get("state") == state
+
+
+def test_a_process_that_fails_says_why(bare):
+    job = Job("none", str(bare / "gpu.json"), 300.0, "digits", 8, small=True)
+    assert gpu.perform(job, alone=True) == "KeyError: 'none'"
+    assert asdict(job)["stage"] == "none"
+
+
+def test_without_a_gpu_it_says_so_in_one_line(tmp_path, command):
+    outcome = command(gpu.main, "--out", tmp_path / "gpu")
+    assert (outcome.code, outcome.err.count("\n")) == (2, 1)
+    assert "no GPU" in outcome.err
+    assert "--cpu" in outcome.err
+    assert not (tmp_path / "gpu").exists()
+
+
+def test_results_of_another_machine_are_not_mixed_with_these(bare, command):
+    assert command(gpu.main, "--cpu", "--out", bare, "--minutes", 1e-9).code == 0
+    whole = json.loads((bare / "gpu.json").read_text())
+    whole["settings"]["device"] = "another"
+    (bare / "gpu.json").write_text(json.dumps(whole))
+    outcome = command(gpu.main, "--cpu", "--out", bare)
+    assert outcome.code == 2
+    assert "another device (another" in outcome.err
+
+
+# What reading the CUDA paths has mended
+
+
+def test_features_are_of_full_float32_wherever_they_are_computed(digits, monkeypatch):
+    """TF32 would move a GPU's distances in the third digit."""
+    right, seen = features.random_network, []
+
+    def spied(dataset, device) -> features.Extractor:
+        made = right(dataset, device)
+
+        def extract(images):
+            seen.append(torch.backends.cudnn.allow_tf32)
+            return made.extract(images)
+
+        return features.replace(made, extract=extract)
+
+    monkeypatch.setattr(features, "random_network", spied)
+    own = features.extractor("random", digits, torch.device("cpu"))
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    for _ in range(2):
+        own.extract(digits.train[:2])
+    assert seen == [False, False]
+    assert torch.backends.cudnn.allow_tf32
+
+
+def test_full_float32_ends_with_what_was_before():
+    cudnn = torch.backends.cudnn
+    before = cudnn.allow_tf32
+    for value in (True, False):
+        cudnn.allow_tf32 = value
+        with suppress(KeyError), machine.full_float32():
+            assert not cudnn.allow_tf32
+            raise KeyError
+        assert cudnn.allow_tf32 is value
+    cudnn.allow_tf32 = before
+
+
+@pytest.mark.parametrize("named", [None, "no-such-compiler"])
+def test_compiling_on_a_gpu_wants_the_c_compiler_that_triton_wants(monkeypatch, named):
+    from diffusion import machine as asked
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr(asked, "find_spec", lambda name: name)
+    monkeypatch.delenv("CC", raising=False)
+    if named:
+        monkeypatch.setenv("CC", named)
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert (named or "gcc or clang") in asked.compiler()
+    monkeypatch.setattr("shutil.which", lambda name: name)
+    assert asked.compiler() is None
