@@ -18,7 +18,7 @@ from diffusion.config import FitConfig, check, settings_of
 from diffusion.console import UserError, say, silence, track
 from diffusion.data import Dataset
 from diffusion.denoiser import Denoiser
-from diffusion.folders import check_claim, claim
+from diffusion.folders import check_claim, claim, is_ours
 from diffusion.machine import this_device
 from diffusion.model import Model, load
 from diffusion.pace import in_minutes, with_warning
@@ -110,7 +110,12 @@ def settled(config: FitConfig, *runs: Path) -> FitConfig:
 
 
 def settings_before(run: Path) -> dict:
-    """The settings of a run that is finished or was begun; none of one that is neither."""
+    """The settings of a run that is finished or was begun; none of one that is neither.
+
+    A user's own state/settings.json, in a folder that is about to be refused, is not read.
+    """
+    if not is_ours(run):
+        return {}
     described = run / "state" / "settings.json"
     if (run / "model.safetensors").exists():
         card = json.loads(metadata(run / "model.safetensors").get("card", "{}"))
