@@ -48,8 +48,8 @@ def _milliseconds(seconds: float) -> float:
 
 
 def _first(record: Record) -> float | None:
-    """Seconds of the longest first call: the one that compiled most."""
-    return max((t.first for t in record.timings if t.first is not None), default=None)
+    """Seconds of the first call."""
+    return next((timing.first for timing in record.timings if timing.first is not None), None)
 
 
 def _p90(record: Record) -> float | None:
