@@ -87,7 +87,7 @@ class Options:
     data: str = "digits"
     """digits, fashion-mnist, cifar10, or a folder of images (cropped to --size, of --channels)."""
     data_dir: Path | None = None
-    """The folder that holds a named dataset's files; no other place is looked in then."""
+    """The folder that holds a named dataset's files: the only place that is looked in then."""
     background: str = "white"
     """The colour behind what is transparent in a folder's images: a name, or #rrggbb."""
     out: Path | None = None
