@@ -18,7 +18,7 @@ from torch import Tensor
 from diffusion import image_file
 from diffusion.checkpoint import load_tensors, save_tensors, weights_sha256
 from diffusion.console import UserError, say, track
-from diffusion.folders import is_ours
+from diffusion.folders import MARK, is_ours
 from diffusion.image_file import Form
 
 VERSION = 1  # of the pixels that are made of a file: another one makes the caches anew
@@ -86,8 +86,9 @@ def look(folder: Path) -> Survey:
     """
     if is_ours(folder):
         raise UserError(
-            f"{folder} was made by a command of fewstep, whose pictures are no training images: "
-            "name a folder of your own, or copy them to one"
+            f"{folder} was made by a command of fewstep (it holds {MARK}, model.safetensors or "
+            "results.jsonl), whose pictures are no training images: name a folder of your own, or "
+            "copy the images to one"
         )
     survey, seen = Survey(), set()
     around = {_identity(parent) for parent in folder.resolve().parents}
