@@ -8,7 +8,7 @@ demo: .venv/ready
 	$(BIN)/python -m teachers.ddpm
 	$(BIN)/python -m distill.progressive
 	$(BIN)/python -m distill.consistency
-	$(BIN)/python -m eval.compare runs/digits
+	$(BIN)/python -m eval.compare runs/digits --steps 1,2,4,8 --solvers ddim unipc
 	$(BIN)/python -m eval.report runs/digits/compare
 
 test: .venv/ready-test

@@ -23,17 +23,21 @@ from eval.stream import indices, look
 
 @dataclass(frozen=True)
 class Options:
-    """Interleave N images through the evaluation with N images through the bare extractor."""
+    """Say how much longer evaluating images takes than making them and running the extractor
+    alone."""
 
     checkpoint: tyro.conf.Positional[Path] = Path("runs/digits/teacher")
     """A teacher's run or checkpoint."""
     steps: tuple[int, ...] = (1, 4)
-    """Network calls of each comparison."""
+    """Network calls for each image, one comparison a number."""
     num_images: int = 10_000
+    """Images that are made and evaluated each time."""
     batch_size: int = 256
+    """Images of a network call."""
     features: str = "classifier"
-    """As in eval.compare."""
+    """The extractor, as in eval.compare."""
     repeats: int = 5
+    """How often each side is timed."""
 
 
 def main() -> None:
@@ -41,7 +45,7 @@ def main() -> None:
     at_least(1, options, "steps", "num_images", "batch_size", "repeats")
     model = load(options.checkpoint, "bf16")
     device, spec = model.device, model.spec
-    dataset = data.load(spec.name, None, spec.size, spec.channels)
+    dataset = data.reload(spec)
     own = extractor(options.features, dataset, device)
     judge = Judge.of(dataset, own, extractor("random", dataset, device), device)
     part = Path(tempfile.mkdtemp()) / "part"

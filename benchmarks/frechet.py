@@ -25,16 +25,19 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Options:
-    """Compare them on noisy digits, in random cosines of as many dimensions."""
+    """Compare our Fréchet distance with clean-fid's: how far apart the two are, and the time of
+    each."""
 
     dims: tuple[int, ...] = (64, 512, 2048)
+    """Dimensions of the features, random functions of noisy digits."""
     repeats: int = 3
+    """How often each is timed."""
     singular: bool = False
-    """Fewer images than dimensions on one side."""
+    """Take fewer images than dimensions on one side, so that its covariance is singular."""
 
 
 def features(count: int, dim: int, noise: float) -> torch.Tensor:
-    """Of digits drawn anew, with noise of that many grey levels."""
+    """Features of digits drawn anew, with noise of that many grey levels."""
     random = torch.Generator().manual_seed(0)
     directions = 0.1 * torch.randn(64, dim, generator=random)
     phases = 2 * torch.pi * torch.rand(dim, generator=random)

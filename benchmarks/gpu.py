@@ -36,21 +36,24 @@ class Options:
     """Check every CUDA path against the CPU, and time what each part of the speed is worth."""
 
     minutes: float = 8.0
-    """For all stages together. What they leave out for lack of time, the page says; the same
-    command then goes on with it."""
+    """Minutes for all stages together. The page says what they left out for lack of time, and the
+    same command goes on with it."""
     out: Path | None = None
-    """Where gpu.json and gpu.md go; results/gpu, or runs/gpu-cpu with --cpu, unless told."""
+    """The folder for gpu.json and gpu.md. If left out: results/gpu, or with --cpu runs/gpu-cpu."""
     stages: tuple[str, ...] = ()
     """The stages to run, of numbers, network, training, frechet, distances, sampling-switches,
-    images, peer, training-switches and line; all unless told."""
+    images, peer, training-switches and line. If left out: all of them."""
     shape: Literal["digits", "fashion-mnist", "cifar10"] = "fashion-mnist"
-    """Whose network, and the shape of the images, which are made up."""
+    """The data whose preset the network has. The images themselves are made up, of the same
+    shape."""
     batch_size: int = 256
-    """Images of a training step and of a sampler's call."""
+    """Images of a training step and of a sampler's call, each."""
     inception: Path | None = None
-    """The file of clean-fid's weights; an untrained network of its shape unless told."""
+    """The file of clean-fid's weights. If left out: a network of its shape that was never
+    trained."""
     cpu: bool = False
-    """Run the same stages on the CPU, tiny: a trial of this command itself."""
+    """Run the same stages on the CPU, tiny: it tries this command itself and times nothing of
+    use."""
 
 
 def start(options: Options, path: Path) -> dict:

@@ -34,16 +34,17 @@ Sampled = tuple[Model, tuple[str, Tensor]]  # a model, and the plan to sample it
 
 @dataclass(frozen=True)
 class Options:
-    """Measure guidance of a teacher and of its guided students on digits."""
+    """Train a teacher of digits and guided students of it, and measure them at each guidance
+    weight."""
 
     out: Path = Path("runs/digits-classes")
-    """The folder of the runs and results."""
+    """The folder for the runs and the results."""
     weights: tuple[float, ...] = (1.0, 1.5, 2.0, 3.0, 4.0)
-    """Guidance weights, from 1 to 4."""
+    """Guidance weights to measure at, from 1 to 4."""
     num_images: int = 2000
     """Images for each figure."""
     share: float = 1.0
-    """Of the presets' iterations, for a quicker look."""
+    """Share of the presets' iterations to train: less than 1 for a quicker look."""
 
 
 @dataclass(frozen=True)

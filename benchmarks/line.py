@@ -22,6 +22,7 @@ import tyro
 from benchmarks.lines import LINES, Line
 from diffusion.checkpoint import write_atomic
 from diffusion.console import Interrupted, UserError, at_least, run, say
+from diffusion.folders import check_claim, check_home, claim
 
 LOCK = threading.Lock()  # of the log
 RUNNING: set[subprocess.Popen] = set()
@@ -29,23 +30,26 @@ RUNNING: set[subprocess.Popen] = set()
 
 @dataclass(frozen=True)
 class Options:
-    """Run a line of benchmarks/lines.py: teacher, students, eval.compare, eval.methods, eval.report.
+    """Run a whole comparison: a teacher, students of it by several methods, the tables and the
+    page.
 
-    Writes commands.json beside the table: every command, and the minutes that it took.
+    benchmarks/lines.py has the comparisons by name. The same command resumes where it was stopped.
+    commands.json beside the table lists every command and the minutes that it took.
     """
 
     line: tyro.conf.Positional[str]
-    """Its name."""
+    """Which comparison: digits, fashion-mnist-cpu, fashion-mnist-gpu or fashion-mnist-night."""
     out: Path | None = None
-    """The folder; runs/LINE unless told."""
+    """The folder for all of it. If left out: runs/LINE."""
     seeds: int = 0
-    """Training seeds of each student; the line's own number unless told."""
+    """How often each student is trained, by another seed each time. 0: as often as the line
+    says."""
     jobs: int = 1
-    """Students trained side by side, each on its share of the CPU's cores."""
+    """How many students train side by side, each on its share of the CPU's cores."""
     students: tuple[str, ...] = ()
-    """Some of the line's, by name; all unless told."""
+    """The students to train, by name. If left out: all of the line's."""
     teacher: Path | None = None
-    """A finished teacher's run, in place of the line's own."""
+    """A finished teacher's run to take. If left out: the line's teacher is trained."""
 
 
 def python(command: str, *more: str) -> list[str]:
@@ -114,10 +118,15 @@ def run_line(options: Options) -> None:
     folder = options.out or Path("runs") / options.line
     compare, teacher = folder / "compare", options.teacher or folder / "teacher"
     log = compare / "commands.json"
+    chains = students(line, folder, teacher)
+    check_claim(compare, "comparison")
+    outs = [Path(command[command.index("--out") + 1]) for chain in chains for command in chain]
+    for out in (folder, *outs, *([] if options.teacher else [teacher])):
+        check_home(out)  # a run, or the runs of a chain
+    claim(compare, "comparison")
     if not options.teacher:
         call(python(line.teacher, "--out", str(teacher)), log)
     threads = max(1, torch.get_num_threads() // options.jobs) if options.jobs > 1 else None
-    chains = students(line, folder, teacher)
     with ThreadPoolExecutor(options.jobs) as pool:
         started = [pool.submit(each, chain, log, threads) for chain in chains]
         try:

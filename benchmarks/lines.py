@@ -7,21 +7,26 @@ from dataclasses import dataclass
 class Line:
     teacher: str
     students: dict[str, tuple[str, ...]]
-    """By name: a command, or several of which each starts from the one before."""
+    """Name -> its command, or several commands, each of which starts from the one before."""
     compare: str
     seeds: int = 1
-    """Of the students' training."""
+    """How often each student is trained, by another seed each time."""
 
 
 # Every method at a fifth of the teacher's images: 409,600 gradients of an image.
 DIGITS = Line(
-    teacher="teachers.ddpm --iterations 8000",
+    teacher="teachers.ddpm --iterations 8000 --patch 1 --no-clamp",
     students={
-        "cd": ("distill.consistency --mode cd --iterations 1600 --learning-rate 4e-3",),
-        "progressive": ("distill.progressive --iterations 1600 --batch-size 64",),
+        "cd": (
+            "distill.consistency --mode cd --iterations 1600 --batch-size 256 --learning-rate 4e-3",
+        ),
+        "progressive": (
+            "distill.progressive --solver euler --start-steps 64 --rounds 8 4 2 1 --batch-size 64 "
+            "--round-iterations 1000 1200 1800 2400",
+        ),
         "ect": ("distill.consistency --mode ect --solver heun --iterations 1600",),
         "midtraining-scm": (
-            "distill.midtraining --iterations 1300",
+            "distill.midtraining --iterations 1300 --batch-size 256",
             "distill.consistency --mode scm --iterations 300 --learning-rate 1e-4",
         ),
         "ict": (
@@ -31,7 +36,8 @@ DIGITS = Line(
             "distill.consistency --mode ct --iterations 6400 --batch-size 64 --learning-rate 1e-3",
         ),
     },
-    compare="eval.compare --no-times --solvers ddim unipc",
+    compare="eval.compare --no-times --solvers ddim unipc --num-images 1024 --long-images 1024 "
+    "--seeds 0 1 --likelihood 1024",
     seeds=3,
 )
 
@@ -78,7 +84,7 @@ FASHION_CPU = Line(
         ),
     },
     compare="eval.compare --steps 1,2,4,8,10,50 --solvers ddim unipc --batch-size 64 "
-    "--likelihood 128 --compile",
+    "--num-images 1024 --long-images 1024 --seeds 0 1 --likelihood 128 --compile",
 )
 
 # One GPU: meant for 20 minutes. Nothing here has been timed on a GPU yet.
@@ -117,7 +123,7 @@ FASHION_NIGHT = Line(
             "distill.consistency --mode scm --iterations 8000",
         ),
     },
-    compare="eval.compare --num-images 10000 --compile --sweep",
+    compare="eval.compare --seeds 0 1 --compile --sweep",
     seeds=3,
 )
 

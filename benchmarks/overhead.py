@@ -18,14 +18,16 @@ from diffusion.model import load
 
 @dataclass(frozen=True)
 class Options:
-    """Interleave N steps of a sampler with N bare network calls."""
+    """Say how much longer a sampler takes than its bare network calls."""
 
     checkpoint: tyro.conf.Positional[Path] = Path("runs/digits/teacher")
     """A teacher's run or checkpoint."""
     steps: tuple[int, ...] = (1, 4, 16)
-    """Network calls of each comparison."""
+    """Network calls for each image, one comparison a number."""
     batch_size: int = 256
+    """Images of a network call."""
     repeats: int = 30
+    """How often each side is timed."""
 
 
 @torch.no_grad()

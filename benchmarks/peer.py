@@ -54,29 +54,31 @@ PIPELINES = {  # by our sampler's name
 
 @dataclass(frozen=True)
 class Options:
-    """Train and sample a U-Net by ours and by diffusers, and compare images/s."""
+    """Train and sample a U-Net with fewstep and with diffusers, and compare images/s."""
 
     data: Literal["digits", "fashion-mnist", "cifar10"] = "fashion-mnist"
-    """The images, and the shape of the network but for what is told."""
+    """The images. The network has the shape of their preset, but for the options below."""
     width: int | None = None
-    """Channels at the finest level."""
+    """Channels of the network at its finest level."""
     blocks: int | None = None
-    """Residual blocks per level."""
+    """Residual blocks of the network per level."""
     batch_size: int = 256
+    """Images of a training step and of a sampler's call."""
     precision: Literal["fp32", "bf16"] = "bf16"
-    """Of the networks' passes."""
+    """Number format of the networks' passes."""
     workers: int = 0
-    """Of the peer's DataLoader, 0 as in its example; batches that they make while ours is timed
-    cost it nothing."""
+    """Worker processes of diffusers' DataLoader; its example has 0. Batches that they make while
+    fewstep is timed cost diffusers nothing."""
     training_steps: int = 25
-    """Of each repeat."""
+    """Training steps of each repeat."""
     ancestral_steps: tuple[int, ...] = (1000,)
-    """Of our ancestral sampler and of its DDPMPipeline."""
+    """Steps of our ancestral sampler and of its DDPMPipeline."""
     ddim_steps: tuple[int, ...] = (50, 4)
-    """Of our ddim and of its DDIMPipeline."""
+    """Steps of our ddim and of its DDIMPipeline."""
     repeats: int = 5
+    """How often each side is timed."""
     out: Path | None = None
-    """A .json to write all figures to."""
+    """A .json file to write all figures to."""
 
 
 def peer_network(net: UNetConfig) -> diffusers.UNet2DModel:

@@ -81,7 +81,7 @@ class Options:
     """Print the largest difference of each sampler from diffusers' scheduler."""
 
     steps: tuple[int, ...] = (4, 10, 50)
-    """Network calls; each divides 1000."""
+    """Steps to compare at. Each must divide 1000."""
 
 
 def main() -> None:

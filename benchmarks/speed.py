@@ -62,9 +62,9 @@ def time_training(
     options: "Options",
     chosen: Mapping[str, frozenset[str]] | None = None,
 ) -> Cells:
-    """By variant: images/s, and that over what it is with everything on.
+    """Variant -> images/s, and that over what it is with everything on.
 
-    chosen: the variants, ALL among them; every part off in turn unless told.
+    chosen: the variants, ALL among them; an option left out turns every part off in turn.
     """
     calls, chosen = {}, chosen or variants(TRAINING, absent(teacher.device, options.compile))
     with ExitStack() as stack:
@@ -89,7 +89,7 @@ def time_training(
 def time_sampling(
     models: dict[str, Model], sampler: str, steps: int, budget: float
 ) -> tuple[Cells, Cells]:
-    """By variant, at batch 1 and at the batch size that is best for it."""
+    """Variant -> its times, at batch 1 and at the batch size that is best for it."""
     first = models[ALL]
     plan = (sampler, SOLVERS[sampler].angles(first.schedule, steps))
 
@@ -140,27 +140,28 @@ def cell_text(cell: dict) -> str:
 
 @dataclass(frozen=True)
 class Options:
-    """Time training and sampling with everything on, and with each part off in turn."""
+    """Say what each part of the speed is worth: time training and sampling with each part off in
+    turn."""
 
     teacher: tyro.conf.Positional[Path | None] = None
-    """A teacher's run or checkpoint; an untrained network unless told."""
+    """A teacher's run or checkpoint. If left out: an untrained network of the shape below."""
     data: str = "fashion-mnist"
-    """Of an untrained network: digits, fashion-mnist, cifar10, or a folder of images."""
+    """Images for the untrained network: digits, fashion-mnist, cifar10, or a folder of images."""
     net: UNetConfig = field(default_factory=UNetConfig)
     batch_size: int = 256
-    """Of the training steps."""
+    """Images of a training step."""
     log_every: int = 25
-    """Training steps of a repeat, and of a log line."""
+    """Training steps of a repeat and of a log line."""
     repeats: int = 10
-    """Of each variant of training."""
+    """How often each variant of training is timed."""
     steps: tuple[int, ...] = (1, 4)
-    """Of the samplers."""
+    """Steps of the samplers, one comparison a number."""
     budget: float = 1.0
-    """Seconds of repeats of each variant of sampling, at each batch size."""
+    """Seconds for which each variant of sampling is repeated, at each batch size."""
     compile: bool = False
-    """torch.compile on a CPU, too."""
+    """Use torch.compile on a CPU too. On a GPU it is always one of the parts."""
     out: Path | None = None
-    """A .json to write all figures to."""
+    """A .json file to write all figures to."""
 
 
 def subject(options: Options) -> tuple[Model, Dataset]:
@@ -171,7 +172,7 @@ def subject(options: Options) -> tuple[Model, Dataset]:
     else:
         model = load(options.teacher, "bf16")
         spec = model.spec
-        dataset = replace(datasets.load(spec.name, None, spec.size, spec.channels), spec=spec)
+        dataset = replace(datasets.reload(spec), spec=spec)
     return model, replace(dataset, train_labels=None)  # whose pictures are whose is no matter here
 
 

@@ -31,12 +31,14 @@ from teachers.ddpm import Denoising
 
 @dataclass(frozen=True)
 class Options:
-    """Interleave the steps of every objective with their bare network passes."""
+    """Say how much longer a training step of each objective takes than its bare network passes."""
 
     teacher: tyro.conf.Positional[Path] = Path("runs/digits/teacher")
     """A teacher's run or checkpoint."""
     batch_size: int = 256
+    """Images of a network call."""
     repeats: int = 30
+    """How often each side is timed."""
 
 
 @dataclass(frozen=True)

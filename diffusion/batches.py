@@ -10,6 +10,7 @@ from diffusion.config import FitConfig
 from diffusion.console import UserError
 from diffusion.data import Dataset
 from diffusion.denoiser import Condition
+from diffusion.noise import seed32
 
 
 class Batch(NamedTuple):
@@ -32,7 +33,7 @@ def batch_seed(seed: int, i: int) -> int:
 
     Seeds' runs of batches begin at multiples of the golden ratio, which lie far apart.
     """
-    return (seed * 0x9E3779B9 + i) % 2**32
+    return (seed32(seed) * 0x9E3779B9 + i) % 2**32
 
 
 class Batches:
@@ -50,8 +51,8 @@ class Batches:
     ):
         if config.batch_size % worker.num_processes:
             raise UserError(
-                f"the batch size {config.batch_size} does not divide among "
-                f"{worker.num_processes} processes"
+                f"--batch-size {config.batch_size} does not divide among {worker.num_processes} "
+                "processes: give a multiple of their number"
             )
         self.config, self.spec, self.device = config, dataset.spec, worker.device
         self.rank, self.world = worker.process_index, worker.num_processes
@@ -65,7 +66,9 @@ class Batches:
             self.labels = dataset.train_labels.to(home)
         self.guidance = guidance
         if guidance and self.labels is None:
-            raise UserError(f"guidance is towards a class, but {dataset.spec.name} has none")
+            raise UserError(
+                f"guidance needs classes, but {dataset.spec.name} has none: choose data with labels"
+            )
 
     def draw(self, i: int) -> Batch:
         size, device, share = (

@@ -39,7 +39,8 @@ def require_folder(folder: Path) -> None:
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise UserError(
-            f"{folder} cannot be written to: {existing} is no folder that one may write in"
+            f"{folder} cannot be made: {existing} is no folder that you may write in; "
+            "give another --out"
         )
 
 
@@ -47,6 +48,12 @@ def write_atomic(path: Path, content: bytes | str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as part:
         part.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def remove_parts(path: Path) -> None:
+    """Delete what killed writers of this file left beside it; none may be at work."""
+    for part in path.parent.glob(f".{path.name}.*.part"):
+        part.unlink(missing_ok=True)
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
@@ -64,12 +71,15 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def metadata(path: Path) -> dict[str, str]:
-    """What a safetensors file says of itself, without its tensors."""
+    """A safetensors file's metadata, from its header alone; none of a file that is of another kind."""
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            return file.metadata() or {}
-    except (safetensors.SafetensorError, ValueError) as error:
-        raise UserError(f"{path} is not a whole safetensors file ({error})") from error
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > 10**8:  # safetensors' own limit
+                return {}
+            return dict(json.loads(file.read(length))["__metadata__"])
+    except (OSError, KeyError, TypeError, ValueError):
+        return {}
 
 
 def weights_sha256(tensors: dict[str, Tensor]) -> str:
@@ -99,13 +109,16 @@ class Card:
     data: dict
     """The images' name, shape and scale."""
     shift: float = 1.0
-    """Of the angles of few steps, its students' and its solvers': diffusion.schedules.shifted."""
+    """How far few steps, its students' and solvers', are moved towards noise: schedules.shifted."""
     shifted: bool = False
     """Whether the angles of `plans` are shifted already. A teacher's own list is not."""
     guidance: float | None = None
-    """The guidance weight that it samples with unless told another; None for none."""
+    """The guidance weight that it samples with by default; None for none."""
     parent: str | None = None
     """sha256 of the weights that it was distilled from."""
+    origin: str | None = None
+    """sha256 of the weights of the teacher that its line began with: parents of parents. Cards before
+    there was `origin` have None."""
     training: dict = field(default_factory=dict)
     """Settings, iterations, images seen and seconds."""
     format: int = FORMAT
@@ -148,10 +161,15 @@ def load(path: Path) -> tuple[dict[str, Tensor], Card, str]:
         raise UserError(f"no checkpoint at {file}: expected a run's folder or a .safetensors file")
     weights, metadata = load_tensors(file)
     if "card" not in metadata:
-        raise UserError(f"{file} has no card: it was not written by this suite")
+        raise UserError(
+            f"{file} has no card: expected a checkpoint that a command of fewstep wrote"
+        )
     sha256 = weights_sha256(weights)
     if metadata.get("sha256") != _seal(sha256, metadata["card"]):
-        raise UserError(f"{file} is damaged: its weights and card do not match their sha256")
+        raise UserError(
+            f"{file} is damaged: its weights and card do not match their sha256; take another "
+            "copy, or train it again"
+        )
     try:
         return weights, Card.from_json(metadata["card"]), sha256
     except UserError as error:

@@ -4,8 +4,9 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from diffusion.console import UserError
+from diffusion.console import UserError, check_limits
 from diffusion.machine import compiler
+from diffusion.noise import check_seed
 
 ANNEAL = {
     "none": lambda done: 1.0,
@@ -19,48 +20,52 @@ class FitConfig:
     """How a network is trained, whatever the objective."""
 
     iterations: int = 2000
-    """Optimizer steps."""
+    """Training steps: one batch and one update of the weights each."""
     minutes: float | None = None
-    """How long to train on this machine, in place of --iterations: their number follows from the
-    pace of the first seconds, and is kept when the training resumes."""
+    """How many minutes to train on this machine, in place of --iterations. The first seconds say
+    how many iterations fit; a training that resumes keeps that number."""
     batch_size: int = 256
-    """Images per step, over all processes together."""
+    """Images of a training step, over all processes together."""
     learning_rate: float = 1e-3
-    """Adam's, after warm-up."""
+    """How large the steps of the optimizer (Adam) are, after the warm-up."""
     warmup: int = 100
-    """Steps over which the learning rate rises from 0."""
+    """First steps, over which the learning rate rises from 0."""
     anneal: Literal["none", "linear", "cosine"] = "cosine"
-    """How the learning rate falls to 0 at the end."""
+    """How the learning rate falls towards 0 over the training; none: it stays."""
     ema: float = 0.999
-    """Decay of the weights' average that is kept; it ramps up from 0. 0 keeps the raw weights."""
+    """How slowly the average of the weights follows them; the average is what is kept. It starts
+    faster. 0 keeps the last weights themselves."""
     clip: float = 1.0
-    """Largest norm of the gradient."""
+    """Largest norm of a gradient; longer ones are cut to it."""
     weight_decay: float = 0.0
-    """AdamW's decoupled weight decay."""
+    """How strongly weights are pulled towards 0 (AdamW's decoupled weight decay)."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Number format of the network's passes; auto takes the faster one on this machine. Weights,
-    sums and losses stay float32."""
+    """Number format of the network's passes. auto: the faster one on this machine, measured once.
+    Weights, sums and losses are float32 in any case."""
     compile: bool = False
-    """torch.compile the networks, the teacher's and the target's too; pays after a minute or two. On
-    a CPU it takes a C++ compiler."""
+    """Compile the networks by torch.compile: slower to start by a minute or two, faster from then
+    on. On a CPU it needs a C++ compiler."""
     label_dropout: float = 0.1
-    """Share of labels that a conditional model sees as its null class."""
+    """Share of the images whose class a conditional model is not told, which guidance needs."""
     flip: bool = False
-    """Mirror half of the images; only where that keeps their class."""
+    """Mirror half of the images. Use it where a mirrored image is as good as the other."""
     seed: int = 0
-    """Of all randomness: batch i is a function of (seed, i) alone."""
+    """Seed of all randomness, from 0 to 2^63 - 1. The same seed gives the same weights on the same
+    machine."""
     log_every: int = 25
-    """Steps between log lines; the only time that the loop waits for the device."""
+    """Steps from one log line to the next. At these alone the loop waits for the device."""
     save_every: float = 30.0
-    """Least seconds between saves of the state to resume from."""
+    """Seconds, at least, from one save to the next of what a stopped training resumes from."""
 
 
 LIMITS = {
     "iterations": ("at least 1", lambda n: n >= 1),
     "batch_size": ("at least 1", lambda n: n >= 1),
     "log_every": ("at least 1", lambda n: n >= 1),
-    "learning_rate": ("above 0", lambda rate: rate > 0),
-    "weight_decay": ("at least 0", lambda decay: decay >= 0),
+    "save_every": ("at least 0", lambda seconds: seconds >= 0),
+    "learning_rate": ("above 0 and finite", lambda rate: 0 < rate < math.inf),
+    "warmup": ("at least 0", lambda n: n >= 0),
+    "weight_decay": ("at least 0 and finite", lambda decay: 0 <= decay < math.inf),
     "clip": ("above 0", lambda norm: norm > 0),
     "ema": ("in [0, 1)", lambda decay: 0 <= decay < 1),
     "label_dropout": ("in [0, 1]", lambda share: 0 <= share <= 1),
@@ -69,12 +74,10 @@ LIMITS = {
 
 def check(config: FitConfig) -> None:
     """UserError for a setting that cannot be trained with."""
-    for name, (words, holds) in LIMITS.items():
-        value = getattr(config, name)
-        if not holds(value):
-            raise UserError(f"--{name.replace('_', '-')} must be {words}, got {value:g}")
+    check_limits(config, LIMITS)
     if config.minutes is not None and not 0 < config.minutes < math.inf:
         raise UserError(f"--minutes must be above 0, got {config.minutes:g}")
+    check_seed(config.seed)
     check_compiler(config.compile)
 
 
@@ -88,7 +91,7 @@ def check_compiler(compile: bool) -> None:
 
 
 def learning_rate(config: FitConfig, i: int) -> float:
-    """Of optimizer step i: a linear warm-up, then the annealing."""
+    """The learning rate of optimizer step i: a linear warm-up, then the annealing."""
     rising = min(1.0, (i + 1) / max(config.warmup, 1))
     return config.learning_rate * rising * ANNEAL[config.anneal](i / config.iterations)
 

@@ -3,9 +3,10 @@
 import errno
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from itertools import pairwise
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -28,6 +29,26 @@ def at_least(least: int, options, *names: str) -> None:
         if min(several, default=least) < least:
             flag, got = name.replace("_", "-"), " ".join(map(str, several))
             raise UserError(f"--{flag} must be at least {least}, got {got}")
+
+
+def check_limits(options, limits: Mapping[str, tuple[str, Callable[[Any], bool]]]) -> None:
+    """UserError for an option outside its limit. limits: by its name, in words and as a test."""
+    for name, (words, holds) in limits.items():
+        value = getattr(options, name)
+        if not holds(value):
+            several = value if isinstance(value, tuple) else (value,)
+            got = " ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in several)
+            flag = name.replace("_", "-")
+            raise UserError(f"--{flag} must be {words}, got {got or 'none'}")
+
+
+def check_arguments(arguments: Sequence[str]) -> None:
+    """UserError for an empty one: as a path it would be the current folder."""
+    for before, argument in pairwise(["", *arguments]):
+        empty = argument == "" or (argument.startswith("--") and argument.endswith("="))
+        if empty:
+            flag = argument.rstrip("=") or (before if before.startswith("--") else "an argument")
+            raise UserError(f"{flag} is empty: expected a value; is a variable of the shell unset?")
 
 
 class Interrupted(Exception):
@@ -65,6 +86,7 @@ def run(main: Callable[[], None]) -> None:
     environmental = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
     environmental |= {errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG}
     try:
+        check_arguments(sys.argv[1:])
         main()
     except UserError as error:
         _fail(str(error), 2)
@@ -101,11 +123,12 @@ def track(
 
 def _bar(items, title, describe):
     columns = [
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),  # a run's [name] is no markup
         BarColumn(),
         TextColumn("{task.percentage:>3.0f}%"),
     ]
-    columns += [TextColumn("{task.fields[words]}"), TimeElapsedColumn(), TimeRemainingColumn()]
+    columns += [TextColumn("{task.fields[words]}", markup=False)]
+    columns += [TimeElapsedColumn(), TimeRemainingColumn()]
     with Progress(*columns, console=_shown) as bar:
         task = bar.add_task(title, words="", total=None)
         for item in items:

@@ -74,7 +74,9 @@ class Denoiser(nn.Module):
         t: (B,) or scalar radians; label: (B,), None without classes.
         """
         if variance and not self.learned_variance:
-            raise UserError("this network knows no variance: train it with --learned-variance")
+            raise UserError(
+                "this network does not predict a variance: train a teacher with --learned-variance"
+            )
         t = t.expand(len(x_t))
         if not isinstance(label, Condition):
             x0, share = self._predict(x_t, t, label)

@@ -1,30 +1,167 @@
 """Which folders are the suite's: it writes into those that it made, and takes no images from them."""
 
+import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
+from diffusion.checkpoint import metadata, require_folder, write_atomic
 from diffusion.console import UserError
 
 MARK = ".fewstep"  # a file that every folder of the suite's holds
-WORDS = "A command of fewstep made this folder and may replace the files that it wrote here.\n"
-# What a folder holds that was made before there were marks: any one of them.
-BEFORE_MARKS = ("model.safetensors", "state/state.safetensors", "results.jsonl", "partial.jsonl")
+WORDS = "A command of fewstep made this folder and may replace the files that it wrote here."
+# What a folder is made for, as its mark has it and as a user is told it.
+KINDS = {"run": "a training run", "comparison": "a comparison", "pictures": "generated pictures"}
+IGNORED = {".DS_Store", "Thumbs.db", "desktop.ini"}  # file managers leave these in any folder
+SIGN = "made by fewstep"  # what a single file of the suite's says near its beginning or its end
 
 
 def is_ours(folder: Path) -> bool:
     """Whether a command of the suite made this folder."""
-    return (folder / MARK).is_file() or any((folder / name).is_file() for name in BEFORE_MARKS)
+    return os.path.isfile(folder / MARK) or any(_kinds_before_marks(folder))
 
 
-def claim(folder: Path) -> None:
-    """Make the folder, or take one that is empty or ours, and mark it.
+def check_claim(folder: Path, kind: str = "run") -> None:
+    """UserError for a folder that is neither new, nor empty, nor one of ours of this kind.
 
-    UserError for a folder that holds files of somebody else's, which a run might replace.
+    It writes nothing, so that it can come before the work: `claim` comes when that has begun.
     """
-    if folder.is_dir() and not is_ours(folder) and any(folder.iterdir()):
+    kinds = _kinds(folder)
+    if kind in kinds:  # a finished run may lie where one cannot write
+        return
+    if kinds:
         raise UserError(
-            f"{folder} holds files that no command of fewstep made: expected a new or empty folder, "
-            "or one of an earlier run; give another --out"
+            f"{folder} holds {KINDS[min(kinds)]}, and {KINDS[kind]} would be mixed with it: "
+            "give another --out"
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / MARK).exists():
-        (folder / MARK).write_text(WORDS)
+    require_folder(folder)
+    if stranger := next(_entries(folder), None):
+        raise _foreign(stranger)
+
+
+def claim(folder: Path, kind: str = "run") -> None:
+    """Make the folder, or take one that `check_claim` lets pass, and mark it.
+
+    Of several processes one alone claims; all may check.
+    """
+    check_claim(folder, kind)
+    if not os.path.isfile(folder / MARK):
+        write_mark(folder, kind)
+
+
+def check_home(folder: Path) -> None:
+    """UserError for a folder, to make runs in, that holds files but none of the suite's folders."""
+    require_folder(folder)
+    entries = list(_entries(folder))
+    if is_ours(folder) or any(entry.is_dir() and is_ours(entry) for entry in entries):
+        return
+    if stranger := next(filter(None, map(_stranger, entries)), None):
+        raise _foreign(stranger)
+
+
+def write_mark(folder: Path, kind: str, pictures: int = 0) -> None:
+    """pictures: how many NNNNNN.png the folder may hold of ours."""
+    mark = {"about": WORDS, "kind": kind} | ({"pictures": pictures} if pictures else {})
+    write_atomic(folder / MARK, json.dumps(mark) + "\n")
+
+
+def read_mark(folder: Path) -> dict:
+    """The mark's fields; none where it was put there by hand, or there is no mark."""
+    try:
+        mark = json.loads((folder / MARK).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return mark if isinstance(mark, dict) else {}
+
+
+def strangers(folder: Path, names: set[str]) -> list[str]:
+    """What else there is in the folder than files of these names and the mark, by name."""
+    return sorted(entry.name for entry in _entries(folder) if entry.name not in {*names, MARK})
+
+
+def check_file(path: Path) -> None:
+    """UserError where a file cannot be written there, or would replace one that is not the suite's."""
+    require_folder(path.parent)
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: expected a file's name for --out")
+    if path.exists() and not (path.is_file() and _signed(path)):
+        raise UserError(
+            f"{path} is there already, and nothing in it says that fewstep made it: "
+            "give another --out, or remove it"
+        )
+
+
+def _foreign(path: Path) -> UserError:
+    return UserError(
+        f"{path.parent} holds {path.name}, which no command of fewstep made: expected a new or "
+        "empty folder, or one of an earlier run; give another --out"
+    )
+
+
+def _entries(folder: Path) -> Iterator[Path]:
+    if folder.is_dir():
+        yield from (path for path in folder.iterdir() if path.name not in IGNORED)
+
+
+def _stranger(path: Path) -> Path | None:
+    """The first thing there that is neither a folder of the suite's nor within one."""
+    if not path.is_dir():
+        return path
+    if is_ours(path):
+        return None
+    return next(filter(None, map(_stranger, _entries(path))), None)
+
+
+def _kinds(folder: Path) -> set[str]:
+    """What it was made for; of a mark that does not say it, anything."""
+    if os.path.isfile(folder / MARK):
+        kind = read_mark(folder).get("kind")
+        return {kind} if kind in KINDS else {*KINDS}
+    return {*_kinds_before_marks(folder)}
+
+
+def _kinds_before_marks(folder: Path) -> Iterator[str]:
+    """What it was made for before there were marks, by what its files say and not by their names."""
+    for name, kind, ours in BEFORE_MARKS:
+        if os.path.isfile(folder / name) and ours(folder / name):
+            yield kind
+
+
+def _is_model(path: Path) -> bool:
+    return _holds(metadata(path).get("card"), "method", "sampler", "plans")
+
+
+def _is_state(path: Path) -> bool:
+    return _holds(metadata(path).get("line"), "iteration", "iterations")
+
+
+def _is_results(path: Path) -> bool:
+    try:
+        with open(path, "rb") as file:
+            return _holds(file.readline(1 << 20), "run", "sha256", "sampler")
+    except OSError:  # not to be read by us, so hardly written by us
+        return False
+
+
+BEFORE_MARKS = (
+    ("model.safetensors", "run", _is_model),
+    ("state/state.safetensors", "run", _is_state),
+    ("results.jsonl", "comparison", _is_results),
+    ("partial.jsonl", "comparison", _is_results),
+)
+
+
+def _holds(text: str | bytes | None, *names: str) -> bool:
+    """Whether it is a JSON object with these fields."""
+    try:
+        fields = json.loads(text or "null")
+    except ValueError:
+        return False
+    return isinstance(fields, dict) and {*names} <= fields.keys()
+
+
+def _signed(path: Path) -> bool:
+    with open(path, "rb") as file:
+        beginning = file.read(1000)
+        file.seek(-min(1000, path.stat().st_size), os.SEEK_END)
+        return SIGN.encode() in beginning + file.read()

@@ -108,7 +108,7 @@ def bf16_share() -> float:
 
 
 def _identity() -> str:
-    """Of the processor as torch sees it: its name, its instructions, torch's version and threads."""
+    """The processor as torch sees it: its name, its instructions, torch's version and threads."""
     capability = torch.backends.cpu.get_cpu_capability()
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "")
     parts = (processor(), capability, limit, torch.__version__, str(torch.get_num_threads()))

@@ -24,7 +24,7 @@ class Model:
     denoiser: Denoiser
     card: Card
     sha256: str
-    """Of the weights."""
+    """Identity of the weights."""
 
     @property
     def device(self) -> torch.device:
@@ -44,7 +44,7 @@ class Model:
     ) -> tuple[str, Tensor]:
         """The sampler and angles (ascending) for a number of steps: its own, or a solver's.
 
-        shift: of a solver's angles, the card's unless told. Raises UserError where it was not
+        shift: of a solver's angles, by default the card's. Raises UserError where it was not
         trained for so many steps and no solver may run it, or a shift is told of its own.
         """
         card = self.card
@@ -57,7 +57,7 @@ class Model:
         if sampler in (None, card.sampler) and num_steps in card.plans:
             if shift is not None:
                 raise UserError(
-                    f"--shift is of solvers' angles, and {num_steps} steps of {card.sampler} are this "
+                    f"--shift moves a solver's steps, and {num_steps} steps of {card.sampler} are this "
                     f"{card.method} model's own: leave it out, or name another --sampler or --steps"
                 )
             return card.sampler, torch.tensor(card.plans[num_steps], dtype=torch.float64)
@@ -83,12 +83,14 @@ class Model:
     def condition(
         self, label: Tensor | None, guidance: float | None = None
     ) -> Tensor | Condition | None:
-        """What the denoiser is told of classes (B,) and a guidance weight, the card's unless told.
+        """What the denoiser is given for classes (B,) and a guidance weight, by default the card's.
 
         Raises UserError for a weight that the model cannot be guided by.
         """
         if guidance is not None and label is None:
-            raise UserError("--guidance is towards a class, and there is none here: leave it out")
+            raise UserError(
+                "--guidance needs a model with classes, and this one has none: leave it out"
+            )
         weight = self.card.guidance if guidance is None else guidance
         if weight is None or label is None:
             return label
@@ -109,7 +111,7 @@ class Model:
     ) -> Tensor:
         """Images number `indices` (B,) of the seed: (B, C, H, W) float32 on the indices' device.
 
-        label: (B,) classes, None for unconditional. guidance: its weight, the card's unless told.
+        label: (B,) classes, None for unconditional. guidance: its weight, by default the card's.
         """
         sampler, angles = plan
         noise, condition = Noise(seed, indices, self.spec.shape), self.condition(label, guidance)
@@ -128,22 +130,9 @@ class Model:
 
 
 def build(net: dict | UNetConfig, precision: str) -> Denoiser:
-    """A new denoiser of that configuration."""
+    """A new denoiser of that configuration, which networks.check_net has seen where a user gave it."""
     if isinstance(net, dict):
         net = UNetConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in net.items()})
-    if not 0 <= net.dropout < 1:
-        raise UserError(f"--dropout must be in [0, 1), got {net.dropout:g}")
-    if not net.multipliers or min(net.multipliers) < 1:
-        raise UserError(f"--multipliers must be 1 or more numbers from 1, got {net.multipliers}")
-    if net.patch < 1:
-        raise UserError(f"--patch must be at least 1, got {net.patch}")
-    coarsest = net.patch * 2 ** (len(net.multipliers) - 1)
-    if net.size % coarsest or net.width % 8 or net.width < 8:
-        raise UserError(
-            f"a network of {len(net.multipliers)} levels on patches of {net.patch} needs a size "
-            f"divisible by {coarsest} and a width divisible by 8, got size {net.size} and width "
-            f"{net.width}"
-        )
     return Denoiser(UNet(net), precision, layout())
 
 
@@ -153,15 +142,25 @@ def load(path: Path, precision: str = "fp32", device: torch.device | None = None
     try:
         denoiser = build(card.net, precision)
         denoiser.net.load_state_dict(weights)
-    except (RuntimeError, TypeError) as error:
+    except (RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{path}: the weights do not fit the card's network ({reason})") from error
+    for name, value in weights.items():
+        if not value.isfinite().all():
+            raise UserError(
+                f"{path}: the weights are not finite (NaN or infinite, first in {name}): the training "
+                "that made them failed; train again, with a lower --learning-rate"
+            )
     return Model(denoiser.to(device or this_device()).eval().requires_grad_(False), card, sha256)
 
 
 def require_same_images(spec: ImageSpec, model: Model, path: Path) -> None:
-    if (spec.name, spec.shape) != (model.spec.name, model.spec.shape):
+    """UserError for a model of other images: by their sha256, or by their name where one has none."""
+    known = spec.sha256 and model.spec.sha256
+    same = spec.sha256 == model.spec.sha256 if known else spec.name == model.spec.name
+    if not same or spec.shape != model.spec.shape:
+        other = "other images of " if not same and spec.name == model.spec.name else ""
         raise UserError(
-            f"{path} was trained on {model.spec.name} images of shape {model.spec.shape}, "
+            f"{path} was trained on {other}{model.spec.name} images of shape {model.spec.shape}, "
             f"expected {spec.name} of shape {spec.shape}"
         )

@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+from diffusion.console import UserError
+
 
 def _signed(constant: int) -> int:
     return constant - (1 << 64) if constant >> 63 else constant
@@ -23,6 +25,21 @@ def _hash(x: Tensor) -> Tensor:
     x = (x ^ _shift(x, 30)) * _MIX1
     x = (x ^ _shift(x, 27)) * _MIX2
     return x ^ _shift(x, 31)
+
+
+def check_seed(seed: int, flag: str = "--seed") -> None:
+    """UserError for a seed that an int64 cannot hold, or a negative one."""
+    if not 0 <= seed < 1 << 63:
+        raise UserError(f"{flag} must be from 0 to 2^63 - 1, got {seed}")
+
+
+def seed32(seed: int) -> int:
+    """The seed in the 32 bits that are all a CPU's generator takes of one.
+
+    A seed below 2^32 is itself. Of a larger one it is a hash of all its bits: two seeds have the
+    same with probability 2^-32, not whenever their low 32 bits agree.
+    """
+    return seed if seed < 1 << 32 else int(_shift(_hash(torch.tensor(seed) + _GOLDEN), 32))
 
 
 class Noise:

@@ -6,17 +6,22 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from torchvision.utils import make_grid
 
 from diffusion.checkpoint import write_atomic
+from diffusion.folders import SIGN
 
 
-def png(image: Tensor) -> bytes:
-    """(C, H, W) uint8, one or three channels, as PNG bytes."""
+def png(image: Tensor, software: str = "") -> bytes:
+    """(C, H, W) uint8, one or three channels, as PNG bytes that name the software where it is given."""
     pixels = image.permute(1, 2, 0).cpu().numpy()
-    buffer = io.BytesIO()
-    Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).save(buffer, "PNG")
+    buffer, info = io.BytesIO(), PngInfo()
+    if software:
+        info.add_text("Software", software)
+    picture = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
+    picture.save(buffer, "PNG", pnginfo=info)
     return buffer.getvalue()
 
 
@@ -29,4 +34,4 @@ def grid(images: Tensor, columns: int | None = None, least: int = 56) -> Tensor:
 
 
 def save_grid(path: Path, images: Tensor, columns: int | None = None) -> None:
-    write_atomic(path, png(grid(images, columns)))
+    write_atomic(path, png(grid(images, columns), SIGN))

@@ -3,9 +3,9 @@
 import hashlib
 import json
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,11 +13,12 @@ import torch
 from accelerate import PartialState
 
 from diffusion import checkpoint, machine
-from diffusion.checkpoint import Card, metadata, write_atomic
+from diffusion.checkpoint import Card, metadata, remove_parts, write_atomic
 from diffusion.config import FitConfig, check, settings_of
 from diffusion.console import UserError, say, silence, track
 from diffusion.data import Dataset
 from diffusion.denoiser import Denoiser
+from diffusion.folders import check_claim, claim, is_ours
 from diffusion.machine import this_device
 from diffusion.model import Model, load
 from diffusion.pace import in_minutes, with_warning
@@ -39,10 +40,12 @@ def train_model(
     The card's `training` names the objective's settings; a run made with others is an error. Its
     `earlier_images`, those of the students it goes on from, count in the total.
     Leaves model.safetensors, log.jsonl and samples.png, which grows sharper while it trains; state/
-    only while it is unfinished. advice: how a training of more than an hour could be faster.
+    only while it is unfinished. A folder that holds somebody else's files is a UserError. advice:
+    how a training of more than an hour could be faster.
     """
     config = settled(config, run)
     check(config)
+    check_claim(run)
     processes = PartialState()
     if config.minutes and not settings_before(run):
         config = in_minutes(denoiser, objective, dataset, config)
@@ -51,9 +54,9 @@ def train_model(
     settings = {**card.training, **settings_of(config), "parent": card.parent, "net": card.net}
     settings["shift"] = card.shift
     plans = hashlib.sha256(json.dumps(card.plans).encode()).hexdigest()[:8]
-    settings = json.loads(
-        json.dumps(settings | {"data": dataset.spec.name, "images": card.data, "plans": plans})
-    )
+    images = {k: v for k, v in card.data.items() if k not in ("sha256", "background")}
+    settings |= {"data": dataset.spec.name, "data_sha256": dataset.spec.sha256}
+    settings = json.loads(json.dumps(settings | {"images": images, "plans": plans}))
     finished = run / "model.safetensors"
     if finished.exists():
         model = load(run, config.precision)
@@ -62,7 +65,9 @@ def train_model(
         return model
     state = run / "state" / "state.safetensors"
     described = run / "state" / "settings.json"
+    processes.wait_for_everyone()  # all have looked at the folder before the first writes
     if processes.is_main_process:
+        claim(run)
         if state.exists():
             require_same(run, json.loads(described.read_text()), settings)
         else:
@@ -79,7 +84,7 @@ def train_model(
     card = replace(card, training=training)
     if processes.is_main_process:
         leave(run, denoiser, card)
-        shutil.rmtree(run / "state")
+        tidy(run)
         say(
             f"{run}  loss {last.loss:.4f} after {last.seconds:.0f} s: {finished}, {run / 'samples.png'}"
         )
@@ -105,7 +110,12 @@ def settled(config: FitConfig, *runs: Path) -> FitConfig:
 
 
 def settings_before(run: Path) -> dict:
-    """The settings of a run that is finished or was begun; none of one that is neither."""
+    """The settings of a run that is finished or was begun; none of one that is neither.
+
+    A user's own state/settings.json, in a folder that is about to be refused, is not read.
+    """
+    if not is_ours(run):
+        return {}
     described = run / "state" / "settings.json"
     if (run / "model.safetensors").exists():
         card = json.loads(metadata(run / "model.safetensors").get("card", "{}"))
@@ -124,6 +134,8 @@ class Preview:
 
     def __call__(self, denoiser: Denoiser) -> None:
         begun = time.monotonic()
+        if not self.took:
+            say(f"{self.run / 'samples.png'}  its samples, drawn anew as it trains")
         if self.took <= self.SHARE * (begun - self.drawn):
             draw(self.run, Model(denoiser, self.card, sha256=""), calls=16)
             self.drawn = time.monotonic()
@@ -152,6 +164,18 @@ def leave(run: Path, denoiser: Denoiser, card: Card) -> None:
     checkpoint.save(run / "model.safetensors", weights, card)
 
 
+def tidy(run: Path) -> None:
+    """Delete what only an unfinished run needs; whatever else lies there is not the run's."""
+    state, described = run / "state" / "state.safetensors", run / "state" / "settings.json"
+    kept = (run / name for name in ("model.safetensors", "log.jsonl", "samples.png"))
+    for path in (state, described, *kept):
+        remove_parts(path)
+    state.unlink(missing_ok=True)
+    described.unlink(missing_ok=True)
+    with suppress(OSError):  # not empty
+        (run / "state").rmdir()
+
+
 def some_labels(model: Model, count: int) -> torch.Tensor | None:
     """Every class in turn, for a conditional model."""
     classes = model.card.net["num_classes"]
@@ -161,13 +185,31 @@ def some_labels(model: Model, count: int) -> torch.Tensor | None:
 
 
 def require_same(run: Path, before: dict, now: dict) -> None:
-    """UserError where the run there is of other settings; one that it lacks was off, as is 0 or none."""
-    for key in sorted(before.keys() | now.keys(), key=lambda key: (key != "minutes", key)):
+    """UserError where the run there is of other settings; one that it lacks was off, as is 0 or none.
+
+    Images are known by their sha256, wherever they lie; those of a run that has none, by their name.
+    """
+    known = before.get("data_sha256") and now.get("data_sha256")
+    if known and before["data_sha256"] != now["data_sha256"]:
+        raise UserError(
+            f"{run} was trained on other images than {now['data']} holds, or on another "
+            "--background: give those again, or another --out, or delete it"
+        )
+    if known:
+        before, now = _anywhere(before), _anywhere(now)
+    keys = (before.keys() | now.keys()) - {"data_sha256"}
+    for key in sorted(keys, key=lambda key: (key != "minutes", key)):
         if (before.get(key) or None) != (now.get(key) or None):
             raise UserError(
                 f"{run} holds a run with other settings ({key} was {before.get(key)}, now "
                 f"{now.get(key)}): give the same, or another --out, or delete it"
             )
+
+
+def _anywhere(settings: dict) -> dict:
+    """The settings without the place of the images."""
+    images = {k: v for k, v in settings.get("images", {}).items() if k != "name"}
+    return {k: v for k, v in settings.items() if k != "data"} | {"images": images}
 
 
 def _describe(p: Progress) -> tuple[int, int, str]:

@@ -86,7 +86,9 @@ def respace(angles: Tensor, num_steps: int) -> Tensor:
     """`num_steps` of the list's own angles, evenly spread over it, ending at its noisy end."""
     longest = len(angles) - 1
     if not 1 <= num_steps <= longest:
-        raise UserError(f"the number of steps must be from 1 to {longest}, got {num_steps}")
+        raise UserError(
+            f"the number of steps must be from 1 to this model's {longest}, got {num_steps}"
+        )
     i = torch.linspace(0, longest, num_steps + 1, dtype=torch.float64).round().long()
     return angles[i]
 

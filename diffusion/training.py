@@ -13,6 +13,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import GradientAccumulationPlugin
 from torch import Tensor, nn
 
 from diffusion.batches import Batch, Batches
@@ -101,8 +102,7 @@ def fit(
     preview: is shown the averaged denoiser early and after each save, in the first process.
     """
     check(config)
-    # precision is the denoiser's own affair
-    worker = Accelerator(mixed_precision="no", cpu=not torch.cuda.is_available())
+    worker = make_worker()
     batches = Batches(dataset, config, worker, denoiser.guidance)
     denoiser.to(worker.device).train()
     ramp = Average(frozen_copy(denoiser), lambda done, _: min(config.ema, done / (done + 9)), fused)
@@ -172,6 +172,20 @@ def fit(
             yield line
     denoiser.load_state_dict(ramp.module.state_dict())
     denoiser.eval()
+
+
+def make_worker() -> Accelerator:
+    """The processes of this training, whatever accelerate's variables in the environment say of it.
+
+    Precision is the denoiser's own affair and compiling --compile's; a plugin alone keeps
+    ACCELERATE_GRADIENT_ACCUMULATION_STEPS from dividing the gradients.
+    """
+    return Accelerator(
+        mixed_precision="no",
+        cpu=not torch.cuda.is_available(),
+        dynamo_backend="no",
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+    )
 
 
 @contextmanager

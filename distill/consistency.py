@@ -17,6 +17,7 @@ from diffusion.console import UserError, run
 from diffusion.data import Dataset
 from diffusion.denoiser import Denoiser
 from diffusion.model import Model, build, load
+from diffusion.noise import seed32
 from diffusion.runs import train_model
 from diffusion.schedules import even
 from diffusion.training import Average, Objective, frozen_copy
@@ -50,62 +51,74 @@ TOWARDS = {
 
 @dataclass(frozen=True)
 class Options(StudentOptions):
-    """Distil a teacher into a model that maps any noise level straight to x0, or train one.
+    """Make a student that goes from any noise level straight to an image, in one call or a few.
 
-    What is not told is the mode's, as it was measured or as its paper has it (MODES).
+    An option left out takes the mode's default: the value that measured best, or the paper's. An
+    option that a mode does not have is refused.
     """
 
     mode: Literal["cd", "ct", "ict", "ect", "scm"] = "cd"
-    """cd: against the teacher's ODE. ct, ict: from scratch, against the data (Song et al. 2023; Song
-    & Dhariwal 2023). ect: from the teacher's weights, in stages (Geng et al. 2024). scm: in
-    continuous time (Lu & Song 2024)."""
+    """How the student learns. cd: from the teacher's steps (Song et al. 2023). ect: from the data or
+    the teacher's steps, in stages (Geng et al. 2024). scm: from the teacher in continuous time (Lu
+    & Song 2024). These three start at the teacher's weights. ct, ict: from the data alone, starting
+    at random weights (Song et al. 2023; Song & Dhariwal 2023)."""
     start: Path | None = None
-    """A run or checkpoint whose weights the student starts from, of the teacher's network."""
+    """The run or checkpoint whose weights the student starts from, such as distill.midtraining's.
+    Its network must be the teacher's."""
     solver: Literal["heun", "euler", "data"] | None = None
-    """From one angle to the next: the teacher's step, or the data in its place."""
+    """How to get from one noise level to the next. heun, euler: by the teacher's step of second or
+    first order; data: by the training image itself, without the teacher."""
     curriculum: Literal["fixed", "root", "doubling"] | None = None
-    """cd, ct, ict: how the number of steps grows."""
+    """cd, ct, ict: how the number of noise levels grows in training. fixed: not at all; root: as
+    the root of the iterations (Song et al. 2023); doubling: in stages (Song & Dhariwal 2023)."""
     num_angles: int | None = None
-    """cd, ct, ict: equal steps of the discretisation, or of the finest that it grows to."""
+    """cd, ct, ict: how many noise levels the student compares, in the end if the number grows."""
     target_ema: float | None = None
-    """All but scm: decay of the student's average that gives the target, at first where the steps
-    grow; 0 for the student itself."""
+    """All but scm: how slowly the target follows the student, as the decay of an average of its
+    weights (where --curriculum grows, at first). 0: the target is the student itself."""
     distance: Literal["l2", "pseudo-huber", "squared"] | None = None
-    """All but scm."""
+    """All but scm: how the student's image and its target are compared. l2: their distance;
+    squared: its square; pseudo-huber: a distance that is smooth at 0 (Song & Dhariwal 2023)."""
     weight: Literal["one", "gap", "sigma-gap", "karras"] | None = None
-    """All but scm: of a pair's loss, 1, 1 / (t - s), 1 / (tan t - tan s), or tan^(-6/7) of its middle,
-    which is how the one before falls on Karras' list of angles."""
+    """All but scm: how much each pair of noise levels, the angles t > s, counts. one: all alike;
+    gap: 1 / (t - s); sigma-gap: 1 / (tan t - tan s); karras: tan^(-6/7) of the pair's middle, as
+    sigma-gap falls on Karras' list of angles."""
     frechet: float | None = None
-    """cd, ect: weight of a further loss, the Fréchet distance of its images from real ones in features
-    of the teacher's network (Mathiasen & Hvilshøj 2020); 0 for none."""
+    """cd, ect: weight of a second loss that makes images sharper, the Fréchet distance of the
+    student's images from real ones in features of the teacher's network (Mathiasen & Hvilshøj
+    2020). 0: none."""
     segments: int | None = None
-    """All but scm: into how many the angles are cut. The student goes from any angle to the end of
-    its segment, and samples in so many steps; 1 for a consistency model (Heek et al. 2024)."""
+    """All but scm: into how many parts the noise levels are cut. The student goes from any level to
+    the end of its part, and makes an image in so many calls (Heek et al. 2024). 1: a consistency
+    model."""
     stages: int | None = None
-    """ect: stages of equal length; the gap between t and s halves from each to the next."""
+    """ect: stages of equal length. From each to the next the gap between the two noise levels
+    halves."""
     tangent_warmup: float | None = None
-    """scm: the share of the training over which the student's derivatives gain their full weight."""
+    """scm: share of the training over which the student's own derivatives gain their full
+    weight."""
     fit: FitConfig = field(default_factory=FitConfig)
 
     @staticmethod
     def default(data: str) -> "Options":
         mode = MODES.get(peek("--mode", "cd"), MODES["cd"])
-        return Options(fit=getattr(preset(data), mode.fit))
+        chosen = preset(data)
+        return Options(fit=getattr(chosen, mode.fit) or chosen.consistency)
 
 
 @dataclass(frozen=True)
 class Mode:
     from_teacher: bool
-    """Where the student begins unless told: the teacher's weights, or none."""
+    """Whether the student begins, without --start, at the teacher's weights: else at random ones."""
     objective: Callable[[Options, Model, nn.Module], Objective]
     defaults: dict
-    """The mode's own options and their values unless told; the other modes' are refused."""
+    """The options that the mode has, with their defaults; it refuses those of other modes."""
     fit: str = "consistency"
     """Which of a dataset's presets it trains by."""
 
 
 def borders(teacher: Model, num_steps: int) -> Tensor:
-    """Of so many steps of a student."""
+    """The angles of a student's steps, that many, ascending from 0."""
     return even(teacher.schedule, num_steps, teacher.card.shift)
 
 
@@ -143,8 +156,8 @@ def staged(options: Options, teacher: Model, student: nn.Module) -> Consistency:
 def continuous(options: Options, teacher: Model, student: nn.Module) -> ContinuousConsistency:
     if options.solver not in TOWARDS:
         raise UserError(
-            f"--solver must be {' or '.join(TOWARDS)} in continuous time, where every solver's step "
-            f"is Euler's, got {options.solver}"
+            f"--solver must be {' or '.join(TOWARDS)} with --mode scm, got {options.solver}: in "
+            "continuous time every solver's step is Euler's"
         )
     top = float(teacher.schedule[-1])
     student.log_weight = LogWeight().to(teacher.device)  # trained with the student
@@ -175,6 +188,7 @@ SCM = LogNormal(mean=-0.3, std=1.4)
 MODES = {
     "cd": Mode(
         from_teacher=True,
+        fit="distillation",
         objective=partial(discrete, share=uniform),
         defaults={
             "solver": "heun",
@@ -247,7 +261,7 @@ LIMITS = {
 
 
 def settings(options: Options) -> dict:
-    """The mode's options, each as told or else its default. UserError for what it cannot take."""
+    """The mode's options, as given or by default. UserError for an option that it does not have."""
     defaults = MODES[options.mode].defaults
     optional = {name for mode in MODES.values() for name in mode.defaults}
     told = {name: getattr(options, name) for name in optional}
@@ -269,8 +283,8 @@ def settings(options: Options) -> dict:
         )
     if chosen.get("frechet") and chosen["segments"] > 1:
         raise UserError(
-            f"--frechet goes with --segments 1, got {chosen['segments']}: what leads to a segment's end is "
-            "no image, and has no image's features"
+            f"--frechet goes with --segments 1, got {chosen['segments']}: what a student says "
+            "within a segment is no image, and has no image's features; leave one of the two out"
         )
     return chosen
 
@@ -281,17 +295,18 @@ def beginning(options: Options, teacher: Model) -> tuple[Denoiser, Model | None]
         start = load(options.start, options.fit.precision)
         if (start.card.net, start.card.data) != (teacher.card.net, teacher.card.data):
             raise UserError(
-                f"--start {options.start} is of another network or other images than the teacher"
+                f"--start {options.start} has another network or other images than the teacher: "
+                "name a run that was made from this teacher"
             )
         return start.denoiser.requires_grad_(True), start
     if MODES[options.mode].from_teacher:
         return deepcopy(teacher.denoiser).requires_grad_(True), teacher
-    torch.manual_seed(options.fit.seed)
+    torch.manual_seed(seed32(options.fit.seed))
     return build(teacher.card.net, options.fit.precision), None
 
 
 def sampling(teacher: Model, segments: int) -> dict:
-    """What the card says of it: any number of calls, or a rotation over each segment."""
+    """How the student samples, for its card: any number of calls, or a rotation over each segment."""
     if segments > 1:
         plans = {segments: borders(teacher, segments).tolist()}
         return {"sampler": "ddim", "plans": plans, "solvers": ()}
@@ -307,8 +322,8 @@ def distill(options: Options) -> Model:
     teacher, dataset, out = find_teacher(options, "consistency", options.fit)
     if teacher.denoiser.prediction == "x0":
         raise UserError(
-            f"{options.teacher} predicts x0, and nothing holds it to f(x, 0) = x, which consistency "
-            "rests on: train a teacher with --prediction v"
+            f"{options.teacher} predicts x0, and nothing makes it leave a clean image as it is, "
+            "which consistency rests on: train a teacher with --prediction v"
         )
     student, before = beginning(options, teacher)
     parts = chosen.get("segments", 1)

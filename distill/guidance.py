@@ -19,6 +19,7 @@ from diffusion.config import FitConfig
 from diffusion.console import UserError, run
 from diffusion.denoiser import Denoiser
 from diffusion.model import Model, build
+from diffusion.noise import seed32
 from diffusion.runs import train_model
 from diffusion.training import Average
 from students.start import StudentOptions, find_teacher, settle, student_card
@@ -51,15 +52,18 @@ class Guidance:
 
 @dataclass(frozen=True)
 class Options(StudentOptions):
-    """Distil a conditional teacher's guidance into a network that takes its weight as an input."""
+    """Make a student that does a guided teacher's two calls a step in one (Meng et al. 2023).
+
+    The guidance weight becomes an input of the network."""
 
     teacher: Path = Path("runs/digits-classes/teacher")
-    """A conditional teacher's run or checkpoint."""
+    """The run or checkpoint of a teacher that was trained with --num-classes."""
     guidance: tuple[float, float] = (1.0, 4.0)
-    """Least and greatest weight, 1 in between or at an end: 1 is none."""
+    """The least and the greatest weight that the student learns. 1 is no guidance and must be
+    within."""
     own_guidance: float = 1.5
-    """The weight that the student samples with unless told another. On digits the least measured
-    at which every image is of its class; quality falls from there on."""
+    """The weight that the student samples with if students.generate is given no --guidance. On
+    digits 1.5 is the least weight measured at which every image is of its class."""
     fit: FitConfig = field(default_factory=FitConfig)
 
     @staticmethod
@@ -69,7 +73,7 @@ class Options(StudentOptions):
 
 def with_guidance_input(teacher: Denoiser, guidance: tuple[float, float], seed: int) -> Denoiser:
     """The teacher's network and weights with a guidance input, which changes nothing as yet."""
-    torch.manual_seed(seed)
+    torch.manual_seed(seed32(seed))
     student = build(replace(teacher.net.config, guidance=guidance), teacher.precision)
     missing, unexpected = student.net.load_state_dict(teacher.net.state_dict(), strict=False)
     assert not unexpected
@@ -82,7 +86,8 @@ def distill(options: Options) -> Model:
     low, high = options.guidance
     if not 0 <= low <= 1 <= high < float("inf") or low == high:
         raise UserError(
-            f"--guidance must be a range of weights from 0 with 1 in it, got {low:g} {high:g}"
+            "--guidance must be a least and a greatest weight, from 0 on and with 1 in their "
+            f"range, such as 1 4, got {low:g} {high:g}"
         )
     if not low <= options.own_guidance <= high:
         raise UserError(
@@ -96,7 +101,10 @@ def distill(options: Options) -> Model:
             f"{options.teacher} knows no classes to guide towards: train a teacher with --num-classes"
         )
     if teacher.denoiser.guidance:
-        raise UserError(f"{options.teacher} takes its guidance weight as an input already")
+        raise UserError(
+            f"{options.teacher} takes its guidance weight as an input already: give it to "
+            "distill.progressive, or name its own teacher"
+        )
     student = with_guidance_input(teacher.denoiser, options.guidance, options.fit.seed)
     inherited = student_card(teacher) | {
         "net": teacher.card.net | {"guidance": options.guidance},

@@ -74,12 +74,16 @@ def trajectory(teacher, noise: Tensor, angles: Tensor, label=None) -> tuple[Tens
 
 @dataclass(frozen=True)
 class Options(StudentOptions):
-    """Teach a student where the teacher's short trajectories end: a start for consistency training."""
+    """Prepare a student for consistency training: teach it where the teacher's trajectories end.
+
+    Give the result to distill.consistency --start (Hu et al. 2025)."""
 
     solver_steps: int = 16
-    """Steps of DPM-Solver++ in a trajectory, and angles at which the student learns."""
+    """Steps of a trajectory of DPM-Solver++. The student learns at the same number of noise
+    levels."""
     weighting: Literal["truncated", "v"] = "truncated"
-    """max(SNR, 1) or SNR + 1, as weights of x0's squared error."""
+    """How much each noise level counts, as a weight of x0's squared error. truncated: max(SNR, 1);
+    v: SNR + 1."""
     fit: FitConfig = field(default_factory=FitConfig)
 
     @staticmethod

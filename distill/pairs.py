@@ -54,7 +54,7 @@ class LogNormal:
     std: float
 
     def share(self, t: Tensor) -> Tensor:
-        """Of angles below t (Song & Dhariwal 2023, section 3.5, its error functions)."""
+        """The share of angles below t (Song & Dhariwal 2023, section 3.5, its error functions)."""
         return torch.special.ndtr((t.tan().log() - self.mean) / self.std)
 
     def tan(self, level: Tensor, top: float) -> Tensor:

@@ -17,6 +17,7 @@ from diffusion.checkpoint import Card
 from diffusion.circle import add_noise, merge_steps, rotate, x0_loss
 from diffusion.config import FitConfig
 from diffusion.console import UserError, run, say
+from diffusion.folders import check_claim, check_home
 from diffusion.model import Model, load
 from diffusion.runs import train_model
 from diffusion.schedules import halve, respace, shifted
@@ -79,33 +80,40 @@ def steps_table(angles: Tensor, kept: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Options(StudentOptions):
-    """Merge a teacher's sampling steps, round after round, down to one."""
+    """Make students of a teacher that need fewer and fewer steps, down to one (Salimans & Ho 2022).
+
+    Each round merges the sampling steps of its teacher, and its student teaches the next round."""
 
     start_steps: int = 1000
-    """Steps that the first round's teacher takes; at most the teacher's own 1000."""
+    """Steps that the teacher takes in the first round, at most its own 1000."""
     solver: Literal["euler", "heun"] = "euler"
-    """How it takes them: DDIM, or in two calls each, of second order. A student's are DDIM's."""
+    """How the teacher takes the steps of the first round. euler: DDIM's step, one call; heun: a
+    step of second order, two calls, of which far fewer do."""
     rounds: tuple[int, ...] = ()
-    """The students' step counts, such as 16 4 1; those measured best for the data unless told."""
+    """The students' step counts, one for each round, such as 16 4 1. If left out: those that
+    measured best for the data."""
     factor: int | None = None
-    """Or the steps that each round merges into one; 2 where --end-steps alone is told."""
+    """In place of --rounds: how many steps each round merges into one. With --end-steps alone:
+    2."""
     end_steps: int | None = None
-    """Where to stop; 1 where --factor alone is told."""
+    """In place of --rounds: the last student's steps. With --factor alone: 1."""
     round_iterations: tuple[int, ...] = ()
-    """Each round's own --iterations."""
+    """Optimizer steps of each round, one number a round, in place of --iterations for all."""
     last_rounds: float | None = None
-    """Or rounds that end at 2 steps or fewer train this many times --iterations. Unless told, rounds
-    to step counts of the data's preset have its shares, and among others these have 2.5."""
+    """How many times --iterations the rounds to 2 steps or fewer train. If left out: what the
+    data's preset says for its rounds, and 2.5 for other rounds."""
     weighting: Literal["truncated", "v"] = "truncated"
-    """max(SNR, 1) or SNR + 1, as weights of x0's squared error."""
+    """How much each noise level counts, as a weight of x0's squared error. truncated: max(SNR, 1);
+    v: SNR + 1 (Salimans & Ho 2022, section 4)."""
     next_teacher: Literal["ema", "raw"] = "ema"
-    """Of a student, what teaches the next: the average that is kept, or its last weights."""
+    """Which weights of a student teach the next. ema: the average, which is kept; raw: the last
+    ones."""
     fit: FitConfig = field(default_factory=FitConfig)
 
     @staticmethod
     def default(data: str) -> "Options":
         chosen = preset(data)
-        return Options(fit=chosen.halving, start_steps=chosen.start_steps)
+        return Options(fit=chosen.halving, start_steps=chosen.start_steps, solver=chosen.solver)
 
 
 def counts(options: Options, usual: Sequence[int] = ()) -> list[int]:
@@ -122,10 +130,16 @@ def counts(options: Options, usual: Sequence[int] = ()) -> list[int]:
         chain = (start, *options.rounds)
         if not all(n > m >= 1 for n, m in pairwise(chain)):
             told = " ".join(map(str, options.rounds))
-            raise UserError(f"--rounds must fall from below --start-steps {start} to 1, got {told}")
+            raise UserError(
+                f"--rounds must be numbers that fall, from below --start-steps {start} to 1 or "
+                f"more, such as 16 4 1, got {told}"
+            )
         return list(options.rounds)
     if start <= end:
-        raise UserError(f"--start-steps {start} is not above --end-steps {end}")
+        raise UserError(
+            f"--start-steps {start} must be above --end-steps {end}: start from more steps or end "
+            "at fewer"
+        )
     if usual and not chained:
         return [num_steps for num_steps in usual if num_steps < start]
     found = [start]
@@ -140,11 +154,11 @@ def budgets(
     """Optimizer steps of each round. usual: shares of --iterations, where nothing is told of them."""
     told, last = options.round_iterations, options.last_rounds
     if told and options.fit.minutes:
-        raise UserError("--round-iterations names every round's: leave --minutes out")
+        raise UserError("--round-iterations says how long each round takes: leave --minutes out")
     if told and (len(told) != len(counts) or min(told) < 1):
         raise UserError(
-            f"--round-iterations must be a number from 1 for each of the {len(counts)} rounds, "
-            f"to {' '.join(map(str, counts))} steps, got {' '.join(map(str, told))}"
+            f"--round-iterations must be a number of at least 1 for each of the {len(counts)} "
+            f"rounds, to {' '.join(map(str, counts))} steps, got {' '.join(map(str, told))}"
         )
     if last is not None and last <= 0:
         raise UserError(f"--last-rounds must be above 0, got {last:g}")
@@ -174,9 +188,11 @@ def distill(options: Options) -> list[Model]:
     """One student per round, each in its own folder and usable on its own."""
     counts(options)  # a mistake is told before a teacher is trained
     options = settle(options, "progressive")
-    teacher, dataset, out = find_teacher(options, "progressive", options.fit)
+    teacher, dataset, out = find_teacher(options, "progressive", options.fit, check_home)
     usual = preset(teacher.spec.name).rounds
     rounds = counts(options, [*usual])
+    for num_steps in rounds:
+        check_claim(out / f"{num_steps:04d}")
     fits = round_fits(options, rounds, usual)
     angles = respace(teacher.schedule, options.start_steps)
     if not teacher.card.shifted:

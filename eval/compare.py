@@ -14,13 +14,15 @@ from torch import Tensor
 
 from diffusion import data as datasets
 from diffusion import machine
-from diffusion.checkpoint import require_folder, write_atomic
+from diffusion.checkpoint import write_atomic
 from diffusion.config import check_compiler
 from diffusion.console import UserError, at_least, diverted, run, say, silence
+from diffusion.folders import check_claim, claim
 from diffusion.model import Model, load, require_same_images, this_device
+from diffusion.noise import check_seed
 from diffusion.samplers import SOLVERS
 from diffusion.schedules import check_shift
-from eval import plots, records, table
+from eval import closing, plots, records, table
 from eval.evaluate import Bench, measure_rows, template
 from eval.features import extractor
 from eval.lines import lines
@@ -33,60 +35,77 @@ from eval.store import Store, samples_of
 
 OWN_CLASSIFIER = ("digits", "fashion-mnist")  # where it is the default extractor; elsewhere, fid
 DRAWS = 8  # of real images, for the floor
+# Of a teacher's long plan, at least: its calls are then as many as those of a solver's 50 steps on
+# 10,000 images, and every machine chooses alike, so that tables of several can be merged.
+LONG_IMAGES = 512
+SEARCHED = 1024  # images of each trial of a search, at most, where features have fewer dimensions
 
 
 @dataclass(frozen=True)
 class Options:
-    """Evaluate every checkpoint at its own step counts, and the teacher with training-free solvers.
+    """Say in one table what each student, and the teacher by each solver, costs in quality and in
+    time.
 
-    What is measured stays in results.jsonl and is not measured again. Under `accelerate launch`
-    the images are shared out among the processes.
+    What is measured stays in results.jsonl and is not measured again. Under `accelerate launch` the
+    processes share the images out.
     """
 
     runs: tyro.conf.Positional[tuple[Path, ...]] = (Path("runs/digits"),)
-    """Runs, checkpoints, folders that hold runs; and results.jsonl files of other machines or
-    people, whose rows join the table."""
+    """What to compare: runs, checkpoints, or folders that hold runs. The rows of results.jsonl
+    files, of other machines or people, join the table."""
     steps: str | None = None
-    """Network calls to compare at, e.g. 1,2,4,8; the teacher's own plan is shown, too."""
+    """Network calls for each image to compare at, such as 1,2,4,8. The teacher's own plan is shown
+    as well. If left out: each student's own, and for the teacher's solvers 1 to 32."""
     long: bool = True
-    """Show the teacher's own plan, by far the slowest row and what the others' ratios are to."""
+    """Show the teacher's own plan, by far the slowest row; the speed-ups of the others are over it.
+    If no solver's row can stand in for it in the ratios, add one of the last solver's at 32
+    calls."""
     solvers: tuple[str, ...] = ("ddim", "dpm-solver++", "unipc")
-    """Samplers without training to compare with, of those that the teacher takes; others are heun,
-    truncated, ancestral, stochastic and predictor-corrector."""
+    """Samplers that need no training, by which the teacher is compared. Others are heun, truncated,
+    ancestral, stochastic and predictor-corrector."""
     shifts: tuple[float, ...] = ()
-    """Shifts of the solvers' angles to compare, in place of the teacher's own (teachers.ddpm --shift)."""
-    num_images: int | None = None
-    """Images per seed, more than the features have dimensions: 1024, or 10,000 where that is not
-    enough, unless told."""
-    likelihood: int = 1024
-    """Held-out images whose bits per dimension are measured of a teacher; 0 for none."""
+    """Shifts to compare, which say where the solvers' steps are, in place of the teacher's own (see
+    teachers.ddpm --shift)."""
+    num_images: int = 10_000
+    """Images that each row's quality is measured on, for each seed. It must be above the number of
+    features."""
+    long_images: int | None = None
+    """Images for each seed of a teacher's own plan of more than 100 steps, which takes by far the
+    longest. If they are fewer than --num-images, the others' ratios are to the teacher's best other
+    row of 16 steps or more. If left out: 512, or in whole batches more than the features."""
+    likelihood: int = 64
+    """Held-out images on which a teacher's bits per dimension are measured. Each costs about 200
+    network calls. 0: none."""
     search_steps: tuple[int, ...] = ()
-    """Search the best angles for consistency students to restart at, for these step counts; the
-    figures in the table are of other noise than the search's."""
-    seeds: tuple[int, ...] = (0, 1)
-    """Noise seeds; the spread is over them."""
+    """Step counts at which to search where consistency students should restart. The table's figures
+    come from other noise than the search's."""
+    seeds: tuple[int, ...] = (0,)
+    """Seeds of the noise. With several, the table shows the spread over them."""
     batch_size: int = 256
-    """For quality and for images/s."""
+    """Images that a network makes at a time, for quality and for images/s."""
     features: str | None = None
-    """What quality is measured on: classifier (the dataset's own), random, inception (fid), or a
-    TorchScript .pt or torch.export .pt2 file of yours. The classifier for digits and fashion-mnist,
-    else inception, unless told."""
+    """The features that quality is measured on: classifier (one of the data, trained once), random
+    (an untrained network), inception (fid), or your own network, a TorchScript .pt or torch.export
+    .pt2 file. If left out: classifier for digits and fashion-mnist, else inception."""
     inception: Path | None = None
-    """Where clean-fid's inception-2015-12-05.pt is; the cache, or downloaded, unless told."""
+    """Where clean-fid's weights are: the file inception-2015-12-05.pt or its folder. If left out:
+    the cache, or downloaded to it."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Number format of the networks, for all rows; auto takes the faster one on this machine."""
+    """Number format of the networks, for all rows. auto: the faster one on this machine."""
     compile: bool = False
-    """torch.compile the networks; the first call's time is shown apart."""
+    """Compile the networks by torch.compile. The table shows the first call's time apart."""
     sweep: bool = False
-    """Time every row at doubling batch sizes too, to its best images/s or out of memory."""
+    """Time every row at larger and larger batches too, up to its best images/s or out of memory."""
     times: bool = True
     """Time the rows. Without times, rows of several machines may share a table."""
     table: Literal["rich", "markdown", "csv", "latex", "jsonl"] = "rich"
-    """How to print the table; the rest then goes to stderr."""
+    """How to print the table. With any but rich, all else goes to stderr."""
+    data: str | None = None
+    """The folder that the models' images are in now, if it has moved."""
     data_dir: Path | None = None
-    """Where a named dataset's files are."""
+    """The folder that holds a named dataset's files."""
     out: Path | None = None
-    """Where the results go; compare/ beside the runs unless told."""
+    """The folder for the results. If left out: compare/ beside the runs."""
 
 
 def compare(options: Options) -> list[Record]:
@@ -100,14 +119,17 @@ def compare(options: Options) -> list[Record]:
     paths = tuple(path for path in options.runs if path not in files)
     given = records.merge(map(records.read, files))
     folder = options.out or home(paths)
-    require_folder(folder)
+    check_claim(folder, "comparison")
     store = Store.open(folder)
     measured, refused = [], []
     if paths:
         wanted = planned(options, paths)
         bench = prepare(options, wanted[0].model)
-        records.require_comparable([*given, template(bench, wanted[0])], options.times)
+        usual = next((row for row in wanted if not row.long), wanted[0])
+        records.require_comparable([*given, template(bench, usual)], options.times)
         wanted += searched(options, wanted, bench)
+        if alone:
+            claim(folder, "comparison")
         measured, refused = measure_rows(bench, wanted, store)
         store.put(images={"real": bench.judge.dataset.train[:SHOWN]})
         if alone:
@@ -116,6 +138,7 @@ def compare(options: Options) -> list[Record]:
     shown = records.merge([measured, given])
     records.require_comparable(shown, options.times)
     if alone and shown:
+        claim(folder, "comparison")
         store.put(*shown, images=reduce(or_, (samples_of(file.parent) for file in files), {}))
         write_results(store, shown, options, bench.judge.dataset.train if paths else None)
     if refused:
@@ -133,13 +156,17 @@ def check(options: Options) -> None:
         raise UserError(f"--likelihood must be 0 or at least 2, got {options.likelihood}")
     if unknown := [name for name in options.solvers if name not in SOLVERS]:
         raise UserError(f"--solvers must be of {', '.join(SOLVERS)}, got {unknown[0]}")
+    for seed in options.seeds:
+        check_seed(seed, "--seeds")
     if SEED in options.seeds:
-        raise UserError(f"--seeds must be others than the search's own {SEED}")
+        raise UserError(f"--seeds must not hold {SEED}, the seed of --search-steps: give another")
     if not options.seeds or len({*options.seeds}) < len(options.seeds):
         told = " ".join(map(str, options.seeds)) or "none"
         raise UserError(f"--seeds takes one or more numbers, each once, e.g. 0 1, got {told}")
     if missing := [path for path in options.runs if path.suffix == ".jsonl" and not path.exists()]:
-        raise UserError(f"{missing[0]}: no such file of results")
+        raise UserError(
+            f"there is no file {missing[0]}: expected a results.jsonl that eval.compare wrote"
+        )
 
 
 def planned(options: Options, paths: tuple[Path, ...]) -> list[Row]:
@@ -153,10 +180,12 @@ def planned(options: Options, paths: tuple[Path, ...]) -> list[Row]:
     asked = counts, options.solvers, options.long, options.shifts
     found = [row for path, model in models for row in rows(path, model, *asked)]
     if not found:
-        raise UserError(f"none of the runs samples in --steps {options.steps}")
+        raise UserError(
+            f"none of the runs samples in --steps {options.steps}: give others, or leave it out"
+        )
     if options.search_steps and not students(found):
         raise UserError(
-            "--search-steps is of consistency students, and there is none among the rows"
+            "--search-steps needs a consistency student, and there is none among the rows"
         )
     return found
 
@@ -171,7 +200,8 @@ def searched(options: Options, wanted: list[Row], bench: Bench) -> list[Row]:
     found = []
     for path, model in students(wanted).items():
         for steps in options.search_steps:
-            size = bench.num_images, bench.batch_size
+            few = SEARCHED if bench.judge.extractor.dim < SEARCHED else bench.num_images
+            size = min(few, bench.num_images), bench.batch_size
             angles = [search_angles(bench.judge, model, steps, *size)]
             (angles,) = broadcast_object_list(angles)  # the first process's, to the bit
             found.append(Row(path, model, "consistency", angles, own=True, note="searched"))
@@ -183,25 +213,20 @@ def prepare(options: Options, model: Model) -> Bench:
     spec, device = model.spec, this_device()
     choice = options.features or ("classifier" if spec.name in OWN_CLASSIFIER else "inception")
     with PartialState().main_process_first():
-        dataset = datasets.load(spec.name, options.data_dir, spec.size, spec.channels)
-        if dataset.spec.shape != spec.shape:
+        dataset = datasets.reload(spec, options.data, options.data_dir)
+        # by the name that it was trained under: what was measured before a move stays measured
+        dataset = replace(dataset, spec=replace(dataset.spec, name=spec.name))
+        if len(dataset.train) < 2:
             raise UserError(
-                f"the models make images of shape {spec.shape}, but those of {spec.name} have "
-                f"{dataset.spec.shape}"
+                f"{spec.name} has {len(dataset.train)} image: expected 2 or more to judge by"
             )
         own = extractor(choice, dataset, device, options.inception)
-        num_images = options.num_images
-        if num_images is None:
-            num_images = 1024 if own.dim < 1024 else 10_000
-        if num_images <= own.dim:
-            raise UserError(
-                f"--num-images must be more than the {own.dim} dimensions of the features, "
-                f"got {num_images}"
-            )
+        num_images, long_images = sizes(options, own.dim)
         judge = Judge.of(dataset, own, extractor("random", dataset, device), device)
     return Bench(
         judge=judge,
         num_images=num_images,
+        long_images=long_images,
         seeds=options.seeds,
         batch_size=options.batch_size,
         precision=options.precision,
@@ -209,15 +234,36 @@ def prepare(options: Options, model: Model) -> Bench:
         times=options.times,
         sweep=options.sweep,
         likelihood=options.likelihood,
-        floor=judge.floor(num_images, DRAWS),
-        held_out=judge.held_out(num_images),
+        floors={n: judge.floor(n, DRAWS) for n in {num_images, long_images}},
+        held_out={n: judge.held_out(n) for n in {num_images, long_images}},
     )
+
+
+def sizes(options: Options, dim: int) -> tuple[int, int]:
+    """Images of a row, and of a teacher's long plan: whole batches, whose time is taken in passing."""
+    for flag, number in (("num", options.num_images), ("long", options.long_images)):
+        if number is not None and number <= dim:
+            raise UserError(
+                f"--{flag}-images must be more than the {dim} dimensions of the features, "
+                f"got {number}"
+            )
+    if options.long_images is None:
+        batches = -(-max(LONG_IMAGES, dim + 1) // options.batch_size)
+        return options.num_images, min(options.num_images, batches * options.batch_size)
+    if options.long_images > options.num_images:
+        raise UserError(
+            f"--long-images must be at most --num-images {options.num_images}, "
+            f"got {options.long_images}"
+        )
+    return options.num_images, options.long_images
 
 
 def home(paths: tuple[Path, ...]) -> Path:
     """compare/ in the folder that was named, or beside the run that was."""
     if not paths:
-        raise UserError("--out must say where to merge the files of results to")
+        raise UserError(
+            "--out is needed to merge files of results: name the folder for the merged ones"
+        )
     named = paths[0].parent if paths[0].is_file() else paths[0]
     return (named.parent if (named / "model.safetensors").exists() else named) / "compare"
 
@@ -247,6 +293,8 @@ def write_results(
         written.append("nearest.png")
     table.show(options.table, shown, options.times)
     say(f"{folder}: {', '.join(written)}")
+    say(closing.take(found))
+    say(f"make a page of it: {closing.python()} -m {closing.quoted('eval.report', str(folder))}")
 
 
 def main() -> None:

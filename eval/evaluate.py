@@ -1,7 +1,9 @@
 """Measure rows: network calls, times, quality and, of teachers, likelihood; resumable at every part."""
 
 import json
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
@@ -10,15 +12,18 @@ from math import isfinite
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
-from diffusion.console import UserError, track
+from diffusion.console import UserError, say, track
+from diffusion.samplers import SOLVERS
 from eval import likelihood, machine, measure, stream
 from eval.plans import Row
 from eval.quality import SHOWN, Judge
 from eval.race import Lap, race, sweep
 from eval.records import Record
 from eval.store import Store
+from eval.timing import InPassing, Timing
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,8 @@ class Bench:
 
     judge: Judge
     num_images: int
+    long_images: int
+    """Images for a teacher's own plan of very many steps."""
     seeds: tuple[int, ...]
     batch_size: int
     precision: str
@@ -34,15 +41,18 @@ class Bench:
     times: bool
     sweep: bool
     likelihood: int
-    """Of how many held-out images, at most."""
-    floor: list[float]
-    held_out: dict[str, float]
+    """Held-out images, at most, on which likelihoods are measured."""
+    floors: dict[int, list[float]]
+    """Number of images -> the metric of as many real ones, for each draw."""
+    held_out: dict[int, dict[str, float]]
+    """Number of images -> the further figures of as many held-out ones."""
 
 
 def recipe(settings: dict) -> str:
     """What trainings that differ in their seed alone have in common: all settings that are not off,
     so that an option that is new, and off, makes no other recipe."""
-    own = ("seed", "parent", "start")  # a seed's parents are its own
+    # a seed's parents are its own; the images are named, and rows of others share no table
+    own = ("seed", "parent", "start", "data_sha256")
     rest = {name: value for name, value in settings.items() if value and name not in own}
     return sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()[:8]
 
@@ -50,7 +60,7 @@ def recipe(settings: dict) -> str:
 def template(bench: Bench, row: Row) -> Record:
     """The record of a row before it is measured."""
     judge, card = bench.judge, row.model.card
-    extractor = judge.extractor
+    extractor, num_images = judge.extractor, bench.long_images if row.long else bench.num_images
     spent = ("iterations", "images", "total_images", "seconds")
     training = {name: card.training[name] for name in spent if name in card.training}
     if "settings" in card.training:
@@ -69,10 +79,10 @@ def template(bench: Bench, row: Row) -> Record:
         data=judge.data,
         metric=extractor.name,
         extractor={"sha256": extractor.sha256, "accuracy": extractor.accuracy},
-        num_images=bench.num_images,
+        num_images=num_images,
         seeds=list(bench.seeds),
-        floor=bench.floor,
-        held_out=bench.held_out,
+        floor=bench.floors[num_images],
+        held_out=bench.held_out[num_images],
         batch_size=bench.batch_size,
         environment=machine.environment(judge.device, bench.precision, bench.compile),
         conditions=machine.conditions(judge.device),
@@ -83,21 +93,29 @@ def time_rows(bench: Bench, rows: dict[Row, Record]) -> dict[Row, Record]:
     """With the times that are asked for and lacking: all rows in turn, size by size."""
     device, sizes = bench.judge.device, sorted({1, bench.batch_size})
     found = {row: {t.batch_size: t for t in record.timings} for row, record in rows.items()}
-    untimed = [row for row in rows if bench.times and not found[row]]
+    whole = {n: [n in known and known[n].over for known in found.values()] for n in sizes}
+    lacking = {n: [bench.times and not over for over in whole[n]] for n in sizes}
+    (lacking,) = broadcast_object_list([lacking])  # the first process's, which alone has seen all
+    untimed = {
+        n: [row for row, lacks in zip(rows, lacking[n], strict=True) if lacks] for n in sizes
+    }
+    races = {n: {row: partial(sample, row, n) for row in untimed[n]} for n in sizes if untimed[n]}
     unswept = [row for row in rows if bench.times and bench.sweep and len(found[row]) <= len(sizes)]
-    laps = []
-    if untimed:
-        laps += [race({row: partial(sample, row, n) for row in untimed}, n, device) for n in sizes]
+    laps = [race(calls, n, device) for n, calls in races.items()]
     if unswept:
         laps.append(sweep({row: partial(sample, row) for row in unswept}, device, found))
     for each in laps:
         for lap in track(each, "speed", Lap.progress):
-            found[lap.key][lap.timing.batch_size] = lap.timing
-    changed = {row: [found[row][n] for n in sorted(found[row])] for row in [*untimed, *unswept]}
+            known, size = found[lap.key], lap.timing.batch_size
+            first = known[size].first if size in known else lap.timing.first
+            known[size] = replace(lap.timing, first=first)  # with what was compiled for its images
+    changed = {row: [found[row][n] for n in sorted(found[row])] for row in rows}
     conditions = machine.conditions(device)
-    return rows | {
-        row: replace(rows[row], timings=timings, conditions=conditions)
-        for row, timings in changed.items()
+    return {
+        row: replace(record, timings=changed[row], conditions=conditions)
+        if changed[row] != record.timings
+        else record
+        for row, record in rows.items()
     }
 
 
@@ -108,35 +126,77 @@ def sample(row: Row, size: int) -> Tensor:
 def judge_rows(
     bench: Bench, found: dict[Row, Record], store: Store, refused: dict[Row, str]
 ) -> Iterator[tuple[int, int, str]]:
-    """Fill in the figures of all seeds, each on disk before the next begins: (images, of, words).
+    """Fill in the figures of all seeds, each on disk before the next begins: (calls, of, words).
 
-    A row whose images are none is moved from `found` to `refused`, with the reason.
+    Rows of few network calls come first, so that the pace is known when the longest begins. A row
+    whose batches are long is timed in passing. A row whose images are none is moved from `found`
+    to `refused`, with the reason.
     """
     judge, done = bench.judge, 0
     left = {row: record.seeds[len(record.quality) :] for row, record in found.items()}
-    total = bench.num_images * sum(map(len, left.values()))
-    for row, seeds in left.items():
-        for seed in seeds:
-            record = found[row]
+    costs = {row: record.nfe * record.num_images for row, record in found.items()}
+    total = sum(cost * len(left[row]) for row, cost in costs.items())
+    for row in sorted(left, key=costs.get):
+        watch = InPassing(bench.batch_size, judge.device, bench.compile)
+        known = [t for t in found[row].timings if t.batch_size == bench.batch_size]
+        timed = not bench.times or any(t.over for t in known)
+        for seed in left[row]:
+            record, words = found[row], f"network calls, {row.title}"
             part = store.folder / "partial" / f"{record.tag}-{seed}"
-            look = stream.look(
-                judge, row.model, row.plan, seed, bench.num_images, bench.batch_size, part
-            )
+            size = record.num_images, bench.batch_size
+            more = () if timed else (watch,)
+            look = stream.look(judge, row.model, row.plan, seed, *size, part, *more)
+            yield done, total, words
             try:
-                for count, seen in look:  # noqa: B007
-                    yield done + count, total, f"images, {row.title}"
+                with heard(row):
+                    for count, seen in look:  # noqa: B007
+                        yield done + record.nfe * count, total, words
             except UserError as error:
                 refused[row] = f"{row.title} ({row.path}): {error}"
                 del found[row]
-                total -= bench.num_images * len(seeds)
+                total -= costs[row] * len(left[row])
                 break
-            done += bench.num_images
+            done += costs[row]
             if PartialState().is_main_process:
-                found[row] = record = with_seed(record, judge.distance(seen), judge.others(seen))
+                record = with_seed(record, judge.distance(seen), judge.others(seen))
+                found[row] = record = with_timing(record, watch.result)
                 first = len(record.quality) == 1
                 shown = {record.tag: seen.rows("pixels")[:SHOWN].cpu()}
                 store.put(record, images=shown if first else None)
                 stream.forget(part)
+
+
+@contextmanager
+def heard(row: Row, every: float = 30.0) -> Iterator[None]:
+    """A line every so many seconds while a long plan's batch is made: how far it is."""
+    calls = SOLVERS[row.sampler].calls(len(row.angles) - 1)
+    done, begun, said = 0, 0.0, 0.0
+
+    def tell(*_) -> None:
+        nonlocal done, begun, said
+        now = time.monotonic()
+        if done in (0, calls):
+            done, begun, said = 0, now, now
+        done += 1
+        if now - said > every and done < calls:
+            left = (now - begun) / done * (calls - done)
+            say(f"{row.title}: call {done:,} of {calls:,} of this batch, {left:.0f} s left of it")
+            said = now
+
+    hook = row.model.denoiser.register_forward_hook(tell) if row.long else None
+    try:
+        yield
+    finally:
+        if hook:
+            hook.remove()
+
+
+def with_timing(record: Record, timing: Timing | None) -> Record:
+    """The record with that timing, if any, in place of one of its batch size."""
+    if timing is None:
+        return record
+    others = [each for each in record.timings if each.batch_size != timing.batch_size]
+    return replace(record, timings=[*others, timing])
 
 
 def with_seed(record: Record, quality: float, others: dict[str, float]) -> Record:
@@ -161,7 +221,8 @@ def likelihood_of(bench: Bench, row: Row, record: Record) -> Record:
     model = replace(row.model, denoiser=exact)
     # compiled was the other precision, and "fp32" alone leaves convolutions in TF32 on a GPU
     with torch.compiler.set_stance("force_eager"), machine.full_float32():
-        bits = likelihood.bits_per_dim(model, test[some], labels[some] if conditional else None)
+        label = labels[some] if conditional else None
+        bits = likelihood.bits_per_dim(model, test[some], label, batch_size=64)
     return replace(record, likelihood=bits)
 
 
@@ -175,10 +236,12 @@ def measure_rows(bench: Bench, rows: list[Row], store: Store) -> tuple[list[Reco
     if bench.compile:
         for model in {id(row.model): row.model for row in rows}.values():
             model.denoiser.compile_network()
-    found, refused = time_rows(bench, found), {}
+    refused: dict[Row, str] = {}
     store.put(*found.values())
     for _ in track(judge_rows(bench, found, store, refused), "quality", lambda told: told):
         pass
+    found = time_rows(bench, found)
+    store.put(*found.values())
     found = {row: likelihood_of(bench, row, record) for row, record in found.items()}
     store.put(*found.values())
     return list(found.values()), list(refused.values())

@@ -35,7 +35,7 @@ class Extractor:
     extract: Callable[[Tensor], Tensor]
     """uint8 (B, C, H, W) on its device -> float32 (B, dim)."""
     accuracy: float | None = None
-    """Of the classifier, on held-out images."""
+    """The classifier's accuracy on held-out images."""
     probabilities: Callable[[Tensor], Tensor] | None = None
     """A classifier's: features (B, dim) -> (B, classes)."""
 
@@ -111,6 +111,8 @@ def _pool(h: Tensor, size: int) -> Tensor:
 
     Where windows overlap, as products of matrices: a GPU adds up the usual gradient in any order.
     """
+    if h.shape[-1] == size:
+        return h
     if h.shape[-1] % size == 0:
         return F.avg_pool2d(h, h.shape[-1] // size)
     windows = F.adaptive_avg_pool1d(torch.eye(h.shape[-1], device=h.device), size)
@@ -121,7 +123,9 @@ def classifier(dataset: Dataset, device: torch.device, cache: Path = CACHE) -> E
     """The dataset's own classifier: trained once with a fixed seed, then read from the cache."""
     name = _slug(dataset.spec.name)
     if dataset.train_labels is None:
-        raise UserError(f"{name} has no classes to train a classifier on: use --features random")
+        raise UserError(
+            f"{name} has no classes to train a classifier on: give --features random or inception"
+        )
     seen = weights_sha256({"images": dataset.train, "labels": dataset.train_labels})
     path = cache / "features" / f"cnn-{name}-{seen[:8]}-{STEPS}.safetensors"
     with _repeatable(device):
@@ -135,7 +139,9 @@ def classifier(dataset: Dataset, device: torch.device, cache: Path = CACHE) -> E
         model.load_state_dict(weights)
         accuracy = json.loads(metadata["accuracy"])
     except (RuntimeError, KeyError):
-        raise UserError(f"{path} is from another version: remove it, to train anew") from None
+        raise UserError(
+            f"{path} was written by another version: delete it, and the classifier is trained anew"
+        ) from None
     sha256 = weights_sha256(model.state_dict())
     say(f"features: classifier of {name}, accuracy {accuracy:.2%} on held-out images, {sha256[:8]}")
     model = model.to(device).eval().requires_grad_(False)

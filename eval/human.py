@@ -18,10 +18,13 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
+from diffusion import checkpoint, model
 from diffusion import data as datasets
-from diffusion import model
 from diffusion.checkpoint import write_atomic
 from diffusion.console import UserError, at_least, out, run, say
+from diffusion.folders import check_file
+from diffusion.image_file import Form, reason
+from diffusion.noise import check_seed, seed32
 from eval import pages
 from students import generate
 
@@ -33,28 +36,35 @@ QUESTIONS = {True: "Which of the two is real?", False: "Which of the two looks b
 
 @dataclass(frozen=True)
 class Make:
-    """Write a page that shows images of A and B side by side, in random order and on random sides."""
+    """Write a page that asks people which of two images looks better, or is real, without saying
+    whose it is."""
 
     a: tyro.conf.Positional[str]
-    """A run or checkpoint (RUN@4: in 4 steps), an .npz, a folder of PNGs, or real:digits."""
+    """Images of one side: a run or checkpoint (RUN@4: in 4 steps), an .npz, a folder of PNGs, or
+    real:digits."""
     b: tyro.conf.Positional[str]
-    """The like. Images of the same number come from the same noise, and are shown together."""
+    """Images of the other side. Two models' images of one number come from the same noise and make
+    a pair."""
     out: Path = Path("human.html")
-    """The page. It needs no other file and no network."""
+    """The page to write. It needs no other file and no network."""
     pairs: int = 50
-    """Judgements to make."""
+    """How many pairs the page shows."""
     seed: int = 0
-    """Of the order and the sides, of the noise, and of which real images are shown."""
+    """Seed of the order and the sides, of the noise, and of the choice of real images: from 0 to
+    2^63 - 1."""
     data_dir: Path | None = None
-    """Where a named dataset's files are."""
+    """The folder that holds a named dataset's files."""
+    background: str | None = None
+    """The colour behind what is transparent in a folder's real images. If left out: the one that
+    the other side's checkpoint was trained with, else white."""
 
 
 @dataclass(frozen=True)
 class Read:
-    """Report how often one was preferred, or taken for real, with a 95 % confidence interval."""
+    """Say how often one side was preferred, or taken for real, with a 95 % confidence interval."""
 
     files: tyro.conf.Positional[tuple[Path, ...]]
-    """What the page's Download button saved, one file a judge."""
+    """Files that the page's Download button saved, one from each judge."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +89,7 @@ class Tally:
 
 
 def wilson(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
-    """The score interval of a proportion (Wilson 1927), at 95 % unless told; (0, 1) of no trials."""
+    """The score interval of a proportion (Wilson 1927), by default at 95 %; (0, 1) of no trials."""
     if trials == 0:
         return 0.0, 1.0
     share, square = successes / trials, z * z / trials
@@ -93,22 +103,42 @@ def images_of(source: str, options: Make, shape: tuple | None) -> Tensor:
     path = Path(source)
     if source.startswith(REAL):
         size, channels = (shape[-1], shape[0]) if shape else (32, 3)
-        dataset = datasets.load(source.removeprefix(REAL), options.data_dir, size, channels)
+        form = Form(size, channels, background_of(options))
+        dataset = datasets.load(source.removeprefix(REAL), options.data_dir, form)
         images = _some(dataset.train, options.seed)
     elif path.suffix == ".npz":
         images = _npz(path)
-    elif path.is_dir() and not (path / "model.safetensors").exists() and any(path.glob("*.png")):
+    elif _holds_images(path):
         images = _some(_folder(path), options.seed)
     else:
         images = _generated(source, options)
     if len(images) < options.pairs:
-        raise UserError(f"{source} holds {len(images)} images, --pairs {options.pairs} needs more")
+        raise UserError(
+            f"{source} holds {len(images)} images, fewer than --pairs {options.pairs}: ask for fewer pairs"
+        )
     return images[: options.pairs]
+
+
+def background_of(options: Make) -> str:
+    """The colour behind real images: the one that is given, else that of a side's checkpoint."""
+    if options.background:
+        return options.background
+    for source in (options.a, options.b):
+        if source.startswith(REAL) or source.endswith(".npz") or _holds_images(Path(source)):
+            continue
+        _, card, _ = checkpoint.load(_checkpoint(source)[0])
+        return card.data.get("background") or Form.background
+    return Form.background
+
+
+def _holds_images(path: Path) -> bool:
+    return path.is_dir() and not (path / "model.safetensors").exists() and any(path.glob("*.png"))
 
 
 def _some(images: Tensor, seed: int) -> Tensor:
     """In random order: files may be sorted by what they show."""
-    return images[torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))]
+    random = torch.Generator().manual_seed(seed32(seed))
+    return images[torch.randperm(len(images), generator=random)]
 
 
 def _npz(path: Path) -> Tensor:
@@ -125,25 +155,30 @@ def _npz(path: Path) -> Tensor:
 
 def _folder(path: Path) -> Tensor:
     images = []
-    for file in sorted(path.glob("*.png")):
+    for file in sorted(filter(Path.is_file, path.glob("*.png"))):
         try:
             with Image.open(file) as image:
                 images.append(np.asarray(image.convert("RGB")))
-        except (OSError, SyntaxError, ValueError) as error:
-            raise UserError(f"{file} is not a whole PNG ({error})") from error
+        except Exception as error:  # decoders raise anything
+            raise UserError(f"{file} cannot be read: it is {reason(error)}") from error
         if images[-1].shape != images[0].shape:
-            raise UserError(f"{file} has not the size of the others: {images[-1].shape[:2]}")
+            raise UserError(
+                f"{file} is not of the others' size {images[0].shape[:2]}: it is {images[-1].shape[:2]}"
+            )
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
 
 
 def _generated(source: str, options: Make) -> Tensor:
+    path, steps = _checkpoint(source)
+    made = generate.Options(path, options.pairs, steps, seed=options.seed)
+    return torch.cat(list(generate.generate(model.load(path), made)))
+
+
+def _checkpoint(source: str) -> tuple[Path, int | None]:
+    """RUN or RUN@4: the checkpoint, and the steps where they are named."""
     name, _, steps = source.rpartition("@")
     named = bool(name) and steps.isdecimal() and not Path(source).exists()
-    checkpoint = Path(name if named else source)
-    made = generate.Options(
-        checkpoint, options.pairs, int(steps) if named else None, seed=options.seed
-    )
-    return torch.cat(list(generate.generate(model.load(checkpoint), made)))
+    return Path(name if named else source), int(steps) if named else None
 
 
 def seal(secret: dict) -> str:
@@ -187,7 +222,7 @@ def page(options: Make) -> str:
     a, b = found[0], found[1]
     if a.shape[2:] != b.shape[2:]:
         sizes = " and ".join(f"{tuple(x.shape[2:])} in {name}" for x, name in zip((a, b), names))
-        raise UserError(f"A and B must have images of one size, got {sizes}")
+        raise UserError(f"both sides must have images of one size, got {sizes}")
     order, a_left = arrange(options.pairs, options.seed)
     uris = [[pages.data_uri(image.expand(3, -1, -1)) for image in images] for images in (a, b)]
     shown = [[uris[not left][i], uris[left][i]] for i, left in zip(order, a_left, strict=True)]
@@ -199,6 +234,8 @@ def page(options: Make) -> str:
 
 def make(options: Make) -> None:
     at_least(1, options, "pairs")
+    check_seed(options.seed)
+    check_file(options.out)
     write_atomic(options.out, page(options))
     say(f"{options.out}: {options.pairs} pairs; open it in a browser, then `read` what it saves")
 
@@ -237,7 +274,9 @@ def read(options: Read) -> Table:
     groups: dict[tuple, list[Tally]] = {}
     for path, each in found:
         if each.session in seen:
-            raise UserError(f"{path} and {seen[each.session]} are of one session: give only one")
+            raise UserError(
+                f"{path} and {seen[each.session]} hold one session's judgements: give one of them"
+            )
         seen[each.session] = path
         groups.setdefault((each.first, each.second), []).append(each)
     table = Table(box=box.SIMPLE_HEAD, caption_justify="left", caption=(

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from diffusion.circle import FROM_X0, add_noise
-from diffusion.console import UserError
+from diffusion.console import UserError, track
 from diffusion.data import ImageSpec
 from diffusion.grey_levels import log_levels
 from diffusion.model import Model
@@ -58,7 +58,8 @@ def bits_per_dim(
             "bits per dimension need a model of 2 or more steps, got one of 1: measure its teacher"
         )
     nats = []
-    for indices in torch.arange(len(images)).split(batch_size):
+    parts = torch.arange(len(images)).split(batch_size)
+    for indices in track(parts, "likelihood", lambda part: (int(part[0]), len(images), "images")):
         label = None if labels is None else labels[indices].to(device)
         indices, part = indices.to(device), images[indices].to(device)
         noise, share = Noise(seed, indices, spec.shape), offsets(seed, indices)

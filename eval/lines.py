@@ -6,20 +6,24 @@ from statistics import mean
 
 from diffusion.console import UserError
 from eval import quality
-from eval.records import Record, setting, titles
+from eval.records import ENOUGH, Record, most_images, setting, titles
 from eval.timing import Timing
 
 
 @dataclass(frozen=True)
 class Line:
     record: Record
-    """Of several trainings, one that has a figure of each; else its only one's."""
+    """The row's record. For several trainings it holds a figure of each."""
     title: str
     """Its method, told apart from the others'."""
     teacher: Record | None
-    """What it is compared with."""
+    """Its teacher's longest plan, which its speed is compared with."""
     trainings: tuple[Record, ...]
-    """By one recipe, from other seeds."""
+    """The records of its trainings: of one recipe, from other seeds."""
+    yardstick: Record | None = None
+    """The row of its teacher's that its quality is compared with."""
+    fewer: bool = False
+    """Whether it is judged on fewer images than the table's rest, with another bias in its figure."""
 
     @property
     def warnings(self) -> list[str]:
@@ -32,10 +36,11 @@ class Line:
 
     @property
     def ratio(self) -> float | None:
-        """To the larger of the teacher's figure and the floor; None where the two are not above 0."""
-        if self.teacher is None:
+        """To the larger of the yardstick's figure and the floor; None where the two are not above 0,
+        and of a row on fewer images."""
+        if self.yardstick is None or self.fewer:
             return None
-        least = max(self.teacher.score, mean(self.record.floor))
+        least = max(self.yardstick.score, mean(self.record.floor))
         return self.record.score / least if least > 0 else None
 
     @property
@@ -49,7 +54,7 @@ class Line:
 
     @property
     def speed_up(self) -> float | None:
-        """In images/s."""
+        """How many times as many images/s as the teacher's longest plan."""
         if self.teacher is None or self.teacher.batch is None or self.record.batch is None:
             return None
         return self.images_per_second / self.teacher.batch.images_per_second
@@ -64,18 +69,23 @@ def lines(records: list[Record]) -> list[Line]:
                 f"its {len(record.seeds)} seeds yet: go on with eval.compare"
             )
     groups: dict[tuple, list[Record]] = {}
-    origins: dict[tuple, Record | None] = {}
-    for record, teacher in zip(records, teachers(records), strict=True):
+    origins: dict[tuple, tuple[Record | None, Record | None]] = {}
+    compared = zip(teachers(records), yardsticks(records), strict=True)
+    for record, (teacher, yardstick) in zip(records, compared, strict=True):
         kind = _kind(record, teacher)
         while any(record.sha256 == other.sha256 for other in groups.get(kind, [])):
             kind = (*kind, "again")  # one checkpoint by two plans is not two trainings
         groups.setdefault(kind, []).append(record)
-        origins[kind] = teacher
+        origins[kind] = teacher, yardstick
     names = titles([same[0] for same in groups.values()])
-    return [
-        Line(pooled(same), title, origins[kind], tuple(same))
-        for title, (kind, same) in zip(names, groups.items(), strict=True)
-    ]
+    most = most_images(records)
+    made = []
+    for title, (kind, same) in zip(names, groups.items(), strict=True):
+        record, (teacher, yardstick) = pooled(same), origins[kind]
+        fewer = record.num_images < most
+        title += f" ({record.num_images:,} images)" if fewer else ""
+        made.append(Line(record, title, teacher, tuple(same), yardstick, fewer))
+    return made
 
 
 def _kind(record: Record, teacher: Record | None) -> tuple:
@@ -107,17 +117,40 @@ def pooled(same: list[Record]) -> Record:
 
 def teachers(records: list[Record]) -> list[Record | None]:
     """Each row's own: its first ancestor's longest plan; the table's where the line is broken."""
-    parents, usual = {record.sha256: record.parent for record in records}, teacher_of(records)
-    found = []
+    usual = teacher_of(records)
+    return [teacher_of(rows) or usual for rows in _ancestors(records)]
+
+
+def yardsticks(records: list[Record]) -> list[Record | None]:
+    """For each row that of its teacher's rows which its quality is compared with."""
+    usual, most = teacher_of(records), most_images(records)
+    rest = [row for row in records if usual and row.sha256 == usual.sha256]
+    return [yardstick_of(rows or rest, most) for rows in _ancestors(records)]
+
+
+def _ancestors(records: list[Record]) -> list[list[Record]]:
+    """For each row the rows of its first ancestor; none where the line is broken."""
+    parents = {record.sha256: record.parent for record in records}
+    made = []
     for record in records:
         first = record.sha256
         for _ in records:  # as many generations at most
             first = parents.get(first) or first
-        found.append(teacher_of([r for r in records if r.sha256 == first]) or usual)
-    return found
+        made.append([row for row in records if row.sha256 == first and row.parent is None])
+    return made
 
 
 def teacher_of(records: list[Record]) -> Record | None:
     """The table's: of first ancestors' own plans the longest."""
     roots = [record for record in records if record.own and record.parent is None]
     return max(roots, key=lambda record: record.nfe, default=None)
+
+
+def yardstick_of(rows: list[Record], most: int) -> Record | None:
+    """What quality is compared with, of one teacher's rows: its longest own plan where that is judged
+    on as many images as the others (most); else the best of those of 16 steps or more."""
+    longest = teacher_of(rows)
+    if longest and longest.num_images >= most:
+        return longest
+    enough = [row for row in rows if row.num_images >= most and row.steps >= ENOUGH]
+    return min(enough, key=lambda row: row.score, default=None)

@@ -9,6 +9,7 @@ from statistics import mean, stdev
 from typing import Literal
 
 import tyro
+from rich.markup import escape
 from rich.table import Table
 from scipy.stats import kendalltau
 
@@ -22,15 +23,17 @@ from eval.report import latest, left_out
 
 @dataclass(frozen=True)
 class Options:
-    """Pool the rows of students that differ in their training's seed alone, and rank the methods.
+    """Set methods against numbers of calls: one figure for all students that differ in their seed
+    alone.
 
-    Writes methods.md, methods.json and methods.png beside the first file of results.
+    Say where another distance ranks the methods otherwise. Write methods.md, methods.json and
+    methods.png beside the first file of results.
     """
 
     results: tyro.conf.Positional[tuple[Path, ...]] = (Path("runs/digits/compare/results.jsonl"),)
-    """results.jsonl of eval.compare, one or several."""
+    """Files results.jsonl that eval.compare wrote, one or several."""
     table: Literal["rich", "markdown", "json"] = "rich"
-    """How to print it; the rest then goes to stderr."""
+    """How to print the table. With markdown or json all else goes to stderr."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ class Pool:
     """That the student, and those that it goes on from, took gradients of."""
     figures: dict[str, list[float]]
     ratio: float | None
-    """Of the mean to the larger of the teacher's figure and the floor."""
+    """The mean over the larger of the teacher's figure and the floor."""
 
     def mean(self, name: str) -> float:
         return mean(self.figures[name])
@@ -166,7 +169,9 @@ def summarise(options: Options) -> list[Pool]:
     """The pooled table of these files; writes it, its figures and its plot."""
     for path in options.results:
         if not path.exists():
-            raise UserError(f"{path}: no such file of results: make it with eval.compare")
+            raise UserError(
+                f"there is no file {path}: expected a results.jsonl that eval.compare wrote"
+            )
     given = records.merge(map(records.read, options.results))
     found = latest(given, times=False)
     if not found:
@@ -175,7 +180,7 @@ def summarise(options: Options) -> list[Pool]:
         say(f"left out: {reason}")
     pooled = pools(found)
     seeds = max(len(next(iter(pool.figures.values()))) for pool in pooled)
-    first, ranked = found[0], rankings([pool for pool in pooled if pool.student])
+    first, ranked = records.fullest(found), rankings([pool for pool in pooled if pool.student])
     notes = [
         f"{first.metric} of {first.num_images} images (lower is better), the mean of noise seeds "
         f"{', '.join(map(str, first.seeds))}; mean ± spread over up to {seeds} training seeds; in "
@@ -204,12 +209,12 @@ def summarise(options: Options) -> list[Pool]:
 def _rich(heads: list[str], body: list[list[str]], notes: list[str]) -> None:
     table = Table()
     for i, head in enumerate(heads):
-        table.add_column(head, justify="right" if i else "left")
+        table.add_column(escape(head), justify="right" if i else "left")
     for row in body:
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     out.print(table)
     for note in notes:
-        out.print(note, highlight=False)
+        out.print(note, highlight=False, markup=False)
 
 
 def main() -> None:

@@ -1,6 +1,5 @@
 """Which rows a comparison has: the runs found, and how each is sampled."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -10,6 +9,9 @@ from torch import Tensor
 from diffusion.console import UserError
 from diffusion.model import Model
 from diffusion.samplers import SOLVERS
+from eval.records import ENOUGH, LONG
+
+STAND_IN = 32  # network calls of the row that is added where no other has steps enough
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +37,13 @@ class Row:
         return self.sampler, self.angles
 
     @property
+    def long(self) -> bool:
+        """Whether it is a teacher's own plan of very many steps, for which solvers can stand in."""
+        card = self.model.card
+        many = len(self.angles) - 1 > LONG
+        return self.own and many and card.parent is None and bool(card.solvers)
+
+    @property
     def title(self) -> str:
         """As the table has it."""
         method = self.method if self.own else f"{self.method}, {self.sampler}"
@@ -47,7 +56,9 @@ def find_runs(paths: tuple[Path, ...]) -> list[Path]:
     for path in paths:
         inside = sorted(path.rglob("model.safetensors"), reverse=True) if path.is_dir() else [path]
         if not inside:
-            raise UserError(f"{path} holds no finished run (no model.safetensors below it)")
+            raise UserError(
+                f"{path} holds no finished run: expected a model.safetensors in it or below it"
+            )
         found += inside
     return list(dict.fromkeys(found))
 
@@ -72,25 +83,31 @@ def rows(
     solvers: tuple[str, ...],
     long: bool = True,
     shifts: tuple[float, ...] = (),
-) -> Iterator[Row]:
+) -> list[Row]:
     """Its own plans, then at the other counts those of the solvers that it takes.
 
-    long: a teacher's own plan too, where it is not among the counts. shifts: of the solvers'
-    angles, each in turn; the card's unless told.
+    long: a teacher's own plan too, where it is not among the counts. Where that has very many
+    steps, one row of a solver has enough to stand in for it: the last solver's at 32 calls, if no
+    other. shifts: of the solvers' angles, each in turn; by default the card's.
     """
     card = model.card
+    made = []
     for steps in card.plans:
         wanted = counts is None or steps in counts or len(card.plans) == 1
         skipped = not long and card.parent is None and steps not in (counts or ())
         if wanted and not skipped:
-            yield Row(path, model, *model.plan(steps), own=True)
+            made.append(Row(path, model, *model.plan(steps), own=True))
     free = [solver for solver in solvers if solver in card.solvers]
-    ways = list(product(shifts or (None,), free))
-    for shift, solver in ways:
+    ways = list(product(shifts or (None,), free or card.solvers[-1:]))
+    plans = [(*way, nfe) for way in ways if free for nfe in counts or (1, 2, 4, 8, 16, 32)]
+    stands_in = any(SOLVERS[solver].steps(nfe) >= ENOUGH for _, solver, nfe in plans)
+    if long and any(row.long for row in made) and not stands_in:
+        plans.append((*ways[-1], STAND_IN))
+    for shift, solver, nfe in plans:
         note = "" if shift is None else f"shift {shift:g}"
-        for nfe in counts or (1, 2, 4, 8, 16, 32):
-            steps = SOLVERS[solver].steps(nfe)
-            if solver == card.sampler and steps in card.plans:
-                continue  # its own
-            if steps > 1 or (shift, solver) == ways[0]:  # in one step all are the same
-                yield Row(path, model, *model.plan(nfe, solver, shift), own=False, note=note)
+        steps = SOLVERS[solver].steps(nfe)
+        if solver == card.sampler and steps in card.plans:
+            continue  # its own
+        if steps > 1 or (shift, solver) == ways[0]:  # in one step all are the same
+            made.append(Row(path, model, *model.plan(nfe, solver, shift), own=False, note=note))
+    return made

@@ -12,7 +12,7 @@ from diffusion.checkpoint import write_atomic
 from diffusion.pictures import grid
 from eval import sets
 from eval.lines import Line, lines
-from eval.records import Record
+from eval.records import Record, fullest
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -40,7 +40,7 @@ def cost_plot(
         (line.title, line.record.own, cost(line), line.record.score, line.record.spread)
         for line in found
     ]
-    curves(path, points, found[0].record, label)
+    curves(path, points, fullest([line.record for line in found]), label)
 
 
 def curves(
@@ -54,7 +54,7 @@ def curves(
         same = sorted(rest for name, *rest in points if name == title)
         (own, *_), x, y, spread = zip(*same, strict=True)
         axes.errorbar(
-            x, y, spread, label=title, marker=next(markers, "."), linestyle="-" if own else "--",
+            x, y, spread, label=_literal(title), marker=next(markers, "."), linestyle="-" if own else "--",
             capsize=2, alpha=1 if own else 0.6,
         )  # fmt: skip
     metric, floor = any_of_them.metric, mean(any_of_them.floor)
@@ -97,9 +97,14 @@ def nearest_rows(path: Path, shown: list[Line], samples: dict[str, Tensor], trai
     _strips(path, found)
 
 
+def _literal(text: str) -> str:
+    """As it is: a name between two dollars is no formula."""
+    return text.replace("$", r"\$")
+
+
 def _words(line: Line) -> str:
     steps, nfe = line.record.steps, line.record.nfe
-    return f"{line.title}\n{steps} step{'s' * (steps > 1)}, {nfe} call{'s' * (nfe > 1)}"
+    return f"{_literal(line.title)}\n{steps} step{'s' * (steps > 1)}, {nfe} call{'s' * (nfe > 1)}"
 
 
 def _strips(path: Path, found: list[tuple[str, Tensor]]) -> None:

@@ -1,6 +1,5 @@
 """What is measured of a set of images, against real ones: distances, fidelity and diversity, copies."""
 
-import hashlib
 from dataclasses import dataclass, field
 from functools import cached_property, reduce
 from math import isfinite
@@ -11,8 +10,9 @@ import torch
 from torch import Tensor
 
 from diffusion.checkpoint import load_tensors, save_tensors
-from diffusion.console import UserError
-from diffusion.data import CACHE, Dataset
+from diffusion.console import UserError, track
+from diffusion.data import CACHE, Dataset, fingerprint
+from diffusion.image_file import Form
 from eval import sets
 from eval.features import Extractor
 from eval.metrics import Moments, frechet_distance
@@ -24,6 +24,7 @@ PORTION = 1000  # images through an extractor at a time
 KEPT = {"features": 1024, "pixels": 256}
 SHOWN = 16  # of the pixels, on pictures
 FAR = 128.0  # grey levels beyond black or white
+COPIED = 0.05  # of the images; more than so many copies are marked where no image is held out
 
 
 @dataclass
@@ -31,11 +32,11 @@ class Seen:
     """What is kept of a set of images while it streams by; two of them merge, in any order."""
 
     moments: dict[str, Moments] = field(default_factory=dict)
-    """Of the features, by extractor: "own" alone is of all images."""
+    """Extractor -> moments of the features; "own" alone is of all images."""
     odd: Tensor | None = None
     """(4,) float64: images, those not finite, those of one flat colour, share of far-off values."""
     parts: dict[int, dict[str, Tensor]] = field(default_factory=dict)
-    """By the number of a batch's first image: the rows that are kept of it, by KEPT's names."""
+    """Number of a batch's first image -> the rows that are kept of it, by KEPT's names."""
 
     def __add__(self, other: "Seen") -> "Seen":
         if not self.parts:
@@ -53,7 +54,9 @@ class Seen:
         """UserError where these cannot be a model's images."""
         images, broken, flat, far = self.odd.tolist()
         if broken:
-            raise UserError(f"{broken:.0f} of {images:.0f} images hold NaN or infinity")
+            raise UserError(
+                f"{broken:.0f} of {images:.0f} images hold NaN or infinity: the training failed"
+            )
         self.moments["own"].refuse()
         same = images > 1 and self.moments["own"].scatter.trace() == 0
         if flat == images or same:
@@ -101,7 +104,7 @@ class Judge:
     test: Tensor
     """(M, D) features of the held-out images."""
     real: dict[str, Moments]
-    """Of the training images, as in Seen."""
+    """Moments of the training images' features, as in Seen."""
     bank: Tensor
     """The training images on the device, for the nearest ones."""
     held_out_nearest: Tensor
@@ -121,7 +124,9 @@ class Judge:
         near = sets.two_nearest(some, bank) if len(some) else torch.zeros(0, 2)
         real = {"own": Moments.of(train), "cross": Moments.of(crossed)}
         data = {"name": dataset.spec.name, "split": "train", "images": len(train)}
-        data |= {"sha256": images_sha256(dataset.train)}
+        data |= {"sha256": fingerprint(dataset.train)}
+        if dataset.spec.background not in ("", Form.background):
+            data |= {"background": dataset.spec.background}
         return Judge(dataset, extractor, cross, device, train, test, real, bank, near, data)
 
     @cached_property
@@ -178,17 +183,20 @@ class Judge:
         cross = frechet_distance(Moments.of(found.rows("cross")), self.real["cross"])
         figures = {self.cross.name: cross, "kid": sets.kid(fake, self.some, self.kernel_mean)}
         figures["sliced-wasserstein"] = sets.sliced_wasserstein(fake, self.some, SLICES, slices)
-        some, radius = self.balls(len(fake))
-        figures |= sets.precision_recall_density_coverage(some, fake, NEIGHBOURS, radius)
+        if min(len(fake), len(self.some)) > NEIGHBOURS:
+            some, radius = self.balls(len(fake))
+            figures |= sets.precision_recall_density_coverage(some, fake, NEIGHBOURS, radius)
         if self.extractor.probabilities:
             figures["classifier-score"] = sets.inception_score(self.extractor.probabilities(fake))
         if len(fake) >= 4 * self.extractor.dim:
             thinned = torch.Generator().manual_seed(0)
             figures["infinity"] = sets.frechet_infinity(fake, self.real["own"], thinned)
+        ours = sets.two_nearest(found.rows("pixels"), self.bank)
         if len(self.held_out_nearest):
-            ours = sets.two_nearest(found.rows("pixels"), self.bank)
             near = sets.memorisation(ours, self.held_out_nearest)
             figures |= {f"memorisation-{name}": value for name, value in near.items()}
+        else:
+            figures["memorisation-copied"] = sets.copied(ours)
         return figures
 
     def floor(self, num_images: int, draws: int) -> list[float]:
@@ -222,31 +230,37 @@ def reference(
     images: Tensor, extractor: Extractor, device: torch.device, cache: Path = CACHE
 ) -> Tensor:
     """(N, D) features of real images on the device: read from the cache where they are in it."""
-    name = f"{extractor.name}-{extractor.sha256[:8]}-{images_sha256(images)[:16]}.safetensors"
+    name = f"{extractor.name}-{extractor.sha256[:8]}-{fingerprint(images)[:16]}.safetensors"
     path = cache / "reference" / name
     if path.exists():
         return load_tensors(path)[0]["features"].to(device)
     if not len(images):  # nothing is held out of a small folder
         return torch.zeros(0, extractor.dim, device=device)
-    features = torch.cat([extractor.extract(part.to(device)) for part in images.split(PORTION)])
+    parts = track(
+        enumerate(images.split(PORTION)),
+        "features of real images",
+        lambda item: (min(PORTION * item[0], len(images)), len(images), "images"),
+    )
+    features = torch.cat([extractor.extract(part.to(device)) for _, part in parts])
     save_tensors(path, {"features": features}, {})
     return features
-
-
-def images_sha256(images: Tensor) -> str:
-    return hashlib.sha256(images.contiguous().numpy()).hexdigest()
 
 
 def warnings(others: dict[str, float], real: dict[str, float]) -> list[str]:
     """What a reader of the table must not miss: a set that lost its diversity, or holds copies.
 
     Collapse: coverage below half of the held-out images'. Copies: more than three times as many
-    as among the held-out images, and at least 1 in 50.
+    as among the held-out images, and at least 1 in 50; where none is held out, more than COPIED.
     """
     found = []
     if "coverage" in real and others.get("coverage", 1.0) < real["coverage"] / 2:
         found.append("collapsed")
-    copied = others.get("memorisation-copied", 0.0)
-    if copied > max(0.02, 3 * others.get("memorisation-copied_floor", 1.0)):
+    limit = COPIED if unheld(others) else max(0.02, 3 * others.get("memorisation-copied_floor", 0))
+    if others.get("memorisation-copied", 0.0) > limit:
         found.append("copies")
     return found
+
+
+def unheld(others: dict[str, float]) -> bool:
+    """Whether these figures were taken where no image is held out to compare with."""
+    return "memorisation-copied" in others and "memorisation-copied_floor" not in others

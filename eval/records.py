@@ -13,6 +13,10 @@ from eval import schema
 from eval.timing import Timing
 
 FORMAT = 2
+LONG = (
+    100  # steps; a teacher's own plan of more may be judged on fewer images than its table's rest
+)
+ENOUGH = 16  # steps; a teacher's row of as many can then stand in for that plan
 
 
 @dataclass(frozen=True)
@@ -22,11 +26,11 @@ class Record:
     run: str
     method: str
     sha256: str
-    """Of the checkpoint's weights."""
+    """Identity of the checkpoint's weights."""
     parent: str | None
     sampler: str
     steps: int
-    """Of the sampler."""
+    """Steps of the sampler."""
     own: bool
     """Whether it is the checkpoint's own plan, not a solver's on the teacher."""
     angles: list[float]
@@ -45,7 +49,7 @@ class Record:
     held_out: dict[str, float]
     """The further figures of held-out real images: what a good model should come near to."""
     batch_size: int
-    """Of the images/s in the table."""
+    """Batch size of the table's images/s."""
     environment: dict
     """Device, precision, threads and versions: what a time depends on."""
     nfe: int = 0
@@ -77,6 +81,11 @@ class Record:
     def title(self) -> str:
         """What made it, and the solver that is not its own."""
         return self.method if self.own else f"{self.method}, {self.sampler}"
+
+    @property
+    def long(self) -> bool:
+        """Whether it is a teacher's own plan of very many steps."""
+        return self.own and self.parent is None and self.steps > LONG
 
     @property
     def further(self) -> dict[str, float]:
@@ -111,14 +120,18 @@ class Record:
         return max(whole, key=lambda timing: timing.images_per_second, default=None)
 
 
-def setting(record: Record, times: bool = True) -> dict[str, str]:
-    """What two rows of one table must have in common, by name. times: whether it shows times."""
+def setting(record: Record, times: bool = True, most: int = 0) -> dict[str, str]:
+    """What two rows of one table must have in common, by name. times: whether it shows times.
+
+    most: images of the table's other rows; a long plan of fewer counts as one of as many.
+    """
+    images = max(record.num_images, most) if record.long else record.num_images
     extractor, real = record.extractor["sha256"][:8], record.data
     pixels = f" {real['sha256'][:8]}" if "sha256" in real else ""
     found = {
         "metric": record.metric if extractor in record.metric else f"{record.metric} {extractor}",
         "real images": f"{real['images']} of {Path(real['name']).name} {real['split']}{pixels}",
-        "num images": str(record.num_images),
+        "num images": str(images),
         "seeds": " ".join(map(str, record.seeds)),
     }
     if times:
@@ -127,10 +140,20 @@ def setting(record: Record, times: bool = True) -> dict[str, str]:
     return found
 
 
+def most_images(records: list[Record]) -> int:
+    """The most images that a row is judged on, long plans apart; 0 where there are no other rows."""
+    return max((record.num_images for record in records if not record.long), default=0)
+
+
+def fullest(records: list[Record]) -> Record:
+    """The first row that is judged on as many images as any."""
+    return max(records, key=lambda record: record.num_images)
+
+
 def require_comparable(records: list[Record], times: bool = True) -> None:
     """UserError where rows cannot share a table, with the rows and what they differ in."""
     names = [f"{title} {r.steps}" for title, r in zip(titles(records), records, strict=True)]
-    found = [setting(record, times) for record in records]
+    found = [setting(record, times, most_images(records)) for record in records]
     differ = [name for name in _keys(found) if len({each.get(name) for each in found}) > 1]
     if not differ:
         return

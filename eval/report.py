@@ -10,7 +10,8 @@ from torch import Tensor
 
 from diffusion.checkpoint import load_tensors, write_atomic
 from diffusion.console import UserError, run, say
-from eval import pages, records, table
+from eval import closing, pages, records, table
+from eval.lines import lines
 from eval.pages import chart, grids, pictures, provenance
 from eval.pages.verdict import choice, verdict
 from eval.records import Record
@@ -18,22 +19,26 @@ from eval.records import Record
 
 @dataclass(frozen=True)
 class Options:
-    """Write report.html: the tables, quality against cost, the samples, and which student to ship."""
+    """Write one web page of a comparison: the tables, the charts, the samples, and which student to
+    take."""
 
     paths: tyro.conf.Positional[tuple[Path, ...]] = (Path("runs/digits/compare"),)
-    """Folders that eval.compare wrote, or results.jsonl files; of several machines or people, too."""
+    """Folders that eval.compare wrote, or results.jsonl files, of one or several machines."""
     times: bool = True
-    """Show times. Without them rows of several machines may share the page."""
+    """Show times. Without them, rows of several machines may share the page."""
     out: Path | None = None
-    """The page; report.html in the first folder unless told."""
+    """The page to write. If left out: report.html in the first folder."""
+    data: str | None = None
+    """The folder that the training images are in now, if it has moved. The page shows the nearest
+    ones."""
     data_dir: Path | None = None
-    """Where a named dataset's files are, for the nearest training images."""
+    """The folder that holds a named dataset's files, for the same."""
 
 
 def latest(found: list[Record], times: bool = True) -> list[Record]:
     """Those measured as the last one was, the latest of each run's plans alone, teachers first."""
-    setting = records.setting(newest(found), times) if found else {}
-    same = [record for record in found if records.setting(record, times) == setting]
+    setting, most = _last_setting(found, times) if found else ({}, 0)
+    same = [record for record in found if records.setting(record, times, most) == setting]
     kept = {(r.run, r.method, r.sampler, r.steps, r.environment["device"]): r for r in same}
     return sorted(kept.values(), key=lambda record: record.parent is not None)
 
@@ -42,13 +47,19 @@ def newest(found: list[Record]) -> Record:
     return max(reversed(found), key=records.date)
 
 
+def _last_setting(found: list[Record], times: bool) -> tuple[dict[str, str], int]:
+    """That of the newest row and its number of images; a long plan of fewer is no measure of others."""
+    last = newest([record for record in found if not record.long] or found)
+    return records.setting(last, times), 0 if last.long else last.num_images
+
+
 def left_out(found: list[Record], kept: list[Record], times: bool) -> list[str]:
     """Why rows of a file are not on the page, and how many."""
-    setting = records.setting(newest(found), times)
+    setting, most = _last_setting(found, times)
     shown = {id(record) for record in kept}
     reasons: Counter[str] = Counter()
     for record in found:
-        own = records.setting(record, times)
+        own = records.setting(record, times, most)
         other = [
             f"{name} {own.get(name)}"
             for name in own | setting
@@ -93,7 +104,7 @@ def page(options: Options) -> str:
     shown = [grids.section(each, looks, ship) for each in tables]
     near = ""
     if ship and ship.record.tag in images:
-        near = pictures.nearest(ship, images[ship.record.tag], options.data_dir)
+        near = pictures.nearest(ship, images[ship.record.tag], options.data, options.data_dir)
     data = Path(rows[0].data["name"]).name
     return pages.fill(
         "report",
@@ -120,7 +131,12 @@ def write(options: Options) -> Path:
 
 def main() -> None:
     config = (tyro.conf.OmitArgPrefixes,)
-    say(str(write(tyro.cli(Options, prog="python -m eval.report", config=config))))
+    options = tyro.cli(Options, prog="python -m eval.report", config=config)
+    path = write(options)
+    rows, _, _ = gather(options.paths, options.times)
+    say(f"{path}: {len(rows)} rows of {rows[0].data['name']}, their tables, charts and pictures")
+    say(closing.take(lines(rows)))
+    say(f"open the page: {closing.opener(path)}")
 
 
 if __name__ == "__main__":

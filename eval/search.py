@@ -1,9 +1,11 @@
 """Where a consistency student's further steps restart: the angles of the least distance."""
 
+from itertools import product
+
 import torch
 from torch import Tensor
 
-from diffusion.console import say
+from diffusion.console import say, track
 from diffusion.model import Model
 from diffusion.schedules import even
 from eval.metrics import Moments, frechet_distance
@@ -35,15 +37,16 @@ def search_angles(
 
     best = even(model.schedule, num_steps, model.card.shift)
     least = distance(best)
-    for reach in REACH:
-        for i in range(1, num_steps):
-            below, here, above = best[i - 1 : i + 2].tolist()
-            low, high = here - reach * (here - below), here + reach * (above - here)
-            for angle in torch.linspace(low, high, GRID + 2, dtype=torch.float64)[1:-1]:
-                tried = best.clone()
-                tried[i] = angle
-                if (found := distance(tried)) < least:
-                    best, least = tried, found
+    turns = [*product(REACH, range(1, num_steps))]
+    title, count = f"search, {num_steps} steps", len(turns)
+    for _, (reach, i) in track(enumerate(turns), title, lambda turn: (turn[0], count, "angles")):
+        below, here, above = best[i - 1 : i + 2].tolist()
+        low, high = here - reach * (here - below), here + reach * (above - here)
+        for angle in torch.linspace(low, high, GRID + 2, dtype=torch.float64)[1:-1]:
+            tried = best.clone()
+            tried[i] = angle
+            if (found := distance(tried)) < least:
+                best, least = tried, found
     told = ", ".join(f"{angle:.4f}" for angle in best.flip(0)[:-1])
     say(f"search: {num_steps} steps at {told}: {least:.4g} of the search's own noise")
     return best

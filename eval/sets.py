@@ -186,9 +186,9 @@ def memorisation(ours: Tensor, held_out: Tensor) -> dict[str, float]:
     than a held-out one, a half for fresh images, and p_value of so high a one by Mann-Whitney's
     test (Meehan et al. 2020, in one cell). These three see the bulk, and smoothness can bring it
     near without a copy: flat grey is nearer to noisy images than they are to each other.
-    copied sees single images: the share at most a third as far from the nearest training image
-    as from the second (Yoon et al. 2023), beside the held-out images' share, copied_floor. It
-    misses copies of an image that the training set holds twice in slightly different form.
+    copied sees single images: the share that `copied` has, beside the held-out images' share,
+    copied_floor. It misses copies of an image that the training set holds twice in slightly
+    different form.
 
     ours, held_out: (N, 2), two_nearest of either among the training images.
     """
@@ -200,9 +200,19 @@ def memorisation(ours: Tensor, held_out: Tensor) -> dict[str, float]:
         "ratio": float(ours.quantile(0.5) / held_out.quantile(0.5)),
         "nearer": 1 - float(farther) / (len(ours) * len(held_out)),
         "p_value": float(p_value),
-        "copied": float((ours <= second / 3).double().mean()),
-        "copied_floor": float((held_out <= held_out_second / 3).double().mean()),
+        "copied": _copied(ours, second),
+        "copied_floor": _copied(held_out, held_out_second),
     }
+
+
+def copied(near: Tensor) -> float:
+    """The share of images at most a third as far from the nearest image of a bank as from the second
+    (Yoon et al. 2023). near: (N, 2), two_nearest of them."""
+    return _copied(*near.T)
+
+
+def _copied(first: Tensor, second: Tensor) -> float:
+    return float((first <= second / 3).double().mean())
 
 
 def _tiles(a: Tensor, b: Tensor) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:

@@ -1,8 +1,8 @@
 """Images by the batch, shared out among processes, looked at and forgotten; resumable."""
 
 import time
-from collections.abc import Iterator
-from functools import reduce
+from collections.abc import Callable, Iterator
+from functools import partial, reduce
 from operator import add
 from pathlib import Path
 
@@ -29,13 +29,20 @@ def indices(model: Model, start: int, end: int) -> tuple[Tensor, Tensor | None]:
 
 
 def look(
-    judge: Judge, model: Model, plan: tuple, seed: int, num_images: int, batch_size: int, part: Path
+    judge: Judge,
+    model: Model,
+    plan: tuple,
+    seed: int,
+    num_images: int,
+    batch_size: int,
+    part: Path,
+    watch: Callable[[Callable[[], Tensor], int], Tensor] = lambda call, _: call(),
 ) -> Iterator[tuple[int, Seen | None]]:
     """(images done by this process, None) after each batch; at last all processes' (number, Seen).
 
     part: a file's stem, beside which each process keeps what it has seen so that a killed one
-    resumes there, with any number of processes. What the images show to be wrong with the model is
-    a UserError in every process.
+    resumes there, with any number of processes. watch: makes each call for a batch, told of how
+    many images. What the images show to be wrong with the model is a UserError in every process.
     """
     processes = PartialState()
     rank, count = processes.process_index, processes.num_processes
@@ -49,7 +56,8 @@ def look(
     for start in left[rank::count]:
         numbers, labels = indices(model, start, min(start + batch_size, num_images))
         try:
-            found += judge.see(model.x0(plan, seed, numbers, labels), start)
+            call = partial(model.x0, plan, seed, numbers, labels)
+            found += judge.see(watch(call, len(numbers)), start)
         except (MemoryError, RuntimeError) as error:
             if not out_of_memory(error):
                 raise

@@ -13,6 +13,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from diffusion.console import out
+from eval import quality
 from eval import records as results
 from eval.columns import (
     LIKELIHOOD,
@@ -74,11 +75,13 @@ def tables(records: list[Record], times: bool = True) -> list[Table]:
         images = likely[0].record.likelihood.get("images", "the")
         words = f"of {images} held-out images: the variational bound, and by the probability flow"
         made.append(Table("Likelihood", _filled(LIKELIHOOD, likely), likely, words))
-    columns, real = further(records), records[0].held_out
+    columns, real = further(records), results.fullest(records).held_out
     if len(columns) > 2:
         foot = [Cell("held-out images"), Cell("")]
         foot += [cell(real.get(head), "{:.3g}".format) for head in [*columns][2:]]
         words = "means over the seeds; a good model comes near to the held-out images"
+        if not real:
+            foot, words = [], "means over the seeds; no images are held out to compare with"
         made.append(Table(FURTHER, columns, found, words, tuple(foot)))
     return made
 
@@ -101,17 +104,22 @@ def _filled(columns: Columns, found: list[Line]) -> Columns:
 
 def caption(found: list[Line], times: bool) -> str:
     """What the figures of the first table are."""
-    first = found[0].record
+    first = results.fullest([line.record for line in found])
     accuracy = first.extractor.get("accuracy")
     several = max(len(line.trainings) for line in found) > 1
     parts = [
         f"quality (lower is better): {first.metric} of {first.num_images} images, "
         + over(first, several),
-        f"floor (as many real images) {mean(first.floor):.3g}"
+        f"floor (as many real images{drawn(first)}) {mean(first.floor):.3g}"
         + (f", classifier's accuracy {accuracy:.1%}" if accuracy else ""),
     ]
-    if any(line.ratio for line in found):
-        parts.append("× teacher: over the larger of the teacher's and the floor")
+    parts += [f"× teacher: over the larger of the floor and {stick}" for stick in _sticks(found)]
+    parts += [
+        f"{line.title}: of so few, with a floor of {mean(line.record.floor):.3g} and another bias, "
+        "so that it is not compared with the others"
+        for line in found
+        if line.fewer
+    ]
     if times:
         parts += [
             "ms @1: per image at batch 1",
@@ -119,9 +127,35 @@ def caption(found: list[Line], times: bool) -> str:
         ]
     if any("collapsed" in line.warnings for line in found):
         parts.append("(collapsed): coverage is below half of the held-out images'")
-    if any("copies" in line.warnings for line in found):
+    if any(quality.unheld(line.record.further) for line in found):
+        parts.append(
+            "no images are held out, so that neither collapse nor copying can be judged against "
+            f"them; (copies) marks a row of which more than {quality.COPIED:.0%} are three times as "
+            "near to one training image as to any other"
+        )
+    elif any("copies" in line.warnings for line in found):
         parts.append("(copies): images too often lie on a training image")
     return "; ".join(parts)
+
+
+def _sticks(found: list[Line]) -> list[str]:
+    """The yardsticks' names, where any row has a ratio: one, or of several teachers its own each."""
+    sticks = {line.yardstick.key: line.yardstick for line in found if line.ratio}
+    titles = {line.record.key: line.title for line in found}
+    words = [
+        f"{titles.get(key, stick.title)} at {stick.nfe:,} calls ({stick.score:.3g})"
+        for key, stick in sticks.items()
+    ]
+    if len(words) > 1:
+        return [f"that of its own teacher, {' or '.join(words)}"]
+    return words
+
+
+def drawn(record: Record) -> str:
+    """How the floor's images are drawn, where they are more than the data has."""
+    if record.num_images <= record.data["images"]:
+        return ""
+    return f", drawn with replacement from {record.data['images']:,}"
 
 
 def over(first: Record, several: bool) -> str:

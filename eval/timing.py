@@ -13,8 +13,8 @@ from eval.machine import ENERGY, nvml
 FOR_P90 = 29  # as many samples have one beyond the 90th percentile with 95 %: 0.9^29 < 0.05
 MOST = 50  # repeats
 SHARP = 0.01  # of the median: the half-width of its notch at which repeats may stop
-LONG = 3.0  # seconds; a call beyond them is little moved by its warming up
-VERY_LONG = 10.0  # seconds; a call beyond them is repeated twice, not three times
+LONG = 1.0  # seconds; a call beyond them is repeated twice, not three times
+IN_PASSING = 3.0  # seconds; a batch beyond them is timed while its images are made, and not again
 STRETCH = 1.0  # seconds of calls over which energy is measured
 OUT_OF_MEMORY = "out of memory"
 
@@ -27,7 +27,7 @@ class Timing:
     first: float | None = None
     """Seconds of the first call of all: compilation and warm-up are in it."""
     seconds: tuple[float, ...] = ()
-    """Of each repeat; none where it failed."""
+    """Seconds of each repeat; none where it failed."""
     allocated: int | None = None
     """Peak bytes that the call took beyond those that were held before; null on a CPU."""
     reserved: int | None = None
@@ -36,6 +36,11 @@ class Timing:
     """Per image, by NVML's counter of the whole device; null without one."""
     failed: str | None = None
     """Why there are no repeats, e.g. "out of memory"."""
+
+    @property
+    def over(self) -> bool:
+        """Whether it has repeats, or can have none."""
+        return bool(self.seconds or self.failed)
 
     @property
     def median(self) -> float:
@@ -81,8 +86,8 @@ def out_of_memory(error: BaseException) -> bool:
 def begin(call: Callable[[], Tensor], batch_size: int, device: torch.device) -> Timing:
     """Its first run, and a second that warms it up and shows the peak of its memory.
 
-    A first run may be long for being compiled or for being itself; a long second run is the latter
-    and already warm, so it is kept as a repeat.
+    A first run may be long for being compiled or for being itself. A long second run that takes no
+    less than half of it is the latter and already warm, so it is kept as a repeat.
     """
     _fresh(device)
     first = _attempt(call, device)
@@ -90,7 +95,8 @@ def begin(call: Callable[[], Tensor], batch_size: int, device: torch.device) -> 
     second = None if first is None else _attempt(call, device)
     if second is None:
         return Timing(batch_size, failed=OUT_OF_MEMORY)
-    timing = Timing(batch_size, first, (second,) if second > LONG else ())
+    warm = second > max(LONG, first / 2)
+    timing = Timing(batch_size, first, (second,) if warm else ())
     if held is None:
         return timing
     allocated = torch.cuda.max_memory_allocated(device) - held
@@ -111,16 +117,65 @@ def settled(timing: Timing, budget: float) -> bool:
     Known is a median whose notch, median +- 1.57 IQR / sqrt(n), reaches no further than 1 %, from
     as many repeats as a 90th percentile needs: notches that do not overlap tell two medians apart
     at about the 95 % level (McGill, Tukey & Larsen 1978), so calls that differ by 2 % are.
-    Never fewer than 3 repeats, or 2 of more than 10 s; never more than 50.
+    Never fewer than 3 repeats, or 2 of more than 1 s; never more than 50.
     """
     count = len(timing.seconds)
     if timing.failed or count >= MOST:
         return True
-    if count < 2 or (count < 3 and timing.median <= VERY_LONG):
+    if count < 2 or (count < 3 and timing.median <= LONG):
         return False
     low, high = timing.iqr
     sharp = 1.57 * (high - low) / count**0.5 <= SHARP * timing.median
     return sum(timing.seconds) >= budget or (count >= FOR_P90 and sharp)
+
+
+@dataclass
+class InPassing:
+    """Times a row's whole batches while its images are made, so that no long call is made again.
+
+    It stops looking once a warm batch shows that they are short: those are timed in a race.
+    """
+
+    batch_size: int
+    device: torch.device
+    compiled: bool
+    timing: Timing | None = None
+    """The first batch apart, then each that was timed."""
+
+    def __call__(self, call: Callable[[], Tensor], size: int) -> Tensor:
+        """The result of a call that makes so many images."""
+        short = self.timing and self.timing.seconds and self.timing.median <= IN_PASSING
+        if size != self.batch_size or short:
+            return call()
+        held, before = _fresh(self.device), nvml(self.device, ENERGY)
+        result, took = timed(call, self.device)
+        if self.timing is None:
+            self.timing = Timing(size, first=took)
+            return result
+        spent = nvml(self.device, ENERGY)
+        timing = replace(self.timing, seconds=(*self.timing.seconds, took))
+        if spent is not None and before is not None:  # of the last batch: 3 s are steps enough
+            timing = replace(timing, joules=(spent - before) / 1000 / size)
+        if held is not None:
+            allocated = torch.cuda.max_memory_allocated(self.device) - held
+            reserved = torch.cuda.max_memory_reserved(self.device)
+            timing = replace(timing, allocated=allocated, reserved=reserved)
+        self.timing = timing
+        return result
+
+    @property
+    def result(self) -> Timing | None:
+        """The timing of a row of long batches; of others the first batch's alone, for a race to go on.
+
+        Of one batch alone its only run is the repeat, unless compilation is in it.
+        """
+        timing = self.timing
+        if timing is None:
+            return None
+        if not timing.seconds and not self.compiled:
+            timing = replace(timing, seconds=(timing.first,))
+        long = timing.seconds and timing.median > IN_PASSING
+        return timing if long else Timing(timing.batch_size, first=timing.first)
 
 
 def joules(call: Callable[[], Tensor], batch_size: int, device: torch.device) -> float | None:

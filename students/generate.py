@@ -1,7 +1,10 @@
 """Make images with any checkpoint: `python -m students.generate CHECKPOINT --num 64`."""
 
 import io
+import os
+import zipfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -12,9 +15,20 @@ import tyro
 from torch import Tensor
 
 from diffusion import machine
-from diffusion.checkpoint import require_folder, write_atomic
+from diffusion.checkpoint import write_atomic
 from diffusion.console import UserError, at_least, run, say, track
+from diffusion.folders import (
+    MARK,
+    SIGN,
+    check_claim,
+    check_file,
+    claim,
+    read_mark,
+    strangers,
+    write_mark,
+)
 from diffusion.model import Model, load
+from diffusion.noise import check_seed
 from diffusion.pictures import png, save_grid
 from diffusion.runs import some_labels
 from diffusion.samplers import SAMPLERS
@@ -22,54 +36,61 @@ from diffusion.samplers import SAMPLERS
 
 @dataclass(frozen=True)
 class Options:
-    """Make images with a teacher, a halved student or a consistency student.
+    """Make images with any checkpoint: a teacher or a student.
 
-    The checkpoint says which sampler and steps are its own. Image i of a seed is the same
+    The checkpoint knows its own sampler and numbers of steps. Image i of a seed is the same
     whatever the batch size and however many are made.
     """
 
     checkpoint: tyro.conf.Positional[Path]
-    """A run's folder or a .safetensors file."""
+    """The model: a run's folder or a .safetensors file."""
     num: int = 64
-    """Images to make."""
+    """How many images to make."""
     steps: int | None = None
-    """Network calls per image, before guidance; the checkpoint's own number unless told."""
+    """Network calls for each image (guidance may double them). If left out: the checkpoint's own
+    number."""
     sampler: Literal[tuple(SAMPLERS)] | None = None
-    """The checkpoint's own, or ddim at other numbers of steps, unless told."""
+    """How to go from noise to an image. If left out: the checkpoint's own way, or ddim at other
+    --steps."""
     angles: tuple[float, ...] | None = None
-    """Angles in radians to call the network at, falling, instead of --steps: for a consistency
-    student, e.g. 1.56 1.0."""
+    """In place of --steps: the noise levels to call the network at, as angles in radians from noise
+    to image, for instance 1.56 1.0 for a consistency student."""
     shift: float | None = None
-    """Of a solver's angles, the teacher's own unless told: above 1, more of them where noise is heavy."""
+    """Where a solver's steps are: above 1, more of them where noise is heavy. If left out: as the
+    teacher has it."""
     label: int | None = None
-    """The class to make, for a conditional model; every class in turn unless told."""
+    """The class to make, for a conditional model. If left out: every class in turn."""
     guidance: float | None = None
-    """How strongly towards its class, for a conditional model: 1 is plain, the checkpoint's own
-    unless told. Each step of a teacher then takes 2 network calls, of a guided student 1."""
+    """How strongly images are pushed towards their class, for a conditional model; 1: not at all. A
+    step of a teacher then takes 2 network calls, of a guided student 1. If left out: the
+    checkpoint's own weight."""
     seed: int = 0
-    """Of the noise."""
+    """Seed of the noise, from 0 to 2^63 - 1."""
     batch_size: int = 256
-    """Images at a time."""
+    """Images that the network makes at a time."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Number format of the network; auto takes the faster one on this machine."""
+    """Number format of the network. auto: the faster one on this machine."""
     out: Path = Path("grid.png")
-    """A .png for a grid, an .npz (uint8 `images`, N x H x W x C), or a folder for one PNG each."""
+    """Where the images go: a .png (one grid), an .npz (uint8 `images`, N x H x W x C), or a folder
+    (one PNG each). What an earlier call made there is replaced; anything else is refused."""
 
 
 def plan_of(model: Model, options: Options) -> tuple[str, Tensor]:
     if options.angles is None:
         return model.plan(options.steps, options.sampler, options.shift)
     if options.shift is not None:
-        raise UserError("--shift is in place of --angles: leave one of them out")
+        raise UserError("--shift and --angles both say where the steps are: leave one of them out")
     angles = torch.tensor([*options.angles, 0.0], dtype=torch.float64)
     top = float(model.schedule[-1])
     if len(angles) < 2 or not (angles.diff() < 0).all() or angles[0] > top + 1e-4:
         raise UserError(
-            f"--angles must be one or more, fall from at most {top:.4f} and stay above 0, "
+            f"--angles must be one or more numbers that fall, from at most {top:.4f} to above 0, "
             f"got {options.angles}"
         )
     if options.steps not in (None, len(options.angles)):
-        raise UserError(f"--steps {options.steps} does not fit {len(options.angles)} --angles")
+        raise UserError(
+            f"--steps {options.steps} does not fit {len(options.angles)} --angles: leave --steps out"
+        )
     sampler = options.sampler or model.card.sampler
     if sampler not in model.card.solvers:
         raise UserError(
@@ -90,11 +111,21 @@ def labels_of(model: Model, options: Options) -> Tensor | None:
 
 
 def generate(model: Model, options: Options) -> Iterator[Tensor]:
-    """Batches of images, (B, C, H, W) uint8, in order of their numbers."""
+    """Batches of images, (B, C, H, W) uint8, in order of their numbers.
+
+    Raises UserError for images that are not finite, which as uint8 would be black.
+    """
     plan, labels = plan_of(model, options), labels_of(model, options)
     for indices in torch.arange(options.num, device=model.device).split(options.batch_size):
         label = None if labels is None else labels[indices]
-        yield model.sample(plan, options.seed, indices, label, options.guidance).cpu()
+        x0 = model.x0(plan, options.seed, indices, label, options.guidance)
+        if not x0.isfinite().all():
+            raise UserError(
+                f"{options.checkpoint} makes images that are not finite (NaN or infinite): its training "
+                "failed, or its angles are none that it was trained at; train it again with a lower "
+                "--learning-rate, or give other --steps"
+            )
+        yield model.spec.to_uint8(x0).cpu()
 
 
 def _tracked(model: Model, options: Options) -> Iterator[tuple[int, Tensor]]:
@@ -111,17 +142,70 @@ def _tracked(model: Model, options: Options) -> Iterator[tuple[int, Tensor]]:
     )
 
 
+PART = ".part"  # within a folder of pictures: those under way
+
+
+def picture(number: int) -> str:
+    return f"{number:06d}.png"
+
+
+def pictures_before(folder: Path) -> list[Path]:
+    """The pictures that an earlier call made there. UserError where the folder holds anything else."""
+    check_claim(folder, "pictures")
+    made = [picture(i) for i in range(read_mark(folder).get("pictures", 0))]
+    if others := strangers(folder, {*made, PART}):
+        raise UserError(
+            f"{folder} holds {others[0]}, which students.generate did not make: expected a new or empty "
+            "folder, or one of its pictures alone; give another --out"
+        )
+    return [folder / name for name in made if (folder / name).exists()]
+
+
+@contextmanager
+def new_pictures(folder: Path, count: int) -> Iterator[Path]:
+    """A folder to write so many pictures to, which then take the place of those made before.
+
+    A failure leaves everything as it was.
+    """
+    before, new, marked = pictures_before(folder), not folder.exists(), (folder / MARK).exists()
+    claim(folder, "pictures")
+    part, done = folder / PART, False
+    part.mkdir(exist_ok=True)
+    try:
+        yield part
+        if before:
+            say(f"{folder}: the {len(before)} pictures of an earlier call are replaced")
+        write_mark(folder, "pictures", max(count, read_mark(folder).get("pictures", 0)))
+        done = True  # from here on all that is there is known as ours
+        for path in before:
+            path.unlink()
+        for i in range(count):
+            os.replace(part / picture(i), folder / picture(i))
+        write_mark(folder, "pictures", count)
+    finally:
+        for path in part.iterdir():
+            path.unlink()
+        part.rmdir()
+        if not (done or marked):
+            (folder / MARK).unlink()
+        if not done and new:
+            folder.rmdir()
+
+
 def write_folder(folder: Path, model: Model, options: Options) -> None:
     """One PNG an image, 000000.png onwards."""
-    for start, images in _tracked(model, options):
-        for i, image in enumerate(images, start):
-            write_atomic(folder / f"{i:06d}.png", png(image))
+    with new_pictures(folder, options.num) as part:
+        for start, images in _tracked(model, options):
+            for i, image in enumerate(images, start):
+                write_atomic(part / picture(i), png(image))
 
 
 def write_npz(path: Path, model: Model, options: Options) -> None:
     images = torch.cat([images for _, images in _tracked(model, options)])
     buffer = io.BytesIO()
     np.savez_compressed(buffer, images=images.permute(0, 2, 3, 1).numpy())
+    with zipfile.ZipFile(buffer, "a") as archive:
+        archive.comment = SIGN.encode()
     write_atomic(path, buffer.getvalue())
 
 
@@ -136,9 +220,13 @@ def main() -> None:
     config = (tyro.conf.OmitArgPrefixes,)
     options = tyro.cli(Options, prog="python -m students.generate", config=config)
     at_least(1, options, "num", "batch_size")
+    check_seed(options.seed)
     if options.out.suffix not in WRITERS:
-        raise UserError(f"--out must end in .png or .npz or be a folder, got {options.out}")
-    require_folder(options.out.parent if options.out.suffix else options.out)
+        raise UserError(f"--out must be a .png or .npz file or a folder, got {options.out}")
+    if options.out.suffix:
+        check_file(options.out)
+    else:
+        pictures_before(options.out)
     model = load(options.checkpoint, machine.precision(options.precision))
     sampler, angles = plan_of(model, options)
     WRITERS[options.out.suffix](options.out, model, options)

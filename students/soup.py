@@ -8,8 +8,9 @@ import torch
 import tyro
 from torch import Tensor
 
-from diffusion.checkpoint import require_folder
+from diffusion.checkpoint import Card
 from diffusion.console import UserError, run, say
+from diffusion.folders import check_claim, claim
 from diffusion.model import Model, load
 from diffusion.runs import leave, require_same
 from students.start import images_spent
@@ -19,16 +20,16 @@ FARTHEST = 0.4  # students of one teacher were 0.12 to 0.2 apart, a fresh networ
 
 @dataclass(frozen=True)
 class Options:
-    """Average the weights of students of one teacher that differ in their seed or settings.
+    """Average the weights of students of one teacher: often better than each, and as fast as one.
 
-    They begin at the same weights and end in one basin, where the mean of several is better than
-    each. It is one network, as fast as any of them; its training is all of theirs.
+    The students may differ in their training seed or settings (Wortsman et al. 2022).
     """
 
     students: tyro.conf.Positional[tuple[Path, ...]]
-    """Runs or checkpoints, two or more, of one network, sampler and number of steps."""
+    """Two or more runs or checkpoints. They must have one teacher, network and sampler, and the
+    same angles."""
     out: Path = Path("runs/soup")
-    """The run's folder."""
+    """The folder for the average."""
 
 
 def average(weights: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -50,7 +51,11 @@ def distance(weights: list[dict[str, Tensor]]) -> float:
 
 
 def check_alike(models: list[Model], paths: tuple[Path, ...]) -> None:
-    """UserError for students whose average would be no student."""
+    """UserError for students whose average would be no student.
+
+    Halved students of several seeds have several parents, each its chain's student before: what
+    must agree is the teacher that the chains began with.
+    """
     if len({model.sha256 for model in models}) < max(2, len(models)):
         raise UserError(f"expected two or more different students, got {' '.join(map(str, paths))}")
     for model, path in zip(models, paths, strict=True):
@@ -60,15 +65,38 @@ def check_alike(models: list[Model], paths: tuple[Path, ...]) -> None:
                 raise UserError(
                     f"{path} cannot be averaged with {paths[0]}: its {what} is {mine}, not {firsts}"
                 )
-        if model.card.plans.keys() != models[0].card.plans.keys():
+        plans, firsts = model.card.plans, models[0].card.plans
+        if plans.keys() != firsts.keys():
             raise UserError(
-                f"{path} cannot be averaged with {paths[0]}: it has {[*model.card.plans]} steps of "
-                f"its own, not {[*models[0].card.plans]}"
+                f"{path} cannot be averaged with {paths[0]}: it has {[*plans]} steps of "
+                f"its own, not {[*firsts]}"
             )
+        if other := [steps for steps in plans if plans[steps] != firsts[steps]]:
+            raise UserError(
+                f"{path} cannot be averaged with {paths[0]}: its {other[-1]} steps are at other angles "
+                f"({_few(plans[other[-1]])}, not {_few(firsts[other[-1]])}), as another --shift makes them"
+            )
+        if _origin(model.card) != _origin(models[0].card):
+            hint = "; of older halved students only the one before is known, not the teacher"
+            known = model.card.origin and models[0].card.origin
+            raise UserError(
+                f"{path} cannot be averaged with {paths[0]}: its teacher has the weights "
+                f"{_origin(model.card)!s:.8}, not {_origin(models[0].card)!s:.8}{'' if known else hint}"
+            )
+
+
+def _origin(card: Card) -> str | None:
+    """The teacher that the student's line began with; its parent where an older card says no more."""
+    return card.origin or card.parent
+
+
+def _few(angles: list[float]) -> str:
+    return " ".join(f"{angle:.4f}" for angle in angles[:5]) + " …" * (len(angles) > 5)
 
 
 def soup(options: Options) -> Model:
     """The average of these students: loaded where it is finished, else made. Its angles are the first's."""
+    check_claim(options.out)
     models = [load(path) for path in options.students]
     check_alike(models, options.students)
     card, settings = models[0].card, {"soup": [model.sha256 for model in models]}
@@ -84,7 +112,7 @@ def soup(options: Options) -> Model:
             f"these networks are too far apart to be averaged ({apart:.2f}, at most {FARTHEST}): expected "
             "students that began at the same weights, as cd, ect and progressive do, not ct or ict"
         )
-    require_folder(options.out)
+    claim(options.out)
     models[0].denoiser.net.load_state_dict(average(weights))
     images = sum(images_spent(model) for model in models)
     seconds = sum(model.card.training.get("seconds", 0) for model in models)

@@ -1,5 +1,6 @@
 """How every student begins: from its teacher's weights, on its teacher's data."""
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Self
@@ -8,6 +9,7 @@ from diffusion import data as datasets
 from diffusion.config import FitConfig, check
 from diffusion.console import UserError
 from diffusion.data import Dataset
+from diffusion.folders import check_claim
 from diffusion.model import Model, load
 from diffusion.runs import settled
 from diffusion.schedules import check_shift
@@ -16,19 +18,19 @@ from teachers import ddpm
 
 @dataclass(frozen=True)
 class StudentOptions:
-    """What all distillation commands ask."""
+    """Options of every distillation command."""
 
     teacher: Path = Path("runs/digits/teacher")
-    """The teacher's run or checkpoint; the default one is trained first where there is none."""
+    """The teacher's run or checkpoint. The default teacher is trained first if there is none."""
     data: str | None = None
-    """The dataset, where it is not where the teacher's was."""
+    """The folder that the teacher's images are in now, if it has moved."""
     data_dir: Path | None = None
-    """Where a named dataset's files are."""
+    """The folder that holds a named dataset's files."""
     out: Path | None = None
-    """The run's folder; a sibling of the teacher's unless told."""
+    """The run's folder. If left out: a folder beside the teacher's, named after the method."""
     shift: float | None = None
-    """Of the student's angles: above 1, more of them where noise is heavy. The teacher's unless told;
-    a student that teaches keeps its own."""
+    """Where the student's steps are: above 1, more of them where noise is heavy. If left out: as
+    the teacher has it. A student that teaches keeps its own."""
 
     @staticmethod
     def parse(options: type[Self], prog: str) -> Self:
@@ -51,9 +53,14 @@ def run_folder(options: StudentOptions, method: str) -> Path:
 
 
 def find_teacher(
-    options: StudentOptions, method: str, fit: FitConfig
+    options: StudentOptions,
+    method: str,
+    fit: FitConfig,
+    check_out: Callable[[Path], None] = check_claim,
 ) -> tuple[Model, Dataset, Path]:
-    """The teacher on its device, its data, and the folder for the run."""
+    """The teacher on its device, its data, and the folder for the run, which check_out lets pass."""
+    out = run_folder(options, method)
+    check_out(out)
     if not _trained(options.teacher) and options.teacher == StudentOptions.teacher:
         ddpm.train_teacher(ddpm.Options.default("digits"))
     check(fit)
@@ -62,21 +69,19 @@ def find_teacher(
         check_shift(options.shift)
         if teacher.card.shifted and options.shift != teacher.card.shift:
             raise UserError(
-                f"--shift {options.shift:g} cannot be had of {options.teacher}, a student whose angles "
-                f"are shifted by {teacher.card.shift:g} already: leave it out, or distil its teacher"
+                f"--shift {options.shift:g} does not fit {options.teacher}, a student whose angles "
+                f"are shifted by {teacher.card.shift:g} already: leave --shift out, or distil its "
+                "teacher"
             )
         teacher = replace(teacher, card=replace(teacher.card, shift=options.shift))
     if fit.compile:
         teacher.denoiser.net.compile()
-    spec = teacher.spec
-    dataset = datasets.load(options.data or spec.name, options.data_dir, spec.size, spec.channels)
-    if dataset.spec.shape != spec.shape:
-        raise UserError(
-            f"{options.teacher} makes images of shape {spec.shape}, "
-            f"but {dataset.spec.name}'s are of shape {dataset.spec.shape}"
-        )
-    dataset = replace(dataset, spec=replace(spec, name=dataset.spec.name))  # the teacher's scale
-    return teacher, dataset, run_folder(options, method)
+    dataset = datasets.reload(teacher.spec, options.data, options.data_dir)
+    place = {"name": dataset.spec.name, "sha256": dataset.spec.sha256}
+    dataset = replace(dataset, spec=replace(teacher.spec, **place))  # the teacher's scale
+    if teacher.spec.sha256:  # its students' cards say where its images are now
+        teacher = replace(teacher, card=replace(teacher.card, data=asdict(dataset.spec)))
+    return teacher, dataset, out
 
 
 def images_spent(model: Model) -> int:
@@ -93,4 +98,6 @@ def student_card(teacher: Model) -> dict:
     """What a student's card takes over from its teacher's; its plans are shifted."""
     card = teacher.card
     taken = {"net": card.net, "guidance": card.guidance, "shift": card.shift, "shifted": True}
-    return {**taken, "data": asdict(teacher.spec), "parent": teacher.sha256}
+    origin = card.origin if card.parent else teacher.sha256
+    line = {"parent": teacher.sha256, "origin": origin}
+    return {**taken, "data": asdict(teacher.spec), **line}

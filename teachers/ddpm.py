@@ -1,6 +1,7 @@
 """Train a DDPM teacher: `python -m teachers.ddpm --data digits`."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -16,13 +17,16 @@ from diffusion import data as datasets
 from diffusion.batches import Batch
 from diffusion.checkpoint import Card
 from diffusion.circle import add_noise, x0_loss
-from diffusion.config import FitConfig
+from diffusion.config import FitConfig, check
 from diffusion.console import UserError, run
 from diffusion.data import Dataset
 from diffusion.denoiser import check_prediction
+from diffusion.folders import check_claim
+from diffusion.image_file import Form
 from diffusion.machine import this_device
 from diffusion.model import Model, build
-from diffusion.networks import UNetConfig
+from diffusion.networks import UNetConfig, check_net
+from diffusion.noise import seed32
 from diffusion.pace import passes_per_second
 from diffusion.runs import settled, train_model
 from diffusion.schedules import SCHEDULES, check_shift
@@ -85,25 +89,34 @@ OBJECTIVES = {
 
 @dataclass(frozen=True)
 class Options:
-    """Train a DDPM teacher on a dataset, or on a folder of images."""
+    """Train a teacher: a diffusion model of a dataset or of a folder of images (Ho et al. 2020)."""
 
     data: str = "digits"
-    """digits, fashion-mnist, cifar10, or a folder of images (cropped to --size, of --channels)."""
+    """The images to learn: digits, fashion-mnist, cifar10, or a folder, whose images are cropped to
+    a square of --size with --channels."""
     data_dir: Path | None = None
-    """Where a named dataset's files are, or are to be downloaded to."""
+    """The folder that holds a named dataset's files. If you give one, no other place is looked
+    in."""
+    background: str = "white"
+    """The colour behind what is transparent in a folder's images: a name, or #rrggbb."""
     out: Path | None = None
-    """The run's folder; runs/DATA/teacher unless told."""
+    """The run's folder. If left out: runs/DATA/teacher."""
     schedule: Literal["linear", "cosine", "sigmoid", "karras", "vp", "sub-vp", "ve"] = "cosine"
-    """The 1000 noise levels."""
+    """How the 1000 noise levels are spread from little noise to pure noise."""
     levels: Literal["uniform", "log-normal", "importance"] = "uniform"
-    """How often each is trained: all alike; as EDM; or where the loss is large, and weighted less."""
+    """How often each noise level is trained. uniform: all alike; log-normal: mostly the middle
+    (EDM, Karras et al. 2022); importance: more often where the loss is large, with less weight
+    (Nichol & Dhariwal 2021)."""
     weighting: Literal["v", "truncated", "eps"] = "v"
-    """Of the loss: SNR + 1, max(SNR, 1), or SNR as in DDPM's simple loss (all as weights of x0's)."""
+    """How much each noise level counts in the loss, as a weight of x0's squared error. v: SNR + 1;
+    truncated: max(SNR, 1); eps: SNR, as in DDPM's simple loss."""
     clamp: bool = True
-    """Clamp every x0 to the range of images, in training and in sampling: a sharper black and white."""
+    """Keep every predicted image between black and white, in training and in sampling. Images with
+    much plain black or white come out cleaner."""
     shift: float = 1.0
-    """Of the angles of few steps, its students' and its solvers' (not of its training): their tangents
-    are multiplied by this. Above 1, more steps where noise is heavy, as larger images want."""
+    """Where students and solvers with few steps put them: above 1, more of them where noise is
+    heavy, as larger images want. It multiplies the tangents of their angles. The teacher's training
+    is the same."""
     net: UNetConfig = field(default_factory=UNetConfig)
     fit: FitConfig = field(default_factory=FitConfig)
 
@@ -117,26 +130,30 @@ class Options:
 def load_data(options: Options) -> Dataset:
     """The dataset, after a check that the network's shape and the flip suit it."""
     net = options.net
-    dataset = datasets.load(options.data, options.data_dir, net.size, net.channels)
+    form = Form(net.size, net.channels, options.background)
+    dataset = datasets.load(options.data, options.data_dir, form)
     spec = dataset.spec
     if (net.channels, net.size) != (spec.channels, spec.size):
         raise UserError(
             f"{spec.name} images have {spec.channels} channels and size {spec.size}, "
-            f"but --channels is {net.channels} and --size {net.size}"
+            f"but --channels is {net.channels} and --size is {net.size}: leave both out"
         )
     if net.num_classes not in (0, spec.num_classes):
         raise UserError(
             f"--num-classes must be 0 or {spec.num_classes} for {spec.name}, got {net.num_classes}"
         )
     if options.fit.flip and options.data == "digits":
-        raise UserError("--flip would turn digits into other signs: it is not for this dataset")
+        raise UserError("--flip would turn digits into other signs: leave it out for this dataset")
     return dataset
 
 
 def train_teacher(options: Options) -> Model:
     """The teacher of these options: loaded where it is finished, else trained."""
+    check(options.fit)
+    check_net(options.net)
     check_shift(options.shift)
     out = options.out or run_folder(options.data) / "teacher"
+    check_claim(out)
     options = replace(options, fit=settled(options.fit, out))
     dataset = load_data(options)
     angles = SCHEDULES[options.schedule]()
@@ -153,7 +170,7 @@ def train_teacher(options: Options) -> Model:
         data=asdict(dataset.spec),
         training={name: getattr(options, name) for name in ("schedule", "levels", "weighting")},
     )
-    torch.manual_seed(options.fit.seed)
+    torch.manual_seed(seed32(options.fit.seed))
     denoiser = build(net, options.fit.precision)
     angles = angles.to(this_device())
     bound = VariationalBound(angles, dataset.spec) if learned else None
@@ -184,7 +201,8 @@ def faster(net: UNetConfig, fit: FitConfig) -> str:
 
 
 def run_folder(data: str) -> Path:
-    return Path("runs") / Path(data).name
+    """runs/ and the last part of the data's name; of `.` and `..`, of the folder that they are."""
+    return Path("runs") / Path(os.path.abspath(data)).name
 
 
 def peek(flag: str, default: str) -> str:

@@ -5,6 +5,9 @@ import hashlib
 from eval.records import Record
 from eval.timing import Timing
 
+# of scikit-learn's digits, the training images: a report shows those that are the measured ones
+DIGITS = "7e4a10b8ab64bd5e1e08f8815901758e7896368a221c648e7744cd1a16e4637a"
+
 
 def sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
@@ -17,7 +20,7 @@ def record(method="teacher", nfe=8, score=4.0, seconds=0.1, **changes) -> Record
         "parent": None, "sampler": "ddim", "steps": nfe, "own": True, "nfe": nfe,
         "angles": [1.5 * i / nfe for i in range(nfe + 1)], "parameters": 300_000,
         "training": {"iterations": 4321, "images": 276_544, "seconds": 98.6},
-        "data": {"name": "digits", "split": "train", "images": 1438, "sha256": sha256("digits")},
+        "data": {"name": "digits", "split": "train", "images": 1438, "sha256": DIGITS},
         "metric": "fd-cnn-digits-0123abcd", "extractor": {"sha256": "0123abcd" * 8, "accuracy": 0.98},
         "num_images": 100, "seeds": [0, 1], "quality": [0.9 * score, 1.1 * score],
         "floor": [1.0, 3.0], "held_out": {}, "batch_size": 50,

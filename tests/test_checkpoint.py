@@ -1,6 +1,7 @@
 """Checkpoints: what is written comes back bit for bit, what is damaged is refused by name."""
 
 import errno
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -45,6 +46,25 @@ def test_weights_and_card_come_back_bit_for_bit(file, by):
     weights, card, sha256 = checkpoint.load(file if by == "file" else file.parent)
     assert card == CARD
     assert checkpoint.weights_sha256(weights) == checkpoint.weights_sha256(WEIGHTS) == sha256
+
+
+@pytest.mark.parametrize(
+    ("parent", "solvers", "shifted"),
+    [
+        (None, ("ddim", "heun"), False),  # a teacher
+        ("0" * 64, ("ddim", "heun"), False),  # its guided student, of the teacher's own list
+        ("0" * 64, (), True),  # a halved one
+        ("0" * 64, ("consistency",), True),
+    ],
+)
+def test_a_card_from_before_says_by_what_made_it_whether_its_angles_are_shifted(
+    parent, solvers, shifted
+):
+    card = json.loads(replace(CARD, parent=parent, solvers=solvers).to_json())
+    del card["shifted"]
+    assert Card.from_json(json.dumps(card)).shifted is shifted
+    card["shifted"] = not shifted
+    assert Card.from_json(json.dumps(card)).shifted is not shifted
 
 
 def test_the_sha256_tells_apart_names_shapes_and_single_bits():

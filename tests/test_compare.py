@@ -9,10 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
+from diffusion import data
 from diffusion.console import UserError
 from diffusion.model import Model, load
-from diffusion.schedules import respace, shifted
-from eval import compare, evaluate, lines, measure, race, records, stream, table
+from diffusion.schedules import cosine, respace, shifted
+from eval import compare, evaluate, lines, measure, race, records, report, stream, table, timing
 from eval.compare import Options
 from eval.features import Extractor
 from eval.plans import rows
@@ -26,6 +27,7 @@ SETTINGS = {
     "features": "random",
     "precision": "fp32",
     "likelihood": 8,
+    "seeds": (0, 1),
 }
 CALLS = {  # of each sampler in so many steps
     "ancestral": lambda steps: steps,
@@ -111,13 +113,13 @@ def test_a_comparison_that_was_stopped_measures_only_what_is_left(
     assert sorted(len(record.quality) for record in begun) == [0] * 5 + [1]
     first = list(looked)
     looked[:] = [None] * 6  # never again five
-    timed = race.race
-    monkeypatch.setattr(evaluate, "race", None)  # the times are on disk
-    compare.compare(options)
-    assert race.race is timed
-    expected = [(seed, row.sampler, row.steps) for row in rows for seed in row.seeds]
+    again = compare.compare(options)
+    cheapest = sorted(rows, key=lambda row: row.nfe)
+    expected = [(seed, row.sampler, row.steps) for row in cheapest for seed in row.seeds]
     assert first + looked[6:] == expected
     assert not (tmp_path / "partial.jsonl").exists()
+    assert [row.key for row in again] == [row.key for row in rows]
+    assert all([t.batch_size for t in row.timings] == [1, 64] for row in again)
 
 
 def test_quality_does_not_depend_on_the_batch_size(compared, student, tmp_path):
@@ -172,7 +174,18 @@ def test_a_table_to_be_piped_is_alone_on_stdout(compared, teacher, command, form
         "--features",
         "random",
     ]
-    told += ["--precision", "fp32", "--table", form, "--out", folder, teacher.parent]
+    told += [
+        "--seeds",
+        0,
+        1,
+        "--precision",
+        "fp32",
+        "--table",
+        form,
+        "--out",
+        folder,
+        teacher.parent,
+    ]
     outcome = command(compare.main, *told)
     assert outcome.code == 0
     written = {
@@ -271,13 +284,18 @@ def test_a_models_own_sampler_is_compared_at_counts_that_are_not_its_own(teacher
     ]
 
 
-@pytest.mark.parametrize(("dim", "num_images"), [(2048, 10_000), (64, 1024)])
-def test_as_many_images_are_taken_as_the_features_need(monkeypatch, teacher, dim, num_images):
+@pytest.mark.parametrize(
+    ("dim", "batch_size", "long_images"),
+    [(64, 256, 512), (64, 100, 600), (64, 1000, 1000), (2048, 256, 2304)],
+)
+def test_a_long_plan_is_judged_on_whole_batches_of_as_few_images_as_the_features_allow(
+    monkeypatch, teacher, dim, batch_size, long_images
+):
     made = Extractor("fd", "0" * 64, dim, extract=None)
     monkeypatch.setattr(compare, "extractor", lambda *asked: made)
     monkeypatch.setattr(compare.Judge, "of", lambda *given: Mock())
-    bench = compare.prepare(Options(), load(teacher))
-    assert bench.num_images == num_images
+    bench = compare.prepare(Options(batch_size=batch_size), load(teacher))
+    assert (bench.num_images, bench.long_images) == (10_000, long_images)
 
 
 def test_solvers_are_compared_at_every_shift_that_is_told(teacher):
@@ -288,3 +306,169 @@ def test_solvers_are_compared_at_every_shift_that_is_told(teacher):
     for row, (shift, _) in zip(found, counts, strict=True):
         expected = shifted(respace(model.schedule, len(row.angles) - 1), shift)
         assert row.angles.equal(expected)
+
+
+# --- a teacher's long plan
+
+LONG = SETTINGS | {"steps": "1,2", "solvers": ("ddim", "unipc"), "seeds": (0,)}
+LONG |= {"num_images": 200, "long_images": 128, "likelihood": 0}
+
+
+@pytest.fixture(scope="module")
+def slow(tmp_path_factory, train_tiny) -> Path:
+    """A teacher of 120 steps."""
+    return train_tiny(tmp_path_factory.mktemp("slow") / "teacher", angles=cosine(120))
+
+
+@pytest.fixture
+def calls(monkeypatch) -> list[tuple[int, int]]:
+    """(steps, images) of each call for images; by the clock of the times each takes 0.05 s a step,
+    and the first of its kind a second more."""
+    made, known, x0, timed = [], set(), Model.x0, timing.timed
+
+    def counted(self, plan, seed, numbers, *others):
+        made.append((len(plan[1]) - 1, len(numbers)))
+        return x0(self, plan, seed, numbers, *others)
+
+    def simulated(call, device):
+        result, _ = timed(call, device)
+        compiles = made[-1] not in known
+        known.add(made[-1])
+        return result, 0.05 * made[-1][0] + compiles
+
+    monkeypatch.setattr(Model, "x0", counted)
+    monkeypatch.setattr(timing, "timed", simulated)
+    return made
+
+
+def test_a_long_plan_is_timed_while_its_fewer_images_are_made(slow, tmp_path, calls):
+    rows = compare.compare(Options(runs=(slow,), out=tmp_path, **LONG))
+    names = [(row.sampler, row.steps, row.num_images) for row in rows]
+    assert names == [
+        ("ancestral", 120, 128),
+        ("ddim", 1, 200),
+        ("ddim", 2, 200),
+        ("unipc", 2, 200),
+        ("unipc", 32, 200),
+    ]
+    assert calls.count((120, 64)) == 2  # those of the quality run
+    assert rows[0].timing(64).first == pytest.approx(7.0)
+    assert rows[0].timing(64).seconds == pytest.approx((6.0,))
+    assert calls.count((120, 1)) == 1 + 3  # counted; then the first and two repeats
+    for row in rows[1:]:  # in a race
+        assert [t.batch_size for t in row.timings] == [1, 64]
+        assert row.timing(64).seconds[:2] == pytest.approx((0.05 * row.steps,) * 2)
+    assert rows[-1].timing(64).first == pytest.approx(2.6)  # of its images, as it was compiled
+    assert rows[0].floor != rows[1].floor
+    found = lines.lines(rows)
+    assert found[0].ratio is None
+    assert [line.yardstick.steps for line in found] == [32] * 5
+    assert found[1].speed_up == pytest.approx(120)
+
+
+def test_a_comparison_stopped_within_its_long_row_still_ends_with_times(
+    slow, tmp_path, calls, monkeypatch
+):
+    monkeypatch.setattr(stream, "SAVE_EVERY", -1.0)
+    options = Options(runs=(slow,), out=tmp_path, **LONG)
+    see = compare.Judge.see
+
+    def stopping(self, x0, start):
+        if calls[-1][0] == 120 and start == 64:
+            raise KeyboardInterrupt
+        return see(self, x0, start)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(compare.Judge, "see", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            compare.compare(options)
+    calls.clear()
+    rows = compare.compare(options)
+    assert calls.count((120, 64)) == 1  # the batch that was lost
+    assert rows[0].batch.seconds == pytest.approx((6.0,))
+    assert records.read(tmp_path / "results.jsonl") == rows
+
+
+def test_a_long_batch_says_how_far_it_is(slow, monkeypatch, capsys):
+    model, clock = load(slow), Mock(side_effect=iter(range(1000)))
+    monkeypatch.setattr(evaluate, "time", Mock(monotonic=clock))  # a second passes with each call
+    row = rows(slow, model, None, ())[0]
+    with evaluate.heard(row):
+        for start in (0, 2):
+            model.x0(row.plan, 0, torch.arange(start, start + 2))
+    assert capsys.readouterr().out.splitlines() == 2 * [
+        "teacher 120: call 32 of 120 of this batch, 85 s left of it",
+        "teacher 120: call 63 of 120 of this batch, 56 s left of it",
+        "teacher 120: call 94 of 120 of this batch, 26 s left of it",
+    ]
+    model.x0(row.plan, 0, torch.arange(2))
+    assert capsys.readouterr().out == ""
+
+
+def test_rows_judged_without_times_get_them_later(slow, tmp_path, calls):
+    options = Options(runs=(slow,), out=tmp_path, **LONG | {"times": False})
+    before = compare.compare(options)
+    assert all(row.timings == [] for row in before)
+    after = compare.compare(dataclasses.replace(options, times=True))
+    assert [row.quality for row in after] == [row.quality for row in before]
+    assert all(row.batch and row.single for row in after)
+
+
+def test_a_long_plan_on_as_many_images_as_the_rest_is_the_yardstick_itself(slow, tmp_path, calls):
+    settings = LONG | {"long_images": 200, "times": False}
+    rows = compare.compare(Options(runs=(slow,), out=tmp_path, **settings))
+    found = lines.lines(rows)
+    assert [line.yardstick.steps for line in found] == [120] * 5
+    assert found[0].title == "teacher"
+
+
+@pytest.mark.parametrize(
+    ("steps", "solvers", "long", "added"),
+    [
+        ("1,2", ("ddim", "unipc"), True, [("unipc", 32)]),
+        ("1,16", ("ddim", "unipc"), True, []),
+        ("1,16", ("heun",), True, [("heun", 16)]),  # 16 calls are 8 steps: too few; 32 are 16
+        ("1,2", (), True, [("unipc", 32)]),  # none is named: the last that the card takes
+        ("1,2", ("ddim", "unipc"), False, []),
+    ],
+)
+def test_a_row_that_can_stand_in_for_the_long_plan_is_added_where_none_can(
+    slow, steps, solvers, long, added
+):
+    model, counts = load(slow), [int(n) for n in steps.split(",")]
+    model = dataclasses.replace(
+        model, card=dataclasses.replace(model.card, solvers=("ddim", "heun", "unipc"))
+    )
+    found = [(row.sampler, len(row.angles) - 1) for row in rows(slow, model, counts, solvers, long)]
+    without = [each for each in found if each not in added]
+    assert found == without + added
+    assert all(steps in (1, 2, 8, 16, 120) for _, steps in without)
+    assert (("ancestral", 120) in found) == long
+
+
+def test_images_of_a_long_plan_are_no_more_than_the_others(slow):
+    with pytest.raises(UserError, match="--long-images must be at most --num-images 100"):
+        compare.sizes(Options(num_images=100, long_images=200), dim=64)
+    with pytest.raises(UserError, match="--long-images must be more than the 64"):
+        compare.sizes(Options(long_images=64), dim=64)
+
+
+# --- a folder too small to hold images out
+
+
+@pytest.mark.parametrize("count", [3, 12, 40])
+def test_a_handful_of_images_is_compared_to_the_end(tmp_path, train_tiny, quick, digits, count):
+    (tmp_path / "photos").mkdir()
+    for i, image in enumerate(digits.train[:count, 0]):
+        Image.fromarray(image.numpy()).save(tmp_path / "photos" / f"{i:02d}.png")
+    photos = data.load(str(tmp_path / "photos"), size=8, channels=1)
+    assert (len(photos.train), len(photos.test)) == (count, 0)
+    few = dataclasses.replace(quick, batch_size=min(count, quick.batch_size))
+    train_tiny(tmp_path / "runs" / "teacher", few, dataset=photos)
+    settings = SETTINGS | {"steps": "1,2", "solvers": ("ddim",), "seeds": (0,)}
+    found = compare.compare(Options(runs=(tmp_path / "runs",), **settings))
+    assert [(row.held_out, row.likelihood) for row in found] == [({}, {})] * len(found)
+    words = (tmp_path / "runs" / "compare" / "table.md").read_text()
+    assert "no images are held out" in words
+    page = report.write(report.Options((tmp_path / "runs" / "compare",)))
+    assert "no images are held out" in page.read_text()

@@ -498,11 +498,18 @@ def test_a_start_of_another_network_is_refused(teacher, tmp_path, quick):
     checkpoint.save(
         tmp_path / "other.safetensors", weights, replace(card, data=card.data | {"mean": 0.0})
     )
-    with pytest.raises(UserError, match=r"other\.safetensors is of another network"):
+    with pytest.raises(UserError, match=r"other\.safetensors has another network"):
         distill(Options(teacher=teacher, start=tmp_path / "other.safetensors", fit=quick))
 
 
-def test_continuous_time_trains_by_its_own_preset(monkeypatch):
-    for arguments, name in [([], "consistency"), (["--mode", "scm"], "continuous")]:
-        monkeypatch.setattr("sys.argv", ["command", *arguments])
-        assert Options.default("digits").fit == getattr(preset("digits"), name)
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        ([], "distillation"),
+        (["--mode", "ect"], "consistency"),
+        (["--mode", "scm"], "continuous"),
+    ],
+)
+def test_a_mode_trains_by_its_own_preset(monkeypatch, arguments, name):
+    monkeypatch.setattr("sys.argv", ["command", *arguments])
+    assert Options.default("digits").fit == getattr(preset("digits"), name)

@@ -273,8 +273,8 @@ def test_both_passes_drop_the_same_units():
 def stopped_after(count: int):
     """fit, that stops as by a signal after some log lines."""
 
-    def begin(*arguments) -> Iterator[Progress]:
-        for i, line in enumerate(fit(*arguments), 1):
+    def begin(*arguments, **named) -> Iterator[Progress]:
+        for i, line in enumerate(fit(*arguments, **named), 1):
             yield line
             if i == count:
                 raise KeyboardInterrupt

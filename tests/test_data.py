@@ -11,10 +11,9 @@ from urllib.error import URLError
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torchvision.datasets import CIFAR10
 
-from diffusion import data
+from diffusion import data, named_data
 from diffusion.console import UserError
 from diffusion.data import ImageSpec
 
@@ -143,122 +142,138 @@ def test_cifar10_keeps_its_images_colours_and_classes_in_order(cifar):
     assert torch.equal(dataset.train, expected[:, :, None, None].expand(4, 3, 32, 32))
 
 
+@pytest.fixture
+def debian(tmp_path_factory, monkeypatch) -> Path:
+    """In place of Debian's package: a folder with the four files, of other images, and a new cache."""
+    folder = tmp_path_factory.mktemp("debian")
+    for stem, count in (("train", 30), ("t10k", 15)):
+        images = np.full((count, 28, 28), 7, dtype=np.uint8)
+        images[:, :14] = 250
+        write_fashion(folder, stem, images)
+    monkeypatch.setattr(named_data, "DEBIAN", folder)
+    monkeypatch.setattr(data, "CACHE", tmp_path_factory.mktemp("cache"))
+    return folder
+
+
+def write_fashion(folder: Path, stem: str, images: np.ndarray) -> None:
+    labels = np.arange(len(images), dtype=np.uint8) % 10
+    for kind, array in (("images-idx3", images), ("labels-idx1", labels)):
+        (folder / f"{stem}-{kind}-ubyte.gz").write_bytes(gzip.compress(idx(array)))
+
+
+def test_fashion_mnist_comes_from_debians_package_where_no_folder_is_named(debian, no_network):
+    dataset = data.load("fashion-mnist")
+    assert (len(dataset.train), len(dataset.test)) == (30, 15)
+    assert not list(data.CACHE.rglob("*ubyte*"))
+
+
+def test_a_folder_that_is_named_is_the_only_place_that_fashion_mnist_is_looked_for_in(
+    fashion, debian, no_network
+):
+    folder, _ = fashion
+    for name in ("t10k-images-idx3", "t10k-labels-idx1"):
+        (folder / f"{name}-ubyte.gz").unlink()
+    with pytest.raises(UserError) as error:
+        data.load("fashion-mnist", folder)
+    assert "lacks t10k-images-idx3-ubyte.gz, t10k-labels-idx1-ubyte.gz" in str(error.value)
+    assert "train" not in str(error.value).replace(str(folder), "")
+
+
+def test_ones_own_images_under_fashion_mnists_names_are_what_is_loaded(tmp_path, debian):
+    random = np.random.default_rng(1)
+    own = random.integers(0, 256, (200, 28, 28), dtype=np.uint8)
+    for stem in ("train", "t10k"):
+        write_fashion(tmp_path, stem, own)
+    assert np.array_equal(data.load("fashion-mnist", tmp_path).train[:, 0], own)
+
+
+@pytest.mark.parametrize("place", [".", "FashionMNIST/raw"])
+def test_a_replaced_file_is_not_answered_from_an_unpacked_copy_of_the_one_before(fashion, place):
+    folder, arrays = fashion
+    (folder / place).mkdir(parents=True, exist_ok=True)
+    for stem, array in arrays.items():  # as torchvision and earlier versions unpack them
+        (folder / place / f"{stem}-ubyte").write_bytes(idx(array))
+    other = 255 - arrays["train-images-idx3"]
+    write_fashion(folder, "train", other)
+    before = sorted(folder.rglob("*"))
+    assert np.array_equal(data.load("fashion-mnist", folder).train[:, 0], other)
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_unpacked_files_and_torchvisions_layout_are_read_too(fashion):
+    folder, arrays = fashion
+    (folder / "FashionMNIST" / "raw").mkdir(parents=True)
+    for stem, array in arrays.items():
+        (folder / f"{stem}-ubyte.gz").unlink()
+        (folder / "FashionMNIST" / "raw" / f"{stem}-ubyte").write_bytes(idx(array))
+    dataset = data.load("fashion-mnist", folder)
+    assert np.array_equal(dataset.test[:, 0], arrays["t10k-images-idx3"])
+
+
+@pytest.mark.parametrize("name", ["fashion-mnist", "cifar10"])
+def test_a_mistyped_data_dir_is_one_line_and_no_folder(tmp_path, name, debian, monkeypatch):
+    monkeypatch.setattr(urllib.request, "urlopen", None)  # not even asked
+    with pytest.raises(UserError, match=r"no folder .*typo: --data-dir"):
+        data.load(name, tmp_path / "typo")
+    assert not (tmp_path / "typo").exists()
+
+
+def test_labels_for_other_images_are_refused(fashion):
+    folder, arrays = fashion
+    labels = arrays["train-labels-idx1"][:-1]
+    (folder / "train-labels-idx1-ubyte.gz").write_bytes(gzip.compress(idx(labels)))
+    with pytest.raises(UserError, match="20 images and 19 labels"):
+        data.load("fashion-mnist", folder)
+
+
+def test_cifar10_is_not_downloaded_into_a_folder_that_is_named(cifar, monkeypatch):
+    monkeypatch.setattr(urllib.request, "urlopen", None)  # not even asked
+    (cifar / CIFAR10.base_folder / "test_batch").unlink()
+    before = sorted(cifar.rglob("*"))
+    with pytest.raises(UserError, match=r"lacks test_batch: .*--data-dir"):
+        data.load("cifar10", cifar)
+    assert sorted(cifar.rglob("*")) == before
+
+
 def test_cifar10_that_is_damaged_and_cannot_be_fetched_names_the_option(cifar, no_network):
     (cifar / CIFAR10.base_folder / "data_batch_1").write_bytes(b"damaged")
     with pytest.raises(UserError, match="--data-dir"):
         data.load("cifar10", cifar)
 
 
-def test_a_dataset_that_is_missing_and_cannot_be_fetched_names_the_option(tmp_path, no_network):
-    with pytest.raises(UserError, match="--data-dir"):
-        data.load("cifar10", tmp_path)
+def test_a_dataset_that_is_missing_and_cannot_be_fetched_names_the_option(
+    tmp_path, no_network, monkeypatch
+):
+    monkeypatch.setattr(data, "CACHE", tmp_path)
+    monkeypatch.setattr(named_data, "DEBIAN", tmp_path / "none")
+    for name in ("cifar10", "fashion-mnist"):
+        with pytest.raises(UserError, match=r"could not be downloaded: .*--data-dir"):
+            data.load(name)
+        with pytest.raises(UserError, match="--data-dir"):
+            data.load(name, download=False)
 
 
-# Folders of images
-
-
-def plain(value: object, mode: str = "RGB", size: tuple[int, int] = (16, 16)) -> Image.Image:
-    return Image.new(mode, size, value)
-
-
-@pytest.mark.parametrize(
-    ("image", "colour"),
-    [
-        (plain(60, "L"), (60, 60, 60)),
-        (plain((9, 80, 200)), (9, 80, 200)),
-        (plain((9, 80, 200, 255), "RGBA"), (9, 80, 200)),
-        (plain((9, 80, 200)).quantize(4), (9, 80, 200)),
-        (plain(1, "1"), (255, 255, 255)),
-        (Image.fromarray(np.full((16, 16), 60 * 257, dtype=np.uint16)), (60, 60, 60)),
-    ],
-    ids=["grey", "colour", "alpha", "palette", "bits", "16-bit grey"],
-)
-def test_every_kind_of_image_keeps_its_colour(tmp_path, image, colour):
-    image.save(tmp_path / "a.png")
-    plain(0, "L").save(tmp_path / "b.png")  # one colour alone is nothing to learn
-    first = data.load(str(tmp_path), size=8).train[0]
-    assert torch.equal(
-        first, torch.tensor(colour, dtype=torch.uint8)[:, None, None].expand(3, 8, 8)
-    )
-
-
-def test_images_of_all_sizes_below_a_folder_become_one_size(tmp_path):
-    (tmp_path / "inner").mkdir()
-    plain((250, 0, 0), size=(40, 12)).save(tmp_path / "inner" / "wide.PNG")
-    plain((0, 250, 0), size=(5, 9)).save(tmp_path / "small.jpg")
-    plain((0, 0, 250), size=(16, 16)).save(tmp_path / "whole.webp", lossless=True)
-    (tmp_path / "notes.txt").write_text("no image")
-    dataset = data.load(str(tmp_path), size=16)
-    assert dataset.train.shape == (3, 3, 16, 16)
-    assert dataset.train.float().mean((2, 3)).argmax(1).tolist() == [0, 1, 2]
-    assert dataset.train_labels is None
-
-
-def test_a_folder_can_be_read_in_grey(tmp_path):
-    plain((255, 255, 255)).save(tmp_path / "a.png")
-    plain((0, 0, 0)).save(tmp_path / "b.png")
-    images = data.load(str(tmp_path), size=8, channels=1).train
-    assert images[:, 0, 0, 0].tolist() == [255, 0]
-    assert images.shape == (2, 1, 8, 8)
-
-
-def test_an_image_is_turned_the_way_its_camera_was_held(tmp_path):
-    image = plain(0, "L", (8, 8))
-    image.paste(255, (0, 0, 8, 4))  # the upper half is white
-    exif = Image.Exif()
-    exif[0x0112] = 6  # turn by 90 degrees clockwise to see it upright
-    image.save(tmp_path / "a.png", exif=exif)
-    seen = data.load(str(tmp_path), size=8, channels=1).train[0, 0]
-    assert (seen[:, 4:] == 255).all()
-    assert (seen[:, :4] == 0).all()
-
-
-def test_a_fine_checkerboard_becomes_grey_and_no_moire(tmp_path):
-    board = (np.indices((256, 256)).sum(0) % 2 * 255).astype(np.uint8)
-    Image.fromarray(board).save(tmp_path / "a.png")
-    plain(0, "L").save(tmp_path / "b.png")
-    grey = data.load(str(tmp_path), size=8, channels=1).train[0].float()
-    assert (grey - 127.5).abs().max() < 2
-
-
-def test_broken_files_are_named_counted_and_skipped(tmp_path, capsys):
-    random = np.random.default_rng(0)
-    image = Image.fromarray(random.integers(0, 256, (32, 32, 3), dtype=np.uint8))
-    for name in ("whole.png", "cut.png", "cut.jpg"):
-        image.save(tmp_path / name)
-    for name in ("cut.png", "cut.jpg"):
-        raw = (tmp_path / name).read_bytes()
-        (tmp_path / name).write_bytes(raw[: len(raw) // 2])
-    (tmp_path / "text.png").write_text("no image")
-    (tmp_path / "empty.gif").touch()
-    assert len(data.load(str(tmp_path), size=8).train) == 1
-    said = capsys.readouterr().out
-    assert "skipped 4 of 5" in said
-    assert all(name in said for name in ("cut.png", "cut.jpg", "text.png", "empty.gif"))
-
-
-def test_a_folder_without_a_whole_image_is_refused(tmp_path):
-    with pytest.raises(UserError, match="holds no images"):
-        data.load(str(tmp_path))
-    (tmp_path / "text.png").write_text("no image")
-    with pytest.raises(UserError, match="could be read"):
-        data.load(str(tmp_path))
-
-
-def test_images_of_one_colour_throughout_are_refused(tmp_path):
-    plain(7, "L").save(tmp_path / "a.png")
-    with pytest.raises(UserError, match="same value"):
-        data.load(str(tmp_path))
-
-
-def test_every_tenth_image_of_a_large_folder_is_held_out(tmp_path):
-    for i in range(100):
-        plain(i, "L", (8, 8)).save(tmp_path / f"{i:03d}.png")
-    dataset = data.load(str(tmp_path), size=8, channels=1)
-    assert dataset.test[:, 0, 0, 0].tolist() == list(range(9, 100, 10))
-    assert len(dataset.train) == 90
+# Names
 
 
 def test_an_unknown_dataset_is_answered_with_those_that_are_known():
     with pytest.raises(UserError, match="digits, fashion-mnist, cifar10"):
         data.load("no-such-data")
+
+
+# Fingerprints
+
+
+def test_a_fingerprint_is_of_every_pixel_their_order_and_the_labels(digits):
+    images, labels = digits.train, digits.train_labels
+    other = images.clone()
+    other[-1, 0, 7, 7] ^= 1
+    prints = [data.fingerprint(images, labels), data.fingerprint(images)]
+    prints += [data.fingerprint(other, labels), data.fingerprint(images.flip(0), labels)]
+    prints += [data.fingerprint(images, labels.flip(0)), data.fingerprint(images.flip(-1), labels)]
+    assert len({*prints}) == len(prints)
+    assert (
+        digits.spec.sha256
+        == prints[0]
+        == hashlib.sha256(images.numpy().tobytes() + labels.numpy().tobytes()).hexdigest()
+    )

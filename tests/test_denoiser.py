@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from diffusion.circle import FROM_X0
 from diffusion.console import UserError
 from diffusion.denoiser import Condition, Denoiser, Inward, check_prediction, guide
-from diffusion.model import build
-from diffusion.networks import UNet, UNetConfig
+from diffusion.networks import UNet, UNetConfig, check_net
 from diffusion.networks.unet import Attention
 from diffusion.schedules import SCHEDULES
+from teachers.presets import PRESETS
 from tests.analytic import BIMODAL, SKEWED, normal, random_unet
 
 close = torch.testing.assert_close
@@ -247,7 +247,41 @@ def test_a_network_on_patches_is_one_on_the_channels_that_they_unfold_to(learned
 @pytest.mark.parametrize("patch", [0, 3, 8])
 def test_patches_that_do_not_tile_the_image_are_refused(patch):
     with pytest.raises(UserError, match="patch"):
-        build(UNetConfig(size=8, patch=patch), "fp32")
+        check_net(UNetConfig(size=8, patch=patch))
+
+
+@pytest.mark.parametrize(
+    ("net", "levels"),
+    [
+        ({"size": 8, "multipliers": (1,), "attention": (16,)}, "8"),
+        ({"size": 48, "multipliers": (1, 2, 2, 2), "attention": (12, 16)}, "48, 24, 12, 6"),
+        ({"size": 28, "patch": 2, "multipliers": (1, 2), "attention": (28,)}, "14, 7"),
+    ],
+)
+def test_attention_that_no_level_would_have_is_refused_with_the_resolutions_there_are(net, levels):
+    config = UNetConfig(**net)
+    missing = next(size for size in config.attention if str(size) not in levels.split(", "))
+    with pytest.raises(UserError, match=f"--attention {missing} .* have {levels};"):
+        check_net(config)
+
+
+@pytest.mark.parametrize("size", [4, 8])
+def test_attention_that_is_let_pass_is_built(size):
+    config = UNetConfig(size=8, width=8, multipliers=(1, 2), attention=(size,))
+    check_net(config)
+    assert any(isinstance(module, Attention) for module in UNet(config).modules())
+
+
+@pytest.mark.parametrize("multipliers", [(1,), (1, 2, 2)])
+def test_without_blocks_on_the_way_down_a_network_still_makes_images(multipliers):
+    config = UNetConfig(size=8, width=8, multipliers=multipliers, blocks=0, attention=())
+    check_net(config)
+    assert UNet(config)(normal(0, 3, 1, 8, 8), ANGLES[:3].float()).shape == (3, 1, 8, 8)
+
+
+@pytest.mark.parametrize("data", PRESETS)
+def test_the_networks_of_the_presets_have_the_attention_that_they_name(data):
+    check_net(PRESETS[data].net)
 
 
 BOUNDS = (-0.5, 1.0)

@@ -187,8 +187,8 @@ def trained(teacher, quick, tmp_path):
 def test_a_run_stopped_and_resumed_ends_with_the_same_weights(trained, monkeypatch, tmp_path):
     whole = trained("whole", frechet=1.0)
 
-    def stopping(*inputs):
-        for line in fit(*inputs):
+    def stopping(*inputs, **named):
+        for line in fit(*inputs, **named):
             yield line
             if line.iteration >= 15:
                 raise Interrupted("stopped", 15)

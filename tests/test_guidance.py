@@ -157,7 +157,7 @@ def test_a_weight_that_the_model_cannot_be_guided_by_is_an_error(net, weight):
 
 
 def test_guidance_of_a_model_without_classes_is_an_error():
-    with pytest.raises(UserError, match="--guidance is towards a class"):
+    with pytest.raises(UserError, match="--guidance needs a model with classes"):
         model_of(replace(NET, num_classes=0)).condition(None, 2.0)
 
 
@@ -273,6 +273,7 @@ def test_a_guided_student_samples_as_its_teacher_does_and_halves(conditional, gu
     (halved,) = progressive.distill(options)
     assert (halved.denoiser.guidance, halved.card.guidance) == ((1.0, 4.0), 2.0)
     assert halved.calls_per_step() == 1
+    assert (student.card.shifted, halved.card.shifted) == (False, True)
     indices = torch.arange(4, device=halved.device)
     images = [halved.x0(halved.plan(), 0, indices, indices, w) for w in (None, 2.0, 4.0)]
     assert torch.equal(images[0], images[1])

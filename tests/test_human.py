@@ -4,6 +4,7 @@ import html
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from browser import Opened, browser
 from PIL import Image
 
+from diffusion import checkpoint
 from diffusion.console import UserError
 from eval import human
 from eval.human import Make, Read
@@ -198,6 +200,21 @@ def test_a_checkpoint_shows_the_images_that_generate_makes(student):
     made = human.images_of(options.a, options, None)
     assert torch.equal(made, human.images_of(str(student), options, None))
     assert made.shape == (3, 1, 8, 8)
+
+
+@pytest.mark.parametrize(("background", "level"), [(None, 0), ("white", 255)])
+def test_real_images_lie_on_the_checkpoints_background(tmp_path, teacher, background, level):
+    weights, card, _ = checkpoint.load(teacher)
+    black = replace(card, data=card.data | {"background": "black"})
+    checkpoint.save(tmp_path / "model.safetensors", weights, black)
+    (tmp_path / "photos").mkdir()
+    for alpha in (0, 255):
+        Image.new("LA", (8, 8), (128, alpha)).save(tmp_path / "photos" / f"{alpha}.png")
+    real, made = f"real:{tmp_path / 'photos'}", str(tmp_path / "model.safetensors")
+    for a, b in ((real, made), (made, real)):
+        options = Make(a, b, pairs=2, background=background)
+        images = human.images_of(real, options, (1, 8, 8))
+        assert sorted(images[:, 0, 0, 0].tolist()) == sorted([level, 128])
 
 
 def spoilt(page: str) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """Methods pooled over training seeds, and whether other distances rank them alike."""
 
 import json
+from dataclasses import replace
 from statistics import mean, stdev
 
 import pytest
@@ -127,6 +128,18 @@ def test_the_command_leaves_a_table_figures_and_a_plot(tmp_path, capsys):
     assert (tmp_path / "methods.png").stat().st_size > 1000
 
 
+def test_what_stands_in_brackets_is_printed_as_it_is(tmp_path, capsys):
+    other = {"training": MILD | {"recipe": "0123abcd"}, "run": "runs/hot/model.safetensors"}
+    mine = students("cd", [3.0], run="runs/mild/model.safetensors")
+    rows = [TEACHER, *mine, record("cd", 2, parent=TEACHER.sha256, **other)]
+    rows = [replace(row, others={RANDOM: [row.score, row.score]}) for row in rows]
+    records.write(tmp_path / "results.jsonl", rows)
+    summarise(Options(results=(tmp_path / "results.jsonl",)))
+    printed = capsys.readouterr().out
+    assert "cd [mild]" in printed
+    assert "cd [hot]" in printed
+
+
 def test_a_missing_file_of_results_is_one_line(tmp_path):
-    with pytest.raises(UserError, match="no such file of results"):
+    with pytest.raises(UserError, match="there is no file"):
         summarise(Options(results=(tmp_path / "none.jsonl",)))

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from benchmarks import evaluation, frechet, overhead, step_cost
@@ -37,6 +38,15 @@ MISTAKES = [
     (ddpm, "--data no-such-data", ["no-such-data", "digits"]),
     (ddpm, "--data empty", ["empty", ".png"]),
     (ddpm, "--data pictures --channels 2", ["channels", "2"]),
+    (ddpm, "--data pictures --background greenish", ["--background", "#rrggbb", "greenish"]),
+    (ddpm, "--data runs/teacher", ["runs/teacher", "no training images"]),
+    (ddpm, "--data fashion-mnist --data-dir typo", ["typo", "--data-dir"]),
+    (
+        ddpm,
+        "--data fashion-mnist --data-dir empty",
+        ["empty", "lacks", "t10k-labels-idx1-ubyte.gz"],
+    ),
+    (ddpm, "--data cifar10 --data-dir empty", ["empty", "lacks", "data_batch_1", "--data-dir"]),
     (ddpm, "--out file/run", ["file"]),
     (ddpm, "--iterations 0", ["--iterations", "0"]),
     (ddpm, "--batch-size 0", ["--batch-size", "0"]),
@@ -48,6 +58,17 @@ MISTAKES = [
     (ddpm, "--width 12", ["width", "12"]),
     (ddpm, "--width 0", ["width", "0"]),
     (ddpm, "--multipliers 0", ["multipliers", "0"]),
+    (ddpm, "--blocks -1", ["--blocks", "-1"]),
+    (ddpm, "--attention 16", ["--attention 16", "8"]),
+    (ddpm, "--patch 0", ["--patch", "0"]),
+    (ddpm, "--num-classes -1", ["--num-classes", "-1"]),
+    (ddpm, "--learning-rate inf", ["--learning-rate", "inf"]),
+    (ddpm, "--warmup -1", ["--warmup", "-1"]),
+    (ddpm, "--save-every nan", ["--save-every", "nan"]),
+    (ddpm, "--seed -1", ["--seed", "2^63", "-1"]),
+    (ddpm, f"--seed {2**63}", ["--seed", "2^63", str(2**63)]),
+    (progressive, "--seed -1", ["--seed", "-1"]),
+    (consistency, "--seed -1", ["--seed", "-1"]),
     (ddpm, "--size 16", ["--size", "16", "8"]),
     (ddpm, "--num-classes 3", ["--num-classes", "3", "10"]),
     (ddpm, "--flip", ["--flip"]),
@@ -94,6 +115,11 @@ MISTAKES = [
     (generate, "learned.safetensors --angles", ["--angles", "one or more"]),
     (generate, "runs/teacher --label 1", ["--label", "1"]),
     (generate, "runs/student --num 0", ["--num", "0"]),
+    (generate, "runs/student --seed -1", ["--seed", "-1"]),
+    (generate, f"runs/student --seed {2**64}", ["--seed", str(2**64)]),
+    (generate, "nan.safetensors", ["nan.safetensors", "not finite"]),
+    (progressive, "--teacher nan.safetensors", ["nan.safetensors", "not finite"]),
+    (soup, "runs/student nan.safetensors", ["nan.safetensors", "not finite"]),
     (generate, "runs/student --batch-size 0", ["--batch-size", "0"]),
     (generate, "runs/student --out a.jpg", [".png", "a.jpg"]),
     (generate, "runs/student --out file/a.png", ["file"]),
@@ -103,6 +129,14 @@ MISTAKES = [
     (soup, "runs/student missing", ["missing"]),
     (soup, "runs/student runs/teacher", ["sampler", "runs/teacher", "ddim"]),
     (compare, "missing", ["missing"]),
+    (compare, "moved.safetensors", ["/gone/photos", "--data"]),
+    (compare, "runs --data pictures", ["pictures", "trained on", "--data"]),
+    (progressive, "--teacher moved.safetensors", ["/gone/photos", "--data"]),
+    (
+        progressive,
+        "--teacher moved.safetensors --data pictures",
+        ["pictures", "trained on", "--data"],
+    ),
     (compare, "empty", ["empty"]),
     (compare, "cut.safetensors", ["cut.safetensors"]),
     (compare, "runs other.safetensors", ["other.safetensors", "digits", "elsewhere"]),
@@ -110,10 +144,13 @@ MISTAKES = [
     (compare, "runs --steps some", ["--steps", "some"]),
     (compare, "runs --steps 9", ["8", "9"]),
     (compare, "runs --num-images 64", ["--num-images", "64"]),
+    (compare, "runs --long-images 64", ["--long-images", "64"]),
+    (compare, "runs --long-images 81", ["--long-images", "--num-images 80", "81"]),
     (compare, "runs --batch-size 0", ["--batch-size", "0"]),
     (compare, "runs --solvers euler", ["--solvers", "ddim", "euler"]),
     (compare, "runs --search-steps 1", ["--search-steps", "1"]),
     (compare, "runs --search-steps 2", ["--search-steps", "consistency"]),
+    (compare, "runs --seeds -1", ["--seeds", "-1"]),
     (compare, "runs --seeds 1 0 1", ["--seeds", "once", "1 0 1"]),
     (compare, "runs --shifts 2 -1", ["--shift", "-1"]),
     (compare, "runs --features mine.pt", ["mine.pt"]),
@@ -128,6 +165,7 @@ MISTAKES = [
     (report, "empty", ["results.jsonl", "eval.compare"]),
     (human, "make runs/student missing", ["missing"]),
     (human, "make runs/student empty --pairs 0", ["--pairs", "0"]),
+    (human, "make runs/student runs/teacher --seed -1", ["--seed", "-1"]),
     (human, "read cut.jsonl", ["cut.jsonl"]),
     (compare, "--seeds --out new runs", ["--seeds"]),
     (compare, "runs --out file/new", ["file"]),
@@ -144,8 +182,14 @@ def place(tmp_path_factory, teacher, student) -> Path:
     whole = teacher / "model.safetensors"
     (folder / "cut.safetensors").write_bytes(whole.read_bytes()[:-100])
     weights, card, _ = checkpoint.load(whole)
-    other = replace(card, data=card.data | {"name": "elsewhere"})
+    broken = {
+        name: value * torch.nan if "head" in name else value for name, value in weights.items()
+    }
+    checkpoint.save(folder / "nan.safetensors", broken, card)
+    other = replace(card, data=card.data | {"name": "elsewhere", "sha256": "0" * 64})
     checkpoint.save(folder / "other.safetensors", weights, other)
+    moved = replace(card, data=card.data | {"name": "/gone/photos"})
+    checkpoint.save(folder / "moved.safetensors", weights, moved)
     learned = replace(card, sampler="consistency", solvers=("consistency",))
     learned = replace(learned, plans={1: [0.0, 1.5], 2: [0.0, 1.0, 1.5]})
     checkpoint.save(folder / "learned.safetensors", weights, learned)
@@ -192,6 +236,4 @@ def test_compiling_without_a_compiler_is_a_mistake_too(place, command, monkeypat
 
 
 def files(folder: Path) -> set[str]:
-    """All below the folder but what fashion-mnist's files are unpacked to."""
-    paths = (str(path.relative_to(folder)) for path in folder.rglob("*"))
-    return {path for path in paths if not path.startswith("idx/FashionMNIST")}
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}

@@ -4,7 +4,7 @@ from itertools import islice
 import pytest
 import torch
 
-from diffusion.noise import Noise
+from diffusion.noise import Noise, seed32
 
 SHAPE = (3, 8, 8)
 
@@ -30,6 +30,21 @@ def test_an_image_is_the_same_bit_for_bit_in_any_order():
 def test_a_far_index_and_a_large_seed_have_noise_of_their_own():
     far = draws(2**62, torch.tensor([10**12, 10**12 + 1]), 1)[0].flatten(1)
     assert correlation(far[0], far[1]) < 5 / math.sqrt(far[0].numel())
+
+
+def test_every_bit_of_a_seed_changes_the_noise_and_a_generators_seed():
+    seeds = [0, *(1 << bit for bit in range(63))]
+    noise = torch.stack([draws(seed, torch.arange(1), 1)[0].flatten() for seed in seeds])
+    assert len(noise.unique(dim=0)) == 64
+    assert len({seed32(seed) for seed in seeds}) == 64
+
+
+def test_seeds_of_32_bits_are_taken_as_they_are_and_larger_ones_as_32_bits():
+    for seed in (0, 1, 12345, 2**31, 2**32 - 1):
+        assert seed32(seed) == seed
+    large = {seed32(k << 32) for k in range(1, 1001)}
+    assert len(large) == 1000
+    assert all(0 <= seed < 2**32 for seed in large)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 3, 3), (3, 8, 8)])

@@ -3,6 +3,7 @@
 import html
 import json
 import re
+import urllib.request
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,10 +13,12 @@ import pytest
 import torch
 from browser import Opened, browser
 from made_up import record
+from PIL import Image
 
-from diffusion import data
+from diffusion import data, named_data
 from diffusion.checkpoint import save_tensors
 from diffusion.console import UserError
+from diffusion.image_file import Form
 from eval import records, report, table
 from eval.lines import lines
 from eval.pages import chart, pictures, provenance, verdict
@@ -229,6 +232,27 @@ def test_a_student_with_a_warning_does_not_ship_while_another_is_sound(tmp_path)
     assert "Further figures" not in write_report(tmp_path, ROWS).read_text()
 
 
+def test_a_student_that_gains_nothing_over_a_solver_is_said_to():
+    def words(score: float) -> str:
+        free = record("teacher", 4, score, own=False, sampler="unipc", sha256=TEACHER.sha256)
+        return verdict.verdict(lines([TEACHER, free, ROWS[2]]))
+
+    assert "unipc at 4 calls</b> needs no training and is as good" in words(4.4)
+    assert "needs no training" not in words(4.5)
+
+
+def test_a_long_plan_on_fewer_images_is_no_part_of_the_front_nor_of_the_floor(monkeypatch):
+    few = replace(TEACHER, num_images=50, quality=[0.5, 0.5], floor=[0.4, 0.4])
+    points = []
+    monkeypatch.setattr(chart, "front", lambda given: points.extend(given) or given)
+    found = lines([few, *ROWS[1:]])
+    made = chart.draw(found, lambda line: line.record.nfe, "calls", "quality")
+    assert sorted(points) == sorted((row.nfe, row.score) for row in ROWS[1:])
+    assert made.count('class="dot" transform') == len(ROWS)
+    assert "teacher (50 images), 1,000 steps" in made
+    assert "<b>" in verdict.verdict(found)
+
+
 def test_the_pareto_front_holds_just_the_points_that_none_dominates():
     random = np.random.default_rng(0)
     points = [tuple(map(float, p)) for p in random.integers(1, 60, (400, 2))]
@@ -261,8 +285,13 @@ def test_only_the_last_setting_and_the_latest_of_a_run_are_shown_and_the_rest_is
     old = replace(ROWS[2], sha256="e" * 64)
     other = replace(TEACHER, num_images=200)
     assert report.latest([old, other, *ROWS]) == ROWS
-    dated = replace(other, conditions={"date": "2031-01-01T00:00:00+00:00"})
-    assert report.latest([dated, old, *ROWS]) == [dated]
+    late = {"date": "2031-01-01T00:00:00+00:00"}
+    dated = replace(ROWS[2], num_images=200, conditions=late)
+    long, *others = ROWS  # a long plan may have fewer images, and is no measure of others
+    assert report.latest([dated, old, *others]) == [dated]
+    assert report.latest([dated, old, *ROWS]) == [long, dated]
+    few = replace(TEACHER, num_images=50, conditions=late)
+    assert report.latest([*ROWS, few]) == [few, *ROWS[1:]]
     page = write_report(tmp_path, [old, other, *ROWS]).read_text()
     assert "1 row of runs since made anew; 1 row with num images 200" in page
 
@@ -305,15 +334,40 @@ def test_a_report_does_without_samples_and_without_the_training_images(tmp_path)
     assert "The same noise" not in report.write(Options((tmp_path,))).read_text()
 
 
-def test_a_report_downloads_no_training_images(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "load", None)
+def test_a_report_downloads_no_training_images(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(urllib.request, "urlopen", None)  # not even asked
     monkeypatch.setattr(data, "CACHE", tmp_path)
+    monkeypatch.setattr(named_data, "DEBIAN", tmp_path)
     image = torch.zeros(1, 1, 28, 28, dtype=torch.uint8)
     for name in ("fashion-mnist", "cifar10"):
         line = lines([replace(ROWS[2], data=ROWS[2].data | {"name": name})])[0]
-        assert pictures.nearest(line, image, None) == ""
-        assert not pictures.at_hand(name, tmp_path)
-    assert pictures.at_hand("digits")
+        assert pictures.nearest(line, image, None, None) == ""
+        said = capsys.readouterr().out
+        assert f"nearest training images are left out: {name} is not on this disk" in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_nearest_training_images_are_of_a_folder_that_moved_too(tmp_path, capsys):
+    def photo(seed: int) -> Image.Image:
+        levels = np.random.default_rng(seed).integers(0, 256, (8, 8, 4), dtype=np.uint8)
+        return Image.fromarray(levels)  # half transparent
+
+    (tmp_path / "photos").mkdir()
+    for seed in range(4):
+        photo(seed).save(tmp_path / "photos" / f"{seed}.png")
+    train = data.load(str(tmp_path / "photos"), form=Form(8, 3, "black")).train
+    real = {"name": str(tmp_path / "photos"), "split": "train", "images": 4}
+    real |= {"sha256": data.fingerprint(train), "background": "black"}
+    line = lines([replace(ROWS[2], data=real)])[0]
+    assert "at least 0" in pictures.nearest(line, train[:1], None, None)
+    (tmp_path / "photos").rename(tmp_path / "pictures")
+    capsys.readouterr()
+    assert pictures.nearest(line, train[:1], None, None) == ""
+    assert "no longer there: name with --data" in capsys.readouterr().out
+    assert "at least 0" in pictures.nearest(line, train[:1], str(tmp_path / "pictures"), None)
+    photo(9).save(tmp_path / "pictures" / "0.png")
+    assert pictures.nearest(line, train[:1], str(tmp_path / "pictures"), None) == ""
+    assert "does not hold the images" in capsys.readouterr().out
 
 
 def test_real_images_close_the_samples(tmp_path):

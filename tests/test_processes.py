@@ -15,6 +15,7 @@ import torch
 
 from diffusion import checkpoint
 from diffusion.checkpoint import load_tensors
+from diffusion.folders import MARK
 
 ROOT = Path(__file__).parents[1]
 FIT = "--iterations 12 --batch-size 16 --warmup 4 --precision fp32 --log-every 1"
@@ -80,7 +81,7 @@ def test_two_processes_train_what_one_trains(runs, run):
 @pytest.mark.parametrize("run", RUNS)
 def test_only_the_first_of_two_processes_writes(runs, run):
     one, two = (sorted(p.name for p in (runs / home / run).iterdir()) for home in ("one", "two"))
-    assert one == two == ["log.jsonl", "model.safetensors", "samples.png"]
+    assert one == two == [MARK, "log.jsonl", "model.safetensors", "samples.png"]
 
 
 LONG = f"""

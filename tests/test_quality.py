@@ -89,6 +89,26 @@ def test_a_copied_training_set_and_a_lost_diversity_are_warned_of(judge, digits,
     assert quality.warnings(held_out, held_out) == []
 
 
+def test_copies_of_a_handful_of_images_are_marked_though_nothing_is_held_out(digits):
+    few = replace(digits, train=digits.train[:12], test=digits.test[:0], test_labels=None)
+    own = features.extractor("random", few, CPU)
+    judge = Judge.of(few, own, own, CPU)
+    held_out, fresh = judge.held_out(100), digits.test[:100]
+    assert held_out == {}
+
+    def figures_of(copies: int) -> dict[str, float]:
+        """Of fresh images and so many noisy copies in a hundred."""
+        noisy = few.train[torch.arange(copies) % 12].int() + torch.arange(64).view(8, 8) % 3
+        images = torch.cat([noisy.clamp(0, 255).byte(), fresh[copies:]])
+        return judge.others(judge.see_images(images))
+
+    assert figures_of(47)["memorisation-copied"] == pytest.approx(0.47, abs=0.02)
+    assert quality.warnings(figures_of(47), held_out) == ["copies"]
+    assert quality.warnings(figures_of(8), held_out) == ["copies"]
+    assert quality.warnings(figures_of(0), held_out) == []
+    assert quality.unheld(figures_of(0))
+
+
 def test_the_floor_is_what_as_many_real_images_give(judge, digits):
     which = torch.randperm(359, generator=torch.Generator().manual_seed(0))[:200]
     (floor,) = judge.floor(200, 1)

@@ -18,7 +18,7 @@ from eval.records import Record
 from eval.timing import Timing
 
 SCHEMA = json.loads(schema.SCHEMA.read_text("utf-8"))
-DOCS = Path(__file__).parents[1] / "docs" / "results.md"
+DOCS = Path(__file__).parents[1] / "docs" / "formats.md"
 FULL = record(
     "teacher", 3,
     others={"kid": [0.5, -1e-17]}, held_out={"kid": 0.1},
@@ -259,6 +259,19 @@ def test_a_folder_of_images_may_lie_elsewhere_on_another_machine():
     other = record("student", data=here | {"sha256": sha256("other photos")})
     with pytest.raises(UserError, match="real images"):
         records.require_comparable([rows[0], other])
+
+
+def test_a_teachers_long_plan_alone_may_have_fewer_images_than_the_rest():
+    rest = [record("student", n, parent=sha256("teacher")) for n in (1, 2)]
+    few = record("teacher", 1000, num_images=50)
+    records.require_comparable([few, *rest])
+    records.require_comparable([record("teacher", 1000), few, *rest])
+    short = record("teacher", records.LONG, num_images=50)
+    solver = record("teacher", 1000, own=False, num_images=50)
+    student = record("student", 1000, parent=sha256("teacher"), num_images=50)
+    for other in (short, solver, student, replace(few, num_images=200), replace(few, seeds=[7])):
+        with pytest.raises(UserError, match=r"num images|seeds 7"):
+            records.require_comparable([other, *rest])
 
 
 def test_titles_tell_apart_what_would_be_mixed_up_and_nothing_else():

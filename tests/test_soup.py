@@ -8,7 +8,7 @@ import torch
 from diffusion import checkpoint
 from diffusion.config import FitConfig
 from diffusion.model import load
-from distill import consistency
+from distill import consistency, progressive
 from students.soup import FARTHEST, average, distance, main
 from tests.analytic import normal, random_unet
 
@@ -41,6 +41,56 @@ def test_distance_of_two_networks_that_share_a_part_is_the_share_of_the_other():
     shared, own = torch.tensor([3.0]), torch.eye(2)
     pair = [{"w": torch.cat([shared, row])} for row in own]
     assert distance(pair) == pytest.approx(math.sqrt(1 / 10))
+
+
+@pytest.fixture(scope="module")
+def chains(teacher, quick, tmp_path_factory) -> list[Path]:
+    """Two of halving, from 8 steps to 4 and 2, of other seeds."""
+    folder = tmp_path_factory.mktemp("chains")
+    for seed in (0, 1):
+        fit = replace(quick, iterations=2, batch_size=8, seed=seed)
+        options = progressive.Options(
+            teacher=teacher, out=folder / f"{seed}", start_steps=8, rounds=(4, 2), fit=fit
+        )
+        progressive.distill(options)
+    return [folder / "0", folder / "1"]
+
+
+@pytest.mark.parametrize("steps", ["0004", "0002"])
+def test_chains_of_one_teacher_are_averaged_step_count_by_step_count(
+    chains, teacher, command, tmp_path, steps
+):
+    runs = [chain / steps for chain in chains]
+    cards = [checkpoint.load(run)[1] for run in runs]
+    assert (cards[0].parent == cards[1].parent) == (steps == "0004")
+    assert command(main, *runs, "--out", tmp_path / "soup").code == 0
+    assert checkpoint.load(tmp_path / "soup")[1].origin == checkpoint.load(teacher)[2]
+
+
+@pytest.mark.parametrize("steps", ["0004", "0002"])
+def test_chains_of_other_teachers_are_not_averaged(chains, command, tmp_path, steps):
+    weights, card, _ = checkpoint.load(chains[1] / steps)
+    parent = "0" * 64 if steps == "0004" else card.parent
+    other = replace(card, origin="0" * 64, parent=parent)
+    checkpoint.save(tmp_path / "other.safetensors", weights, other)
+    outcome = command(
+        main, chains[0] / steps, tmp_path / "other.safetensors", "--out", tmp_path / "out"
+    )
+    assert (outcome.code, outcome.err.count("\n")) == (2, 1)
+    assert "its teacher has the weights 00000000" in outcome.err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("steps", "code"), [("0004", 0), ("0002", 2)])
+def test_of_older_students_the_parent_alone_is_known(chains, command, tmp_path, steps, code):
+    runs = []
+    for i, chain in enumerate(chains):
+        weights, card, _ = checkpoint.load(chain / steps)
+        runs.append(tmp_path / f"{i}.safetensors")
+        checkpoint.save(runs[-1], weights, replace(card, origin=None))
+    outcome = command(main, *runs, "--out", tmp_path / "out")
+    assert outcome.code == code
+    assert ("only the one before is known" in outcome.err) == (code == 2)
 
 
 @pytest.fixture(scope="module")
@@ -93,12 +143,25 @@ def test_networks_of_other_origins_are_not_averaged(students, command, tmp_path)
     assert not (tmp_path / "out").exists()
 
 
+def test_students_at_other_angles_are_not_averaged(students, command, tmp_path):
+    weights, card, _ = checkpoint.load(students[1])
+    plans = {n: [angle * 0.9 for angle in angles] for n, angles in card.plans.items()}
+    checkpoint.save(tmp_path / "other.safetensors", weights, replace(card, plans=plans))
+    outcome = command(main, students[0], tmp_path / "other.safetensors", "--out", tmp_path / "out")
+    assert (outcome.code, outcome.err.count("\n")) == (2, 1)
+    assert "other angles" in outcome.err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("changes", "word"),
     [
         ({"sampler": "ddim"}, "sampler"),
         ({"plans": {4: [0.0, 0.5, 0.8, 1.2, 1.5]}}, "steps"),
         ({"guidance": 2.0}, "guidance"),
+        ({"plans": {1: [0.0, 1.5], 2: [0.0, 0.5, 1.5]}}, "steps of its own"),
+        ({"parent": "1" * 64, "origin": None}, "teacher has the weights 11111111"),
+        ({"origin": "1" * 64}, "teacher has the weights 11111111"),
     ],
 )
 def test_students_that_are_used_otherwise_are_not_averaged(

@@ -167,6 +167,7 @@ ARGUMENTS = "--no-times --precision fp32 --features random --seeds 0 1 --steps 4
 
 def compare_alone(out: Path, student: Path) -> list[records.Record]:
     settings = {"times": False, "precision": "fp32", "features": "random", "steps": "4"}
+    settings |= {"seeds": (0, 1)}
     return compare.compare(Options((student,), num_images=300, batch_size=7, out=out, **settings))
 
 

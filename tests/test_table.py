@@ -4,6 +4,7 @@ import csv
 import io
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from made_up import record, sha256
@@ -13,8 +14,10 @@ from diffusion.console import UserError
 from eval import records, table
 from eval.lines import lines
 from eval.records import Record
+from eval.report import latest
 from eval.timing import FOR_P90, Timing
 
+RESULTS = Path(__file__).parents[1] / "results"
 FIGURES = {"kid": [0.00125, 0.00135], "precision": [0.9, 0.92], "coverage": [0.8, 0.9]}
 REAL = {"kid": 0.001, "precision": 0.95, "coverage": 0.93}
 TEACHER = record(
@@ -305,6 +308,19 @@ def test_copies_are_marked_and_explained():
     assert "(copies): " in found[0].caption
 
 
+def test_where_nothing_is_held_out_the_caption_says_what_cannot_be_judged():
+    rows = [
+        replace(row, others={"kid": [0.1, 0.1], "memorisation-copied": [share] * 2}, held_out={})
+        for row, share in ((TEACHER, 0.01), (FOUR, 0.47))
+    ]
+    assert column(rows, "method") == ["teacher", "progressive (copies)"]
+    for each in (rows, rows[:1]):
+        caption = table.tables(each)[0].caption
+        assert "no images are held out" in caption
+        assert "more than 5% are three times as near to one training image" in caption
+    assert column(rows, "method", table.FURTHER) == ["teacher", "progressive (copies)"]
+
+
 def test_one_seed_has_no_spread_to_show():
     rows = [replace(row, seeds=[3], quality=[4.25], others={}) for row in (TEACHER, FOUR)]
     assert column(rows, "quality") == ["4.25", "4.25"]
@@ -358,3 +374,57 @@ def test_a_row_of_several_trainings_has_the_means_of_their_further_figures_and_a
 def test_where_no_row_has_several_trainings_the_table_says_nothing_of_them():
     assert "trainings" not in heads(ROWS, "Quality and cost")
     assert "trainings" not in table.tables(ROWS)[0].caption
+
+
+# --- a long plan on fewer images
+
+
+FEW = replace(TEACHER, num_images=50, floor=[7.0, 9.0])
+UNIPC = record(
+    "teacher", 32, 2.5, 0.3, own=False, sampler="unipc", sha256=TEACHER.sha256, num_images=100
+)
+DDIM = record("teacher", 16, 3.0, 0.2, own=False, sampler="ddim", sha256=TEACHER.sha256)
+
+
+def test_a_long_plan_on_fewer_images_is_compared_with_nobody_and_the_best_long_row_stands_in():
+    rows = [FEW, SOLVER, DDIM, UNIPC, FOUR]
+    assert column(rows, "× teacher") == ["-", "2.40", "1.20", "1.00", "1.76"]
+    assert column(rows, "speed-up")[-1] == "200×"  # to the long plan itself
+    assert column(rows, "method")[:2] == ["teacher (50 images)", "teacher, heun"]
+    caption = table.tables(rows)[0].caption
+    assert "of 100 images" in caption
+    assert "floor (as many real images) 2," in f"{caption},".replace(";", ",")
+    assert "over the larger of the floor and teacher, unipc at 32 calls (2.5)" in caption
+    assert "teacher (50 images): of so few, with a floor of 8" in caption
+
+
+def test_without_a_row_of_16_steps_a_long_plan_on_fewer_images_leaves_no_ratio():
+    assert column([FEW, SOLVER, FOUR], "× teacher") == ["-", "-", "-"]
+    assert "× teacher" not in table.tables([FEW, SOLVER, FOUR])[0].caption
+
+
+def test_a_long_plan_on_as_many_images_stays_the_yardstick_though_a_solver_is_better():
+    rows = [TEACHER, UNIPC, FOUR]
+    assert column(rows, "× teacher") == ["1.00", "0.62", "1.10"]
+    assert "teacher at 1,000 calls (4)" in table.tables(rows)[0].caption
+
+
+def test_each_of_two_teachers_lines_has_its_own_yardstick():
+    one, two = family("one", 10.0, 0.1), family("two", 40.0, 0.3)
+    caption = table.tables([*one, *two])[0].caption
+    assert "its own teacher, teacher [one] at 100 calls (10) or teacher [two]" in caption
+
+
+@pytest.mark.parametrize("name", ["digits", "fashion-mnist"])
+def test_the_published_tables_keep_their_figures(name):
+    folder = RESULTS / name
+    times = "images/s" in (text := (folder / "table.md").read_text())
+    rows = latest(records.read(folder / "results.jsonl"), times)
+    assert parsed_markdown(table.markdown(rows, times)) == parsed_markdown(text)
+
+
+def test_a_floor_of_more_images_than_there_are_says_how_they_were_drawn():
+    rows = [replace(row, num_images=5000) for row in (UNIPC, FOUR)]
+    caption = table.tables(rows)[0].caption
+    assert "drawn with replacement from 1,438" in caption
+    assert "replacement" not in table.tables(ROWS)[0].caption

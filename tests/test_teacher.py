@@ -11,7 +11,9 @@ from torch import Tensor
 from diffusion import checkpoint
 from diffusion.batches import Batch
 from diffusion.checkpoint import load_tensors
+from diffusion.console import UserError
 from diffusion.model import build, load, this_device
+from diffusion.networks import UNet, check_net
 from diffusion.schedules import SCHEDULES, cosine
 from diffusion.training import Progress, fit
 from distill import consistency
@@ -216,6 +218,20 @@ def test_a_teacher_trains_on_every_schedule_with_every_proposal(tmp_path, comman
     card = checkpoint.load(tmp_path / "run")[1]
     assert card.training["settings"]["schedule"] == schedule
     assert card.training["settings"]["levels"] == which
+
+
+@pytest.mark.parametrize("net", [{"attention": [16]}, {"blocks": -1}])
+def test_a_checkpoint_of_a_network_that_is_refused_today_still_loads(teacher, tmp_path, tiny, net):
+    _, card, _ = checkpoint.load(teacher)
+    config = replace(
+        tiny, **{key: tuple(v) if isinstance(v, list) else v for key, v in net.items()}
+    )
+    with pytest.raises(UserError):
+        check_net(config)
+    weights = UNet(config).state_dict()
+    checkpoint.save(tmp_path / "old.safetensors", weights, replace(card, net=card.net | net))
+    model = load(tmp_path / "old.safetensors")
+    assert model.sample(model.plan(2, "ddim"), 0, torch.arange(2)).shape == (2, 1, 8, 8)
 
 
 @pytest.mark.parametrize("flag", ["--clamp", "--no-clamp"])

@@ -77,9 +77,10 @@ def test_settled_medians_tell_calls_that_differ_by_2_percent_apart_19_times_in_2
         ([0.5, 0.01], 29, 31),  # steady: as few as claim a p90, after the first and the warm-up
         ([0.5, 0.01, 0.01, *[0.01, 0.02] * 30], 50, 52),  # its spread stays large
         ([0.5], 4, 6),  # 2 s of budget
-        ([1.9], 3, 5),
-        ([5.0], 3, 4),  # the second run is long: it is the first repeat
+        ([0.9], 3, 5),
+        ([1.1], 2, 3),  # the second run is long: it is the first repeat, and one more will do
         ([30.0], 2, 3),
+        ([20.0, 2.5], 2, 4),  # compiled, and then long: the second run only warmed up
         ([60.0, 0.01], 29, 31),  # compiled: the second run is short, so it only warmed up
     ],
 )

@@ -9,12 +9,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor
 
 from diffusion import checkpoint, runs
@@ -22,6 +24,7 @@ from diffusion import training as loops
 from diffusion.batches import Batch, Batches, batch_seed
 from diffusion.checkpoint import load_tensors
 from diffusion.console import Interrupted, UserError
+from diffusion.data import Dataset
 from diffusion.denoiser import Denoiser
 from diffusion.model import build, this_device
 from diffusion.schedules import cosine
@@ -131,6 +134,30 @@ def test_signals_are_the_callers_again_after_training(training):
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+# What a shell that was set up for another project may have of accelerate's.
+ACCELERATE = {
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4",
+    "ACCELERATE_MIXED_PRECISION": "bf16",
+    "ACCELERATE_DYNAMO_BACKEND": "EAGER",
+    "ACCELERATE_DYNAMO_MODE": "reduce-overhead",
+    "ACCELERATE_DYNAMO_USE_FULLGRAPH": "True",
+}
+
+
+def test_accelerates_variables_in_the_environment_change_no_bit(training, monkeypatch):
+    expected = undisturbed(training, denoising)
+    for name, value in ACCELERATE.items():
+        monkeypatch.setenv(name, value)
+    AcceleratorState._reset_state()  # as in a new process, which reads them
+    denoiser, loop = training(denoising)
+    list(loop)
+    assert identity(denoiser) == expected
+    worker = loops.make_worker()
+    assert worker.gradient_accumulation_steps == 1
+    assert worker.mixed_precision == "no"
+    assert worker.state.dynamo_plugin.backend.value == "NO"
+
+
 def iterations_in(state: Path) -> int:
     """Iterations done before the state was saved, by Adam's own count."""
     return int(load_tensors(state)[0]["optimizer.0.step"])
@@ -233,8 +260,8 @@ def test_a_run_with_other_settings_is_refused_by_the_settings_name(
 def stopped_after(count: int):
     """fit, that stops as by a signal after some log lines."""
 
-    def begin(*arguments) -> Iterator[Progress]:
-        for i, line in enumerate(fit(*arguments), 1):
+    def begin(*arguments, **named) -> Iterator[Progress]:
+        for i, line in enumerate(fit(*arguments, **named), 1):
             yield line
             if i == count:
                 raise KeyboardInterrupt
@@ -242,11 +269,41 @@ def stopped_after(count: int):
     return begin
 
 
-def test_a_run_on_other_images_is_refused(tmp_path, train_tiny, digits):
-    darker = replace(digits, spec=replace(digits.spec, name="elsewhere", mean=3.0))
+def test_a_run_on_images_of_another_scale_is_refused(tmp_path, train_tiny, digits):
+    darker = replace(digits, spec=replace(digits.spec, mean=3.0))
     train_tiny(tmp_path / "run")
     with pytest.raises(UserError, match="other settings"):
         train_tiny(tmp_path / "run", dataset=darker)
+
+
+@pytest.mark.parametrize("stopped", [True, False], ids=["stopped", "finished"])
+def test_a_run_knows_its_images_by_their_fingerprint_wherever_they_lie(
+    tmp_path, train_tiny, quick, digits, monkeypatch, stopped
+):
+    def lying(name: str, sha256: str) -> Dataset:
+        return replace(digits, spec=replace(digits.spec, name=name, sha256=sha256))
+
+    run, config = tmp_path / "run", replace(quick, save_every=0.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "fit", stopped_after(3 if stopped else 99))
+        with suppress(KeyboardInterrupt):
+            train_tiny(run, config, dataset=lying("/a/photos", "1" * 64))
+    assert (run / "model.safetensors").exists() != stopped
+    with pytest.raises(UserError, match="trained on other images than /a/photos holds"):
+        train_tiny(run, config, dataset=lying("/a/photos", "2" * 64))
+    train_tiny(run, config, dataset=lying("/b/pictures", "1" * 64))
+    assert (run / "model.safetensors").exists()
+
+
+def test_a_run_from_before_fingerprints_knows_its_images_by_their_name(tmp_path):
+    images = {"name": "/a/photos", "mean": 3.0}
+    before = {"data": "/a/photos", "images": images}
+    now = {**before, "data_sha256": "1" * 64}
+    runs.require_same(tmp_path, before, now)
+    runs.require_same(tmp_path, now, before)
+    assert recipe(before) == recipe(now)
+    with pytest.raises(UserError, match="data was /a/photos, now /b/photos"):
+        runs.require_same(tmp_path, before, now | {"data": "/b/photos"})
 
 
 def test_an_option_that_is_new_and_off_makes_no_other_run_and_no_other_recipe(tmp_path):
@@ -278,7 +335,7 @@ def test_a_run_stopped_between_its_last_step_and_its_model_keeps_its_whole_log(
         raise KeyboardInterrupt
 
     run = tmp_path / "run"
-    monkeypatch.setattr(runs, "save_grid", killed)
+    monkeypatch.setattr(runs, "leave", killed)
     with pytest.raises(KeyboardInterrupt):
         train_tiny(run)
     monkeypatch.undo()
@@ -349,9 +406,30 @@ def test_every_training_seed_draws_other_batches(digits, quick):
         return Batches(digits, replace(quick, seed=seed), Accelerator(cpu=True)).draw(3)
 
     assert torch.equal(first(1).eps, first(1).eps)
-    for seed in (1, 2, 2**31):
+    for seed in (1, 2, 2**31, 2**32, 2**62, 2**63 - 1):
         for mine, other in zip(first(0)[:3], first(seed)[:3], strict=True):
             assert not torch.equal(mine, other)
+
+
+def test_batches_of_seeds_of_32_bits_are_as_they_always_were():
+    for seed, i in ((0, 0), (1, 0), (7, 12345), (2**31, 9), (2**32 - 1, 10**6)):
+        assert batch_seed(seed, i) == (seed * 0x9E3779B9 + i) % 2**32
+
+
+def test_seeds_whose_low_32_bits_agree_begin_with_other_weights(tmp_path, command, tiny):
+    settings = "--width 8 --multipliers 1 --blocks 1 --attention --patch 1 --batch-size 8"
+    settings += " --iterations 1 --learning-rate 1e-9 --ema 0 --precision fp32"  # it hardly moves
+
+    def stem(seed: int) -> Tensor:
+        run = tmp_path / f"{seed}"
+        assert command(ddpm.main, *settings.split(), "--seed", seed, "--out", run).code == 0
+        return checkpoint.load(run)[0]["stem.weight"]
+
+    first, second = stem(5), stem(5 + 2**32)
+    assert (first - second).abs().max() > 0.01
+    torch.manual_seed(5)
+    net = build(tiny, "fp32").net
+    torch.testing.assert_close(first, net.stem.weight.detach(), rtol=0, atol=1e-6)
 
 
 def test_no_two_of_a_thousand_seeds_share_a_batch_within_a_million_iterations():

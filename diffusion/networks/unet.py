@@ -13,40 +13,81 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tyro.conf import Suppress
 
+from diffusion.console import UserError, check_limits
+
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """The shape of a U-Net."""
+    """The shape of the network, a U-Net, and of the images."""
 
     channels: int = 1
-    """Image channels: 1 or 3."""
+    """1 for grey images, 3 for colour."""
     size: int = 8
-    """Image height and width; divisible by the patch, and by 2 once for each level but the first."""
+    """Height and width of the images, in pixels. It must be divisible by the patch, and then by 2
+    once for each level but the first."""
     width: int = 32
-    """Channels at the finest level; a multiple of 8."""
+    """Channels at the finest level, a multiple of 8. Twice as many take up to four times as
+    long."""
     multipliers: tuple[int, ...] = (1, 2)
-    """Channels of each level as a multiple of the width; each level halves the resolution."""
+    """Channels of each level as a multiple of --width. Each level after the first halves the
+    resolution."""
     blocks: int = 2
-    """Residual blocks per level."""
+    """Residual blocks per level on the way down; one more on the way up."""
     attention: tuple[int, ...] = (4,)
-    """Resolutions (heights, in patches) that get self-attention."""
+    """Resolutions (heights, in patches) with self-attention, which is slow. None after --attention:
+    no such layer."""
     dropout: float = 0.0
-    """Dropout inside residual blocks."""
+    """Share of activations that training drops at random, against learning images by heart."""
     patch: int = 1
-    """Side in pixels of the squares that the network takes as one pixel of more channels; at 2 it
-    is about four times as fast."""
+    """Side of the squares of pixels that the network takes as one. At 2 it is about four times as
+    fast, and fine details are harder."""
     num_classes: int = 0
-    """Classes for conditional generation; 0 for none. Class `num_classes` means unknown."""
+    """How many classes the model can be asked for; 0: none. Only data with labels has them."""
     prediction: Literal["v", "x0", "eps"] = "v"
-    """What the network predicts. eps needs a schedule that ends before pure noise, and fails at
-    few steps: near noise its errors count tan t times in x0."""
+    """What the network predicts: v, the velocity between image and noise; x0, the image; eps, the
+    noise. eps fails at few steps, and needs a schedule that ends before pure noise."""
     learned_variance: bool = False
-    """Predict how much noise the ancestral steps add, too (Nichol & Dhariwal 2021)."""
+    """Predict as well how much noise the random (ancestral) steps add (Nichol & Dhariwal 2021)."""
     bounds: Suppress[tuple[float, float] | None] = None
-    """Of x0's values, to which it is clamped; set by teachers.ddpm from the data, with --clamp."""
+    """Least and greatest value of x0, which is clamped to them. teachers.ddpm --clamp sets it."""
     guidance: Suppress[tuple[float, float] | None] = None
-    """Range of the guidance weight that is a further input (Meng et al. 2023); set by
-    distill.guidance alone."""
+    """Range of the guidance weight that is a further input (Meng et al. 2023). distill.guidance
+    sets it."""
+
+
+LIMITS = {
+    "channels": ("1 or 3", lambda n: n in (1, 3)),
+    "size": ("at least 1", lambda n: n >= 1),
+    "width": ("a multiple of 8, at least 8", lambda n: n >= 8 and n % 8 == 0),
+    "multipliers": ("one or more numbers from 1", lambda m: min(m, default=0) >= 1),
+    "blocks": ("at least 0", lambda n: n >= 0),
+    "dropout": ("in [0, 1)", lambda share: 0 <= share < 1),
+    "patch": ("at least 1", lambda n: n >= 1),
+    "num_classes": ("at least 0", lambda n: n >= 0),
+}
+
+
+def check_net(net: UNetConfig) -> None:
+    """UserError for a shape that no new network can have, or an attention that none of its levels has.
+
+    It is not asked of a checkpoint's network, which was trained as it is.
+    """
+    check_limits(net, LIMITS)
+    levels = len(net.multipliers)
+    coarsest = net.patch * 2 ** (levels - 1)
+    if net.size % coarsest:
+        raise UserError(
+            f"a network of {levels} levels on patches of {net.patch} needs a --size divisible by "
+            f"{coarsest}, got {net.size}"
+        )
+    resolutions = [net.size // net.patch // 2**level for level in range(levels)]
+    for resolution in net.attention:
+        if resolution not in resolutions:
+            raise UserError(
+                f"--attention {resolution} is no resolution of this network: at --size {net.size} and "
+                f"--patch {net.patch} its levels have {', '.join(map(str, resolutions))}; name some of "
+                "these, or none after --attention"
+            )
 
 
 def _zero(module: nn.Module) -> nn.Module:
@@ -127,8 +168,8 @@ class UNet(nn.Module):
     """(x_t (B, C, H, W), t (B,) radians, label (B,) or None) -> v, x0 or eps (B, C, H, W).
 
     With a learned variance (B, 2 C, H, W): its share, as diffusion.denoiser has it, comes after.
-    The output layer starts at zero: an untrained network predicts 0. A guidance weight, told where
-    the configuration has its range, is 1 unless told; it is embedded as the angle atan(w), and
+    The output layer starts at zero: an untrained network predicts 0. A guidance weight, an input
+    where the configuration has its range, is 1 by default; it is embedded as the angle atan(w), and
     its embedding starts at zero too, so that it changes nothing before it is trained.
     """
 

@@ -8,6 +8,7 @@ from itertools import cycle
 
 from eval.columns import short
 from eval.lines import Line
+from eval.records import fullest
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 460, 350, 48, 34, 24, 44
 COLOURS = 7  # --c0, the first teacher's, to --c6 in base.css
@@ -41,7 +42,7 @@ class Look:
 
 
 def looks(found: list[Line]) -> dict[str, Look]:
-    """By title. Students have the colours, teachers and solvers without training the greys."""
+    """Title -> colour: students have the colours, teachers and solvers without training the greys."""
     # a student's colours and shapes are as many as have no common factor: 30 looks, all different
     made, shapes = {}, {True: cycle(SHAPES[1:]), False: cycle(SHAPES)}
     colours = cycle(f"c{i}" for i in range(1, COLOURS))
@@ -104,12 +105,14 @@ def draw(found: list[Line], cost: Callable[[Line], float | None], xlabel: str, y
     rows = [line for line in found if cost(line) is not None]
     if not rows:
         return ""
-    floor = [value for value in rows[0].record.floor if value > 0] or [1e-9]
+    first = fullest([line.record for line in rows])
+    floor = [value for value in first.floor if value > 0] or [1e-9]
     middle = sum(floor) / len(floor)
     scores = [max(line.record.score, middle / 100) for line in rows]
     x = Axis.over([cost(line) for line in rows], LEFT, WIDTH - RIGHT)
     y = Axis.over([*scores, middle], HEIGHT - BOTTOM, TOP)
-    best = front([(cost(line), line.record.score) for line in rows])
+    whole = [line for line in rows if not line.fewer] or rows
+    best = front([(cost(line), line.record.score) for line in whole])
     series = [_series(rows, title, look, cost, x, y) for title, look in looks(found).items()]
     return (
         f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(ylabel)} against {escape(xlabel)}">'

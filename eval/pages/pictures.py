@@ -6,8 +6,9 @@ from pathlib import Path
 from torch import Tensor
 
 from diffusion import data as datasets
-from diffusion.console import UserError
+from diffusion.console import UserError, say
 from diffusion.data import Dataset
+from diffusion.image_file import Form
 from eval import pages, sets
 from eval.lines import Line
 from eval.pages.verdict import calls, named
@@ -37,9 +38,9 @@ def _label(line: Line) -> str:
     return f"{escape(line.title)} <span>{figures}</span>"
 
 
-def nearest(line: Line, made: Tensor, data_dir: Path | None) -> str:
+def nearest(line: Line, made: Tensor, data: str | None, data_dir: Path | None) -> str:
     """Its images, and below each the training image nearest to it; "" where those are not at hand."""
-    dataset = _dataset(line.record.data["name"], made, data_dir)
+    dataset = _dataset(line.record.data, made, data, data_dir)
     if dataset is None or dataset.train.shape[1:] != made.shape[1:]:
         return ""
     distance, which = sets.nearest(made, dataset.train)
@@ -56,26 +57,18 @@ def nearest(line: Line, made: Tensor, data_dir: Path | None) -> str:
     )
 
 
-def _dataset(name: str, like: Tensor, data_dir: Path | None) -> Dataset | None:
-    """The dataset, in the images' shape, if it is on this disk: a report downloads nothing."""
-    if not at_hand(name, data_dir):
-        return None
+def _dataset(real: dict, like: Tensor, data: str | None, data_dir: Path | None) -> Dataset | None:
+    """The training images of a record, in the shape of others, or None with a line that says why.
+
+    A report downloads nothing.
+    """
+    form = Form(like.shape[-1], like.shape[1], real.get("background", Form.background))
     try:
-        return datasets.load(name, data_dir, like.shape[-1], like.shape[1])
-    except UserError:
+        name = data or datasets.at_hand(real["name"])
+        dataset = datasets.load(name, data_dir, form, download=False)
+        if real.get("sha256", "") not in ("", datasets.fingerprint(dataset.train)):
+            raise UserError(f"{name} does not hold the images that were measured against")
+    except UserError as error:
+        say(f"the nearest training images are left out: {error}")
         return None
-
-
-def at_hand(name: str, data_dir: Path | None = None) -> bool:
-    """Whether that dataset needs no download."""
-    from torchvision.datasets import CIFAR10, FashionMNIST
-
-    kind = {"cifar10": CIFAR10, "fashion-mnist": FashionMNIST}.get(name)
-    if kind is None:
-        return True
-    try:
-        for train in (True, False):
-            kind(data_dir or datasets.CACHE / "data", train=train, download=False)
-    except (RuntimeError, OSError, ValueError):
-        return False
-    return True
+    return dataset

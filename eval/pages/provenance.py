@@ -9,12 +9,13 @@ from eval.columns import short
 from eval.lines import Line
 from eval.pages import table as grid
 from eval.records import Record
-from eval.table import over
+from eval.table import drawn, over
 
 
 def facts(rows: list[Record], not_shown: list[str], several: bool) -> str:
     """not_shown: what else the files hold; several: whether any row has several trainings."""
-    first, real = rows[0], rows[0].data
+    first = records.fullest(rows)
+    real = first.data
     accuracy = first.extractor.get("accuracy")
     dates = [_when(date) for date in sorted(filter(None, map(records.date, rows)))]
     pixels = f", sha256 <code>{escape(real['sha256'])}</code>" if "sha256" in real else ""
@@ -25,7 +26,7 @@ def facts(rows: list[Record], not_shown: list[str], several: bool) -> str:
         + (f", {accuracy:.2%} of held-out images classified rightly" if accuracy else ""),
         "real images": f"{real['images']:,} of {escape(Path(real['name']).name)}, "
         f"{escape(real['split'])}{pixels}",
-        "floor": f"{mean(first.floor):.3g}: the same metric of {first.num_images:,} real images, mean of "
+        "floor": f"{mean(first.floor):.3g}: the same metric of {first.num_images:,} real images{drawn(first)}, mean of "
         f"{len(first.floor)} draws between {min(first.floor):.3g} and {max(first.floor):.3g}",
         "NFE": "network calls per image, counted by a wrapper of the network, in a pass of its own",
     }

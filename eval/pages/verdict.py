@@ -33,6 +33,17 @@ def choice(found: list[Line]) -> Line | None:
     return next(filter(None, within), best(made))
 
 
+def rival(found: list[Line], line: Line) -> Line | None:
+    """The best row without training, at no more calls and of the same teacher, where it is as good:
+    of a score no greater, or at the floor as the line is."""
+    same = (x for x in found if x.yardstick is line.yardstick and x.record.nfe <= line.record.nfe)
+    free = best([x for x in same if not x.record.own and not x.warnings])
+    floor = mean(line.record.floor)
+    if free is None or max(free.record.score, floor) > max(line.record.score, floor):
+        return None
+    return free
+
+
 def calls(number: int) -> str:
     return f"{number:,} call" + "s" * (number != 1)
 
@@ -43,7 +54,8 @@ def named(line: Line) -> str:
 
 def figures(line: Line) -> str:
     """What it costs and what it saves: time where it was measured, else network calls."""
-    times = line.speed_up or line.teacher.nfe / line.record.nfe
+    longest = line.teacher or line.yardstick
+    times = line.speed_up or longest.nfe / line.record.nfe
     what = "speed-up {}×" if line.speed_up else "{}× fewer calls"
     return f"×&nbsp;teacher {line.ratio:.2f}, {what.format(short(times))}"
 
@@ -54,7 +66,10 @@ def verdict(found: list[Line]) -> str:
     if ship is None:
         return '<p class="lede">No student is among these rows, so there is none to ship.</p>'
     if ship.ratio is None:
-        words = f"The teacher is not among these rows. Of the students, {named(ship)} is the best."
+        words = "No row of the teacher's with steps enough to compare with is among these."
+        if ship.teacher is None:
+            words = "The teacher is not among these rows."
+        words += f" Of the students, {named(ship)} is the best."
         return f'<p class="lede">{words}</p>'
     near, far = (cheapest(made, limit) for limit in LIMITS)
     words = f"the cheapest student within {LIMITS[0]:g}× of the teacher"
@@ -74,8 +89,13 @@ def verdict(found: list[Line]) -> str:
         if free
         else f"Without any training, nothing compared here is within {LIMITS[0]:g}×."
     )
+    if as_good := rival(found, ship):
+        more.append(
+            f"{named(as_good)} needs no training and is as good (×&nbsp;teacher "
+            f"{as_good.ratio:.2f}): this student gains nothing over it."
+        )
     floor = mean(ship.record.floor)
-    tied = sum(line.record.score <= floor for line in found)
+    tied = sum(line.record.score <= floor for line in found if not line.fewer)
     if tied > 1:
         more.append(
             f"{tied} rows are at or below the floor ({floor:.3g}), where {ship.record.num_images:,} "

@@ -1,0 +1,70 @@
+"""The last lines of a comparison: which student to take, and the command to see what was made."""
+
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from eval.columns import short
+from eval.lines import Line
+from eval.pages.verdict import LIMITS, calls, choice, rival
+
+
+def take(found: list[Line]) -> str:
+    """The student to take, what speaks against it, and the command that makes images with it."""
+    line = choice(found)
+    if line is None:
+        return (
+            "no student is among these rows: make one with distill.progressive or "
+            "distill.consistency, and compare again"
+        )
+    words = [f"take {line.name} at {calls(line.record.nfe)}"]
+    if line.ratio is not None:
+        words.append(f"{line.ratio:.2f} times its teacher's distance")
+    if line.speed_up is not None:
+        words.append(f"{short(line.speed_up)} times as fast")
+    against = []
+    if line.ratio is not None and line.ratio > LIMITS[-1]:
+        against.append(f"no student is within {LIMITS[-1]:g} times: train longer")
+    if free := rival(found, line):
+        against.append(
+            f"{free.title} at {calls(free.record.nfe)} needs no training and is as good"
+            + (f" ({free.ratio:.2f} times)" if free.ratio is not None else "")
+        )
+    return f"{', '.join(words)}{'; but '.join(['', *against])}: {generate(line)}"
+
+
+def generate(line: Line) -> str:
+    """The command that makes a grid of images with a student's own plan."""
+    path, record = Path(line.record.run), line.record
+    run = path.parent if path.name == "model.safetensors" else path
+    plan = ["--steps", str(record.steps)]
+    if record.method.endswith(" searched"):  # angles that the checkpoint does not know
+        plan = ["--angles", *(f"{angle:.6g}" for angle in reversed(record.angles[1:]))]
+    words = ["students.generate", str(run), *plan, "--num", "64", "--out", "grid.png"]
+    return f"{python()} -m {quoted(*words)}"
+
+
+def opener(page: Path) -> str:
+    """The command that opens a page in this system's browser."""
+    if sys.platform == "win32":
+        return f'start "" {quoted(str(page))}'
+    command = "open" if sys.platform == "darwin" else "xdg-open"
+    if shutil.which(command):
+        return f"{command} {quoted(str(page))}"
+    return f"{python()} -m webbrowser {quoted(page.resolve().as_uri())}"
+
+
+def python() -> str:
+    """This Python as a shell in this folder starts it."""
+    here = Path(sys.executable)
+    if shutil.which("python") == str(here):
+        return "python"
+    inside = here.is_relative_to(Path.cwd())
+    return quoted(str(here.relative_to(Path.cwd()) if inside else here))
+
+
+def quoted(*words: str) -> str:
+    """The words as one line of this system's shell."""
+    return subprocess.list2cmdline(words) if sys.platform == "win32" else shlex.join(words)
