@@ -25,6 +25,8 @@ from eval.records import Record
 from eval.store import Store
 from eval.timing import InPassing, Timing
 
+REPEATS = 0.5  # seconds of repeats for each row and batch size; the least number always
+
 
 @dataclass(frozen=True)
 class Bench:
@@ -101,7 +103,7 @@ def time_rows(bench: Bench, rows: dict[Row, Record]) -> dict[Row, Record]:
     }
     races = {n: {row: partial(sample, row, n) for row in untimed[n]} for n in sizes if untimed[n]}
     unswept = [row for row in rows if bench.times and bench.sweep and len(found[row]) <= len(sizes)]
-    laps = [race(calls, n, device) for n, calls in races.items()]
+    laps = [race(calls, n, device, REPEATS) for n, calls in races.items()]
     if unswept:
         laps.append(sweep({row: partial(sample, row) for row in unswept}, device, found))
     for each in laps:

@@ -35,7 +35,7 @@ def race(
     calls: Mapping[K, Callable[[], Tensor]],
     batch_size: int,
     device: torch.device,
-    budget: float = 0.5,
+    budget: float = 2.0,
 ) -> Iterator[Lap[K]]:
     """Time calls of that batch size against one another, `budget` seconds of repeats each.
 

@@ -398,7 +398,7 @@ def aim(mode: str, student=None, **told):
 
 def test_ct_has_song_et_als_averaged_target_and_ict_none():
     (average,) = aim("ct", fit=replace(Options().fit, iterations=100)).averages
-    assert [average.decay(done) for done in (1, 100)] == [
+    assert [average.decay(1, progress) for progress in (0.0, 0.99)] == [
         target_decay(0.1, root(80), progress) for progress in (0.0, 0.99)
     ]
     assert aim("ict").averages == ()
@@ -408,7 +408,9 @@ def test_ct_has_song_et_als_averaged_target_and_ict_none():
 def generations(iterations: int, **told) -> float:
     """Targets that follow one another in ct's training: what 1 - mu adds up to."""
     (average,) = aim("ct", fit=replace(Options().fit, iterations=iterations), **told).averages
-    return sum(1 - average.decay(done) for done in range(1, iterations + 1))
+    return sum(
+        1 - average.decay(done, (done - 1) / iterations) for done in range(1, iterations + 1)
+    )
 
 
 def test_cts_targets_carry_the_data_through_all_its_pairs():

@@ -371,7 +371,8 @@ def test_pictures_of_the_suites_own_are_no_training_images(tmp_path, monkeypatch
     noise(2).save(tmp_path / "runs" / "photos" / "teacher" / "samples.png")
     old = tmp_path / "runs" / "photos" / "compare" / "deep"  # from before there were marks
     old.mkdir(parents=True)
-    (old.parent / "results.jsonl").touch()
+    record = {"run": "r", "sha256": "0", "sampler": "ddim"}
+    (old.parent / "results.jsonl").write_text(json.dumps(record) + "\n")
     noise(3).save(old / "x.png")
     monkeypatch.chdir(tmp_path)
     assert len(data.load(".").train) == 2

@@ -156,7 +156,7 @@ def test_respacing_takes_distinct_angles_of_the_list_within_half_a_place_of_even
 
 @pytest.mark.parametrize("num_steps", [0, 1001])
 def test_respacing_to_no_steps_or_more_than_there_are_is_the_users_mistake(num_steps):
-    with pytest.raises(UserError, match=f"from 1 to 1000, got {num_steps}"):
+    with pytest.raises(UserError, match=f"from 1 to this model's 1000, got {num_steps}"):
         respace(linear_beta(), num_steps)
 
 
