@@ -220,10 +220,11 @@ def main() -> None:
             inception = str(options.inception) if options.inception else None
             size = 16 if options.cpu else options.batch_size
             job = Job(name, str(path), seconds, options.shape, size, options.cpu, inception)
+            begun = time.monotonic()
             reason = perform(job, alone=not options.cpu)
             whole = json.loads(path.read_text())
             if reason or name not in whole["stages"]:
-                blank = {"seconds": seconds, "tables": {}}
+                blank = {"seconds": time.monotonic() - begun, "tables": {}}
                 state = f"failed: {reason}" if reason else "cut short before its first figure"
                 whole["stages"][name] = whole["stages"].get(name, blank) | {"state": state}
                 write_atomic(path, json.dumps(whole, indent=1))

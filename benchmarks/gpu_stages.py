@@ -533,9 +533,10 @@ def images(sheet: Sheet) -> None:
     count = 300 if sheet.job.small else 50_000
     if not sheet.job.small and not no_compiler(sheet, "torch.compile"):
         model.denoiser.compile_network()
-    settings = {"num_images": count, "seeds": (0,), "batch_size": size, "precision": sheet.fast}
-    settings |= {"compile": False, "times": False, "sweep": False, "likelihood": 0}
-    bench = evaluate.Bench(judge, floor=judge.floor(count, 2), held_out={}, **settings)
+    settings = {"num_images": count, "long_images": count, "seeds": (0,), "batch_size": size}
+    settings |= {"precision": sheet.fast, "compile": False, "times": False, "sweep": False}
+    settings |= {"likelihood": 0, "floors": {count: judge.floor(count, 2)}, "held_out": {count: {}}}
+    bench = evaluate.Bench(judge, **settings)
     with TemporaryDirectory() as folder:
         store = Store.open(Path(folder))
         for calls in (1, 2, 4):
