@@ -44,7 +44,7 @@ DIGITS = Preset(
     ),
     consistency=FitConfig(iterations=1000, learning_rate=2e-3, warmup=20, ema=0.99),
     # from the teacher's step few large batches beat many small ones at as many images
-    distillation=FitConfig(iterations=250, batch_size=512, learning_rate=3e-3, warmup=20, ema=0.99),
+    distillation=FitConfig(iterations=300, batch_size=512, learning_rate=3e-3, warmup=20, ema=0.99),
     # after distill.midtraining; at 5e-4 it walks away, and at this after more iterations
     continuous=FitConfig(iterations=300, learning_rate=1e-4, warmup=20, ema=0.99),
     # 16 steps of Heun are a better teacher than 32 of DDIM; every round inherits the first one's errors
