@@ -98,7 +98,7 @@ def reload(spec: ImageSpec, data: str | None = None, data_dir: Path | None = Non
         )
     if spec.sha256 and spec.sha256 != dataset.spec.sha256:
         raise UserError(
-            f"{dataset.spec.name} does not hold the images that the model was trained on: put those "
+            f"{dataset.spec.name} does not hold the images that the model was trained on: put them "
             "back, name with --data or --data-dir where they are now, or train a teacher on these"
         )
     return dataset

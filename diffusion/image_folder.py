@@ -1,4 +1,4 @@
-"""All images below a folder: what is one, what is passed over and why, and the cache of their pixels."""
+"""All images below a folder: what is one, what is passed over and why, and their pixels' cache."""
 
 import hashlib
 import json
@@ -53,7 +53,7 @@ class Survey:
 def read(folder: Path, form: Form, cache: Path) -> Tensor:
     """(N, C, size, size) uint8, in the order of the files' names. One line says what was taken.
 
-    cache: a folder; what was decoded there before is not decoded again while the files are the same.
+    cache: a folder; what was decoded before is not decoded again while the files are the same.
     """
     form.check()
     survey = look(folder)
@@ -214,7 +214,7 @@ def _also(passed: Reasons) -> str:
 
 
 def _listed(reasons: Reasons) -> str:
-    """ "3 cut short (a.png, b.png, c.png), 1 hidden (.d)"; of other suffixes, which and how many."""
+    """Such as: 2 cut short (a.png, b.png), 1 hidden (.d); of other suffixes, how many of each."""
     words = []
     order = sorted(reasons.items(), key=lambda item: (-len(item[1]), item[0]))
     for reason, names in order[:REASONS]:
