@@ -68,6 +68,7 @@ def precision(asked: str = "auto") -> str:
     Whoever asks for bf16 where it is the slower one gets it, and a line that says what it costs.
     Every process of several takes the first one's.
     """
+    this_device()  # before anything asks PartialState
     if asked == "auto" or (asked == "bf16" and not torch.cuda.is_available()):
         share = bf16_share()
         if asked == "auto":
@@ -93,7 +94,7 @@ def bf16_share() -> float:
     as long, AVX512-BF16 without AMX gains less than the casts cost. So a CPU is measured once, in
     0.1 s where it has bf16 units and 0.5 s where not, and the result is kept in the cache.
     """
-    this_device()  # before anything asks PartialState
+    this_device()
     if torch.cuda.is_available():
         return 0.5 if torch.cuda.is_bf16_supported(including_emulation=False) else 2.0
     path = CACHE / "machine" / f"{_identity()}.json"

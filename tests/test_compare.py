@@ -11,6 +11,7 @@ from PIL import Image
 
 from diffusion import data
 from diffusion.console import UserError
+from diffusion.image_file import Form
 from diffusion.model import Model, load
 from diffusion.schedules import cosine, respace, shifted
 from eval import compare, evaluate, lines, measure, race, records, report, stream, table, timing
@@ -461,7 +462,7 @@ def test_a_handful_of_images_is_compared_to_the_end(tmp_path, train_tiny, quick,
     (tmp_path / "photos").mkdir()
     for i, image in enumerate(digits.train[:count, 0]):
         Image.fromarray(image.numpy()).save(tmp_path / "photos" / f"{i:02d}.png")
-    photos = data.load(str(tmp_path / "photos"), size=8, channels=1)
+    photos = data.load(str(tmp_path / "photos"), form=Form(8, 1))
     assert (len(photos.train), len(photos.test)) == (count, 0)
     few = dataclasses.replace(quick, batch_size=min(count, quick.batch_size))
     train_tiny(tmp_path / "runs" / "teacher", few, dataset=photos)
