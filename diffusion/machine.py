@@ -92,7 +92,7 @@ def bf16_share() -> float:
 
     Processors' names and features mislead: AVX512 without bf16 claims support and takes 10 times
     as long, AVX512-BF16 without AMX gains less than the casts cost. So a CPU is measured once, in
-    0.1 s where it has bf16 units and 0.5 s where not, and the result is kept in the cache.
+    0.15 s with bf16 units or without, and the result is kept in the cache.
     """
     this_device()
     if torch.cuda.is_available():

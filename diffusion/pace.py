@@ -80,8 +80,8 @@ def with_warning(
             seconds = left * config.batch_size / line.images_per_second
             if seconds > LONG:
                 words = [f"at {line.images_per_second:,.0f} images/s this takes {hours(seconds)}"]
-                words += ["--minutes 60 fits an hour", *([advice()] if advice else [])]
-                say("; ".join(words))
+                words += ["--minutes 60 fits an hour", advice() if advice else ""]
+                say("; ".join(filter(None, words)))
         yield line
 
 
