@@ -16,9 +16,9 @@ from benchmarks.rounds import relative, rounds
 from diffusion import data
 from diffusion.console import at_least, out, run
 from diffusion.model import load
-from eval.features import extractor
-from eval.quality import Judge, Seen
-from eval.stream import indices, look
+from eval.measure.features import extractor
+from eval.measure.quality import Judge, Seen
+from eval.measure.stream import indices, look
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from scipy import linalg
 
 from diffusion import data
 from diffusion.console import at_least, out, run
-from eval.metrics import Moments, frechet_distance
+from eval.measure.metrics import Moments, frechet_distance
 
 T = TypeVar("T")
 

@@ -26,7 +26,7 @@ from benchmarks.gpu_stages import STAGES, Job
 from diffusion.checkpoint import require_folder, write_atomic
 from diffusion.console import Interrupted, UserError, at_least, run, say
 from diffusion.machine import this_device
-from eval import machine
+from eval.measure import machine
 
 LEAST = 10.0  # seconds that a stage in a process of its own cannot do without
 

@@ -37,13 +37,14 @@ from diffusion.training import Average, fit
 from distill import consistency, midtraining, progressive
 from distill.continuous import derivative
 from distill.frechet import Frechet, sums
-from eval import compare, evaluate, features, inception, sets
-from eval.machine import ENERGY, full_float32, nvml
-from eval.metrics import Moments, frechet_distance
-from eval.plans import Row
-from eval.quality import Judge
-from eval.race import race
-from eval.store import Store
+from eval import compare
+from eval.measure import evaluate, features, inception, sets
+from eval.measure.machine import ENERGY, full_float32, nvml
+from eval.measure.metrics import Moments, frechet_distance
+from eval.measure.plans import Row
+from eval.measure.quality import Judge
+from eval.measure.race import race
+from eval.results.store import Store
 from teachers import ddpm
 from teachers.ddpm import Denoising
 from teachers.presets import preset

@@ -21,8 +21,8 @@ from diffusion.console import run, say
 from diffusion.model import Model
 from diffusion.runs import some_labels
 from distill import guidance, progressive
-from eval.features import extractor
-from eval.metrics import Moments, frechet_distance
+from eval.measure.features import extractor
+from eval.measure.metrics import Moments, frechet_distance
 from teachers import ddpm
 from teachers.presets import preset
 

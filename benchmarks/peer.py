@@ -42,7 +42,7 @@ from diffusion.model import Model, build
 from diffusion.networks import UNetConfig
 from diffusion.schedules import cosine
 from diffusion.training import fit
-from eval import machine, stream
+from eval.measure import machine, stream
 from teachers.ddpm import Denoising
 from teachers.presets import preset
 

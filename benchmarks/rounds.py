@@ -6,7 +6,7 @@ from typing import TypeVar
 
 import torch
 
-from eval.timing import timed
+from eval.measure.timing import timed
 
 K = TypeVar("K")
 

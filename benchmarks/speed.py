@@ -43,9 +43,9 @@ from diffusion.data import Dataset
 from diffusion.model import Model, load
 from diffusion.networks import UNetConfig
 from diffusion.samplers import SOLVERS
-from eval import machine, stream
-from eval.race import Lap, sweep
-from eval.timing import Timing
+from eval.measure import machine, stream
+from eval.measure.race import Lap, sweep
+from eval.measure.timing import Timing
 from teachers import ddpm
 from teachers.presets import preset
 

@@ -22,16 +22,17 @@ from diffusion.model import Model, load, require_same_images, this_device
 from diffusion.noise import check_seed
 from diffusion.samplers import SOLVERS
 from diffusion.schedules import check_shift
-from eval import closing, plots, records, table
-from eval.evaluate import Bench, measure_rows, template
-from eval.features import extractor
-from eval.lines import lines
-from eval.pages.verdict import choice
-from eval.plans import Row, counts_of, find_runs, rows
-from eval.quality import SHOWN, Judge
-from eval.records import Record
-from eval.search import SEED, search_angles
-from eval.store import Store, samples_of
+from eval.measure.evaluate import Bench, measure_rows, template
+from eval.measure.features import extractor
+from eval.measure.plans import Row, counts_of, find_runs, rows
+from eval.measure.quality import SHOWN, Judge
+from eval.measure.search import SEED, search_angles
+from eval.results import records
+from eval.results.records import Record
+from eval.results.store import Store, samples_of
+from eval.show import closing, plots, table
+from eval.show.lines import lines
+from eval.show.pages.verdict import choice
 
 OWN_CLASSIFIER = ("digits", "fashion-mnist")  # where it is the default extractor; elsewhere, fid
 DRAWS = 8  # of real images, for the floor

@@ -25,7 +25,7 @@ from diffusion.console import UserError, at_least, out, run, say
 from diffusion.folders import check_file
 from diffusion.image_file import Form, reason
 from diffusion.noise import check_seed, seed32
-from eval import pages
+from eval.show import pages
 from students import generate
 
 FORMAT = "fewstep-human-1"

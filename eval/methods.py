@@ -15,10 +15,11 @@ from scipy.stats import kendalltau
 
 from diffusion.checkpoint import write_atomic
 from diffusion.console import UserError, diverted, out, run, say
-from eval import plots, records
-from eval.lines import lines
-from eval.records import Record
 from eval.report import latest, left_out
+from eval.results import records
+from eval.results.records import Record
+from eval.show import plots
+from eval.show.lines import lines
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from diffusion.checkpoint import load_tensors, write_atomic
 from diffusion.console import UserError, run, say
-from eval import closing, pages, records, table
-from eval.lines import lines
-from eval.pages import chart, grids, pictures, provenance
-from eval.pages.verdict import choice, verdict
-from eval.records import Record
+from eval.results import records
+from eval.results.records import Record
+from eval.show import closing, pages, table
+from eval.show.lines import lines
+from eval.show.pages import chart, grids, pictures, provenance
+from eval.show.pages.verdict import choice, verdict
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
 import hashlib
 
-from eval.records import Record
-from eval.timing import Timing
+from eval.measure.timing import Timing
+from eval.results.records import Record
 
 # of scikit-learn's digits, the training images: a report shows those that are the measured ones
 DIGITS = "7e4a10b8ab64bd5e1e08f8815901758e7896368a221c648e7744cd1a16e4637a"

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from eval import timing
+from eval.measure import timing
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 IMAGE = torch.zeros(1, dtype=torch.uint8)

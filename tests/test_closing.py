@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from made_up import record
 
-from eval import closing
-from eval.lines import lines
+from eval.show import closing
+from eval.show.lines import lines
 from students import generate
 
 TEACHER = record("teacher", 1000, 4.0, 8.0)

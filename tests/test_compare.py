@@ -14,11 +14,14 @@ from diffusion.console import UserError
 from diffusion.image_file import Form
 from diffusion.model import Model, load
 from diffusion.schedules import cosine, respace, shifted
-from eval import compare, evaluate, lines, measure, race, records, report, stream, table, timing
+from eval import compare, report
 from eval.compare import Options
-from eval.features import Extractor
-from eval.plans import rows
-from eval.records import Record
+from eval.measure import evaluate, nfe, race, stream, timing
+from eval.measure.features import Extractor
+from eval.measure.plans import rows
+from eval.results import records
+from eval.results.records import Record
+from eval.show import lines, table
 
 SETTINGS = {
     "steps": "1,2,4",
@@ -86,7 +89,7 @@ def test_a_student_is_compared_with_its_own_teacher(compared):
 def test_a_second_comparison_measures_nothing_anew(compared, teacher, monkeypatch):
     folder, rows = compared
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    for module, name in ((measure, "count_calls"), (evaluate, "race"), (stream, "look")):
+    for module, name in ((nfe, "count_calls"), (evaluate, "race"), (stream, "look")):
         monkeypatch.setattr(module, name, None)
     again = compare.compare(Options(runs=(teacher.parent,), out=folder, **SETTINGS))
     assert again == rows

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffusion.console import UserError
-from eval import features, own
-from eval.features import extractor
-from eval.inception import file_sha256
+from eval.measure import features, own
+from eval.measure.features import extractor
+from eval.measure.inception import file_sha256
 
 CPU = torch.device("cpu")
 

@@ -15,7 +15,7 @@ from diffusion.model import build, load
 from diffusion.networks import UNetConfig
 from distill.consistency import Options, distill
 from distill.frechet import Frechet, FrechetTerm, middle, moments, of_data, sums
-from eval.metrics import Moments, frechet_distance
+from eval.measure.metrics import Moments, frechet_distance
 
 DIM = 6
 

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks import gpu, gpu_stages
 from benchmarks.gpu_stages import BOUNDS, STAGES, Job
-from eval import features, machine
+from eval.measure import features, machine
 
 
 @pytest.fixture

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from diffusion.console import UserError
 from diffusion.data import Dataset, ImageSpec
-from eval import inception
-from eval.features import extractor
-from eval.metrics import Moments, frechet_distance
+from eval.measure import inception
+from eval.measure.features import extractor
+from eval.measure.metrics import Moments, frechet_distance
 
 CPU = torch.device("cpu")
 ACTIVE = 40  # of the stand-in's 2048 features; the others are 0, as those of dead units

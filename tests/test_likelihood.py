@@ -19,7 +19,7 @@ from diffusion.denoiser import Denoiser
 from diffusion.model import Model
 from diffusion.noise import Noise
 from diffusion.schedules import cosine, karras, linear_beta
-from eval.likelihood import (
+from eval.measure.likelihood import (
     bits_per_dim,
     diffusion_cost,
     flow_angles,

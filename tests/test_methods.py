@@ -7,8 +7,8 @@ from statistics import mean, stdev
 import pytest
 
 from diffusion.console import UserError
-from eval import records
 from eval.methods import Options, Pool, pools, rankings, summarise, told
+from eval.results import records
 from tests.made_up import record, sha256
 
 TEACHER = record(nfe=1000, score=2.0)

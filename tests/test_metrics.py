@@ -11,8 +11,8 @@ from diffusion.checkpoint import load_tensors, save_tensors
 from diffusion.circle import add_noise
 from diffusion.console import UserError
 from diffusion.data import Dataset
-from eval.features import random_network
-from eval.metrics import Moments, frechet_distance
+from eval.measure.features import random_network
+from eval.measure.metrics import Moments, frechet_distance
 
 
 @pytest.fixture(scope="module")

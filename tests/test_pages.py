@@ -19,11 +19,13 @@ from diffusion import data, named_data
 from diffusion.checkpoint import save_tensors
 from diffusion.console import UserError
 from diffusion.image_file import Form
-from eval import records, report, table
-from eval.lines import lines
-from eval.pages import chart, pictures, provenance, verdict
-from eval.records import Record
+from eval import report
 from eval.report import Options
+from eval.results import records
+from eval.results.records import Record
+from eval.show import table
+from eval.show.lines import lines
+from eval.show.pages import chart, pictures, provenance, verdict
 
 
 @pytest.fixture

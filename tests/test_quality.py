@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2.functional import gaussian_blur
 
-from eval import features, quality
-from eval.metrics import Moments, frechet_distance
-from eval.quality import Judge, Seen
+from eval.measure import features, quality
+from eval.measure.metrics import Moments, frechet_distance
+from eval.measure.quality import Judge, Seen
 
 CPU = torch.device("cpu")
 GROWS = ("own", "cross", "kid", "sliced-wasserstein", "infinity")

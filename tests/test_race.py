@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from eval import race
-from eval.race import Lap
-from eval.timing import Timing
+from eval.measure import race
+from eval.measure.race import Lap
+from eval.measure.timing import Timing
 from tests.simulated import CPU, GPU, IMAGE, Machine, fails, simulate_clock, simulate_gpu
 
 

@@ -13,9 +13,9 @@ from jsonschema import Draft202012Validator
 from made_up import record, sha256
 
 from diffusion.console import UserError
-from eval import records, schema
-from eval.records import Record
-from eval.timing import Timing
+from eval.measure.timing import Timing
+from eval.results import records, schema
+from eval.results.records import Record
 
 SCHEMA = json.loads(schema.SCHEMA.read_text("utf-8"))
 DOCS = Path(__file__).parents[1] / "docs" / "formats.md"

@@ -11,9 +11,9 @@ from cleanfid.fid import kernel_distance
 from torch import Tensor
 
 from diffusion.console import UserError
-from eval import sets
-from eval.features import random_network
-from eval.metrics import Moments, frechet_distance
+from eval.measure import sets
+from eval.measure.features import random_network
+from eval.measure.metrics import Moments, frechet_distance
 
 
 def seeded(seed: int = 0) -> torch.Generator:

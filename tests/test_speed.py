@@ -26,7 +26,7 @@ from diffusion.noise import Noise
 from diffusion.samplers import SAMPLERS, sample
 from diffusion.schedules import linear_beta, respace
 from diffusion.training import Average
-from eval import stream
+from eval.measure import stream
 
 CPU = torch.device("cpu")
 # the parts that leave the rounding of the network's passes as it is

@@ -14,9 +14,11 @@ import torch
 from diffusion import model as models
 from diffusion.console import UserError
 from diffusion.noise import Noise
-from eval import compare, features, records, stream
+from eval import compare
 from eval.compare import Options
-from eval.quality import Judge, Seen
+from eval.measure import features, stream
+from eval.measure.quality import Judge, Seen
+from eval.results import records
 from tests.test_processes import ENVIRONMENT, LAUNCH_TWO
 
 CPU = torch.device("cpu")
@@ -157,7 +159,8 @@ def test_a_batch_that_does_not_fit_says_what_to_lower(judge, model, tmp_path, mo
 SCRIPT = """
 import os, sys, time
 open("pid" + os.environ["RANK"], "w").write(str(os.getpid()))
-from eval import compare, quality, stream
+from eval import compare
+from eval.measure import quality, stream
 stream.SAVE_EVERY, pause, see = 0.0, float(sys.argv.pop(1)), quality.Judge.see
 quality.Judge.see = lambda *arguments: time.sleep(pause) or see(*arguments)
 compare.main()

@@ -11,11 +11,12 @@ from made_up import record, sha256
 from rich.console import Console
 
 from diffusion.console import UserError
-from eval import records, table
-from eval.lines import lines
-from eval.records import Record
+from eval.measure.timing import FOR_P90, Timing
 from eval.report import latest
-from eval.timing import FOR_P90, Timing
+from eval.results import records
+from eval.results.records import Record
+from eval.show import table
+from eval.show.lines import lines
 
 RESULTS = Path(__file__).parents[1] / "results"
 FIGURES = {"kid": [0.00125, 0.00135], "precision": [0.9, 0.92], "coverage": [0.8, 0.9]}

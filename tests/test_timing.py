@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from eval import machine, race
-from eval.timing import Timing, settled
+from eval.measure import machine, race
+from eval.measure.timing import Timing, settled
 from tests.simulated import CPU, GPU, IMAGE, Machine, fails, simulate_clock, simulate_gpu
 
 

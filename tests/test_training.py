@@ -33,7 +33,7 @@ from distill import progressive
 from distill.discrete import DISTANCES, WEIGHTS, Consistency
 from distill.pairs import neighbours
 from distill.steps import data_step
-from eval.evaluate import recipe
+from eval.measure.evaluate import recipe
 from teachers import ddpm
 from teachers.ddpm import Denoising
 

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from diffusion.checkpoint import write_atomic
 from diffusion.pictures import grid
-from eval import sets
-from eval.lines import Line, lines
-from eval.records import Record, fullest
+from eval.measure import sets
+from eval.results.records import Record, fullest
+from eval.show.lines import Line, lines
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

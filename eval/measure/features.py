@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from diffusion.checkpoint import load_tensors, save_tensors, weights_sha256
 from diffusion.console import UserError, say, track
 from diffusion.data import CACHE, Dataset
-from eval import inception as clean_fid
-from eval import own
-from eval.machine import full_float32
+from eval.measure import inception as clean_fid
+from eval.measure import own
+from eval.measure.machine import full_float32
 
 STEPS = 1500  # of the classifier's training
 

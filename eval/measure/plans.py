@@ -9,7 +9,7 @@ from torch import Tensor
 from diffusion.console import UserError
 from diffusion.model import Model
 from diffusion.samplers import SOLVERS
-from eval.records import ENOUGH, LONG
+from eval.results.records import ENOUGH, LONG
 
 STAND_IN = 32  # network calls of the row that is added where no other has steps enough
 

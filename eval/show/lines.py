@@ -5,9 +5,9 @@ from dataclasses import dataclass, replace
 from statistics import mean
 
 from diffusion.console import UserError
-from eval import quality
-from eval.records import ENOUGH, Record, most_images, setting, titles
-from eval.timing import Timing
+from eval.measure import quality
+from eval.measure.timing import Timing
+from eval.results.records import ENOUGH, Record, most_images, setting, titles
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from diffusion.checkpoint import load_tensors, save_tensors
 from diffusion.console import UserError, track
 from diffusion.data import CACHE, Dataset, fingerprint
 from diffusion.image_file import Form
-from eval import sets
-from eval.features import Extractor
-from eval.metrics import Moments, frechet_distance
+from eval.measure import sets
+from eval.measure.features import Extractor
+from eval.measure.metrics import Moments, frechet_distance
 
 SLICES = 64
 NEIGHBOURS = 5  # in the balls of precision, recall, density and coverage

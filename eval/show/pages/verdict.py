@@ -3,9 +3,9 @@
 from html import escape
 from statistics import mean
 
-from eval import pages
-from eval.columns import short
-from eval.lines import Line
+from eval.show import pages
+from eval.show.columns import short
+from eval.show.lines import Line
 
 LIMITS = (1.2, 2.0)  # how much worse than the teacher a student that ships may be
 

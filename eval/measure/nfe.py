@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from diffusion.console import UserError
 from diffusion.model import Model
 from diffusion.samplers import SOLVERS
-from eval.stream import indices
+from eval.measure.stream import indices
 
 
 class Counted(nn.Module):

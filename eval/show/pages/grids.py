@@ -2,10 +2,10 @@
 
 from html import escape
 
-from eval.columns import Cell
-from eval.lines import Line
-from eval.pages.chart import Look
-from eval.table import Table
+from eval.show.columns import Cell
+from eval.show.lines import Line
+from eval.show.pages.chart import Look
+from eval.show.table import Table
 
 
 def section(table: Table, looks: dict[str, Look], ship: Line | None) -> str:

@@ -15,8 +15,8 @@ from diffusion.checkpoint import load_tensors, save_tensors
 from diffusion.console import UserError
 from diffusion.model import Model
 from diffusion.runs import some_labels
-from eval.quality import Judge, Seen
-from eval.timing import out_of_memory
+from eval.measure.quality import Judge, Seen
+from eval.measure.timing import out_of_memory
 
 SAVE_EVERY = 30.0  # seconds
 

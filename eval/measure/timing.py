@@ -8,7 +8,7 @@ from statistics import median, quantiles
 import torch
 from torch import Tensor
 
-from eval.machine import ENERGY, nvml
+from eval.measure.machine import ENERGY, nvml
 
 FOR_P90 = 29  # as many samples have one beyond the 90th percentile with 95 %: 0.9^29 < 0.05
 MOST = 50  # repeats

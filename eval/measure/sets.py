@@ -14,7 +14,7 @@ from scipy.stats import mannwhitneyu
 from torch import Generator, Tensor
 
 from diffusion.console import UserError
-from eval.metrics import Moments, frechet_distance
+from eval.measure.metrics import Moments, frechet_distance
 
 TILE = 4096  # rows of each set: 4096 x 4096 pairs are 64 MiB in float32
 

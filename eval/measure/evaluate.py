@@ -17,13 +17,13 @@ from torch import Tensor
 
 from diffusion.console import UserError, say, track
 from diffusion.samplers import SOLVERS
-from eval import likelihood, machine, measure, stream
-from eval.plans import Row
-from eval.quality import SHOWN, Judge
-from eval.race import Lap, race, sweep
-from eval.records import Record
-from eval.store import Store
-from eval.timing import InPassing, Timing
+from eval.measure import likelihood, machine, nfe, stream
+from eval.measure.plans import Row
+from eval.measure.quality import SHOWN, Judge
+from eval.measure.race import Lap, race, sweep
+from eval.measure.timing import InPassing, Timing
+from eval.results.records import Record
+from eval.results.store import Store
 
 REPEATS = 0.5  # seconds of repeats for each row and batch size; the least number always
 
@@ -234,7 +234,7 @@ def measure_rows(bench: Bench, rows: list[Row], store: Store) -> tuple[list[Reco
     found = {row: store.records.get(record.key, record) for row, record in blank.items()}
     for row, record in found.items():
         if not record.nfe:
-            found[row] = replace(record, nfe=measure.count_calls(row.model, row.plan))
+            found[row] = replace(record, nfe=nfe.count_calls(row.model, row.plan))
     if bench.compile:
         for model in {id(row.model): row.model for row in rows}.values():
             model.denoiser.compile_network()

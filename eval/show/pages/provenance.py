@@ -4,12 +4,12 @@ from html import escape
 from pathlib import Path
 from statistics import mean
 
-from eval import records
-from eval.columns import short
-from eval.lines import Line
-from eval.pages import table as grid
-from eval.records import Record
-from eval.table import drawn, over
+from eval.results import records
+from eval.results.records import Record
+from eval.show.columns import short
+from eval.show.lines import Line
+from eval.show.pages import table as grid
+from eval.show.table import drawn, over
 
 
 def facts(rows: list[Record], not_shown: list[str], several: bool) -> str:

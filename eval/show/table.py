@@ -13,9 +13,10 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from diffusion.console import out
-from eval import quality
-from eval import records as results
-from eval.columns import (
+from eval.measure import quality
+from eval.results import records as results
+from eval.results.records import Record
+from eval.show.columns import (
     LIKELIHOOD,
     QUALITY,
     SPEED,
@@ -27,8 +28,7 @@ from eval.columns import (
     further,
     plain,
 )
-from eval.lines import Line, lines
-from eval.records import Record
+from eval.show.lines import Line, lines
 
 FURTHER = "Further figures"  # so many columns that a terminal does without them
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from html import escape
 from itertools import cycle
 
-from eval.columns import short
-from eval.lines import Line
-from eval.records import fullest
+from eval.results.records import fullest
+from eval.show.columns import short
+from eval.show.lines import Line
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 460, 350, 48, 34, 24, 44
 COLOURS = 7  # --c0, the first teacher's, to --c6 in base.css

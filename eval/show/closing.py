@@ -6,9 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from eval.columns import short
-from eval.lines import Line
-from eval.pages.verdict import LIMITS, calls, choice, rival
+from eval.show.columns import short
+from eval.show.lines import Line
+from eval.show.pages.verdict import LIMITS, calls, choice, rival
 
 
 def take(found: list[Line]) -> str:

@@ -8,8 +8,8 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from eval.machine import ENERGY, nvml
-from eval.timing import STRETCH, Timing, again, begin, joules, settled
+from eval.measure.machine import ENERGY, nvml
+from eval.measure.timing import STRETCH, Timing, again, begin, joules, settled
 
 GROWTH = 1.05  # in images/s, less than which a larger batch is not worth it
 

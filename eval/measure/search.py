@@ -8,9 +8,9 @@ from torch import Tensor
 from diffusion.console import say, track
 from diffusion.model import Model
 from diffusion.schedules import even
-from eval.metrics import Moments, frechet_distance
-from eval.quality import Judge
-from eval.stream import indices
+from eval.measure.metrics import Moments, frechet_distance
+from eval.measure.quality import Judge
+from eval.measure.stream import indices
 
 SEED = 1_000_003  # its noise alone: the figures in the table are of other seeds
 GRID = 7  # angles tried between two neighbours

@@ -4,9 +4,9 @@ from collections.abc import Callable
 from statistics import mean
 from typing import NamedTuple
 
-from eval.lines import Line
-from eval.records import Record
-from eval.timing import Timing
+from eval.measure.timing import Timing
+from eval.results.records import Record
+from eval.show.lines import Line
 
 
 class Cell(NamedTuple):

@@ -9,8 +9,8 @@ from statistics import mean, stdev
 
 from diffusion.checkpoint import write_atomic
 from diffusion.console import UserError
-from eval import schema
-from eval.timing import Timing
+from eval.measure.timing import Timing
+from eval.results import schema
 
 FORMAT = 2
 LONG = (

@@ -9,9 +9,10 @@ from diffusion import data as datasets
 from diffusion.console import UserError, say
 from diffusion.data import Dataset
 from diffusion.image_file import Form
-from eval import pages, sets
-from eval.lines import Line
-from eval.pages.verdict import calls, named
+from eval.measure import sets
+from eval.show import pages
+from eval.show.lines import Line
+from eval.show.pages.verdict import calls, named
 
 
 def same_noise(found: list[Line], images: dict[str, Tensor]) -> str:

@@ -7,8 +7,8 @@ from accelerate import PartialState
 from torch import Tensor
 
 from diffusion.checkpoint import load_tensors, save_tensors
-from eval import records
-from eval.records import Record
+from eval.results import records
+from eval.results.records import Record
 
 
 @dataclass

@@ -1,0 +1,1 @@
+"""The first room: images to features to figures, calls to times."""

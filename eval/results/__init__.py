@@ -1,0 +1,1 @@
+"""The second room: what was measured, as a file."""

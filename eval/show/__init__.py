@@ -1,0 +1,1 @@
+"""The third room: a line of the table computed once, then table, plot and page."""
