@@ -6,10 +6,11 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from diffusion.condition import Condition, Guidance, Kinds
 from diffusion.config import FitConfig
 from diffusion.console import UserError
 from diffusion.data import Dataset
-from diffusion.denoiser import Condition
+from diffusion.images import Ahead, Rows
 from diffusion.noise import seed32
 
 
@@ -22,10 +23,14 @@ class Batch(NamedTuple):
     """(B, C, H, W) standard normal."""
     level: Tensor
     """(B,) float64 in [0, 1), stratified over the global batch (Kingma et al. 2021, app. I.1)."""
-    label: Tensor | Condition | None
-    """(B,) int64; with a guidance weight for a network that takes one. Objectives pass it on."""
-    seed: int
-    """torch.manual_seed(seed) before a second network pass repeats the first's dropout mask."""
+    condition: Condition | None = None
+    """What the network is told of each image. Objectives pass it on."""
+    seed: int = 0
+    """The dropout masks' seed."""
+
+    def dropout(self) -> torch.Generator:
+        """For a network pass's dropout masks: a second pass by it has the first one's masks."""
+        return torch.Generator(self.x0.device).manual_seed(self.seed)
 
 
 def batch_seed(seed: int, i: int) -> int:
@@ -37,76 +42,82 @@ def batch_seed(seed: int, i: int) -> int:
 
 
 class Batches:
-    """Batch i as a function of (seed, i): each process draws it whole and takes its share.
-
-    guidance: the range that the network's guidance weights are drawn from, uniformly.
-    """
+    """Batch i as a function of (seed, i): each process draws it whole and takes its share."""
 
     def __init__(
-        self,
-        dataset: Dataset,
-        config: FitConfig,
-        worker: Accelerator,
-        guidance: tuple[float, float] | None = None,
+        self, dataset: Dataset, config: FitConfig, worker: Accelerator, kinds: Kinds | None = None
     ):
+        """kinds: of the conditions that the network takes. UserError where the data lack one."""
         if config.batch_size % worker.num_processes:
             raise UserError(
                 f"--batch-size {config.batch_size} does not divide among {worker.num_processes} "
                 "processes: give a multiple of their number"
             )
-        self.config, self.spec, self.device = config, dataset.spec, worker.device
+        kinds = kinds or {}
+        self.config, self.codec, self.device = config, dataset.codec, worker.device
+        self.shape = dataset.codec.shape(dataset.spec.shape)
         self.rank, self.world = worker.process_index, worker.num_processes
-        self.generator = self.picker = torch.Generator(worker.device)
-        home = worker.device
-        if not _fits(dataset.train, home):  # picked where they lie, so that nothing waits
-            home, self.picker = torch.device("cpu"), torch.Generator()
-        self.images = dataset.train.to(home)
-        self.labels = None
-        if dataset.spec.num_classes and dataset.train_labels is not None:
-            self.labels = dataset.train_labels.to(home)
-        self.guidance = guidance
-        if guidance and self.labels is None:
-            raise UserError(
-                f"guidance needs classes, but {dataset.spec.name} has none: choose data with labels"
-            )
+        self.images = dataset.train.near(worker.device)
+        self.generator = torch.Generator(worker.device)
+        self.picker = torch.Generator(self.images.device)
+        self.ahead = Ahead(self.images, self.which) if self.images.slow else None
+        weights = [kind for kind in kinds.values() if isinstance(kind, Guidance)]
+        self.guidance = weights[0] if weights else None
+        self.kinds = {name: kind for name, kind in kinds.items() if kind is not self.guidance}
+        for name in [*self.kinds] or ["label"] * bool(self.guidance):
+            if name not in dataset.kinds:
+                raise UserError(
+                    f"the network takes a {name} for each image, but {dataset.spec.name} has none: "
+                    "choose data with one"
+                )
+
+    def which(self, i: int, generator: torch.Generator | None = None) -> Tensor:
+        """The indices of batch i's images, this process's share, where the images lie."""
+        generator = generator or torch.Generator(self.images.device)
+        generator.manual_seed(batch_seed(self.config.seed, i))
+        size, device = (self.config.batch_size,), self.images.device
+        which = torch.randint(len(self.images), size, generator=generator, device=device)
+        return which[self.rank :: self.world]
 
     def draw(self, i: int) -> Batch:
-        size, device, share = (
-            self.config.batch_size,
-            self.device,
-            slice(self.rank, None, self.world),
-        )
+        size, device = self.config.batch_size, self.device
+        share = slice(self.rank, None, self.world)
         seed = batch_seed(self.config.seed, i)
-        random, picker = self.generator.manual_seed(seed), self.picker.manual_seed(seed)
-        count, home = len(self.images), self.picker.device
-        which = torch.randint(count, (size,), generator=picker, device=home)[share]
-        eps = torch.randn(size, *self.spec.shape, generator=random, device=device)[share]
+        random = self.generator.manual_seed(seed)
+        # one generator where images and network are together, as the draws after it go on from it
+        together = self.images.device.type == device.type
+        which = self.which(i, random if together else self.picker)
+        rows = self.ahead.take(i) if self.ahead else self.images.take(which)
+        rows = _moved(rows, device)
+        eps = torch.randn(size, *self.shape, generator=random, device=device)[share]
         offset = torch.rand((), generator=random, device=device, dtype=torch.float64)
         level = (torch.arange(size, device=device, dtype=torch.float64)[share] + offset) / size
         level = level.clamp(max=1 - 2**-53)  # the last may round to 1
         mirrored = torch.rand(size, generator=random, device=device)[share] < 0.5
-        x0 = self.spec.to_unit(_moved(self.images[which], device))
+        images = rows.images
         if self.config.flip:
-            x0 = torch.where(mirrored[:, None, None, None], x0.flip(-1), x0)
-        label = None
-        if self.labels is not None:
-            known = _moved(self.labels[which], device)
-            dropped = torch.rand(size, generator=random, device=device)[share]
-            label = known.where(dropped >= self.config.label_dropout, self.spec.num_classes)
+            images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
+        condition = {}
+        if self.kinds:
+            told = torch.rand(size, generator=random, device=device)[share]
+            told = told >= self.config.label_dropout
+            for name, kind in self.kinds.items():
+                known = rows.condition[name]
+                shaped = told.reshape(-1, *(1,) * (known.ndim - 1))
+                condition[name] = known.where(shaped, kind.null(known))
         if self.guidance:
-            low, high = self.guidance
+            low, high = self.guidance.low, self.guidance.high
             share_of_range = torch.rand(size, generator=random, device=device)[share]
-            label = Condition(label, low + (high - low) * share_of_range)
+            condition["guidance"] = low + (high - low) * share_of_range
         seed += self.rank << 24
-        torch.manual_seed(seed)
-        return Batch(x0, eps, level, label, seed)
+        return Batch(self.codec.encode(images), eps, level, condition or None, seed)
 
 
-def _moved(rows: Tensor, device: torch.device) -> Tensor:
+def _moved(rows: Rows, device: torch.device) -> Rows:
     """To the device, at once: a copy from memory that is not pinned would wait for it."""
-    there = rows.device.type == device.type
-    return rows if there else rows.pin_memory().to(device, non_blocking=True)
 
+    def move(part: Tensor) -> Tensor:
+        there = part.device.type == device.type
+        return part if there else part.pin_memory().to(device, non_blocking=True)
 
-def _fits(images: Tensor, device: torch.device) -> bool:
-    return device.type != "cuda" or images.nbytes < torch.cuda.mem_get_info(device)[0] / 4
+    return Rows(move(rows.images), {name: move(part) for name, part in rows.condition.items()})

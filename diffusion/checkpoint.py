@@ -16,9 +16,11 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from diffusion import older
 from diffusion.console import UserError
+from diffusion.plan import Plan
 
-FORMAT = 1
+FORMAT = 2
 
 
 @contextmanager
@@ -98,22 +100,25 @@ class Card:
 
     method: str
     """What made it, for tables to show; nothing depends on it."""
-    sampler: str
-    """Its own sampler, by name."""
-    plans: dict[int, list[float]]
-    """Its own step counts, each with its angles: ascending, radians, from 0."""
-    solvers: tuple[str, ...]
-    """Samplers that may run it at any number of calls on the angles of its longest plan."""
+    plans: tuple[Plan, ...]
+    """Its own ways to make images, each of another number of steps; the first is the usual one."""
+    abilities: tuple[str, ...]
+    """What a solver may ask of it, as diffusion.samplers.Solver needs it; none where its own plans
+    are all that it was trained for."""
     net: dict
-    """The network's configuration."""
+    """The network: its name and its shape."""
+    denoiser: dict
+    """What the denoiser makes of the network's output."""
+    condition: dict
+    """The conditions that the network takes: by name, the kind of each."""
+    codec: dict
+    """How pixels become x0: the codec's name and settings."""
     data: dict
-    """The images' name, shape and scale."""
+    """The images' name and shape."""
     shift: float = 1.0
     """How far few steps, its students' and solvers', are moved towards noise: schedules.shifted."""
     shifted: bool = False
     """Whether the angles of `plans` are shifted already. A teacher's own list is not."""
-    guidance: float | None = None
-    """The guidance weight that it samples with by default; None for none."""
     parent: str | None = None
     """sha256 of the weights that it was distilled from."""
     origin: str | None = None
@@ -123,6 +128,25 @@ class Card:
     """Settings, iterations, images seen and seconds."""
     format: int = FORMAT
 
+    @property
+    def sampler(self) -> str:
+        """The sampler of its own plans."""
+        return self.plans[0].sampler
+
+    @property
+    def guidance(self) -> float | None:
+        """The guidance weight of its own plans; None for none."""
+        return self.plans[0].guidance
+
+    @property
+    def longest(self) -> Plan:
+        """Its own plan of the most steps."""
+        return max(self.plans, key=lambda plan: plan.num_steps)
+
+    def plan(self, num_steps: int) -> Plan | None:
+        """Its own plan of that many steps, where it has one."""
+        return next((plan for plan in self.plans if plan.num_steps == num_steps), None)
+
     def to_json(self) -> str:
         return json.dumps(asdict(self))
 
@@ -131,14 +155,13 @@ class Card:
         card = json.loads(text)
         if not isinstance(card, dict):
             raise UserError("the card is no JSON object")
+        if card.get("format") == 1:
+            card = older.card(card)
         if card.get("format") != FORMAT:
             raise UserError(f"the card is of format {card.get('format')}, expected {FORMAT}")
-        card["plans"] = {int(steps): angles for steps, angles in card["plans"].items()}
-        card["solvers"] = tuple(card["solvers"])
-        # Cards before there was `shifted`: students' plans were, but not a guided one's, which are
-        # its teacher's, as are the solvers that take their angles from them.
-        student = card.get("parent") is not None and "ddim" not in card["solvers"]
-        card.setdefault("shifted", student)
+        plans = (plan | {"angles": tuple(plan["angles"])} for plan in card["plans"])
+        card["plans"] = tuple(Plan(**plan) for plan in plans)
+        card["abilities"] = tuple(card["abilities"])
         return Card(**card)
 
 

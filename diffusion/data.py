@@ -1,34 +1,36 @@
-"""Images by name: uint8 in memory, scaled to zero mean and unit variance on their way in."""
+"""Images by name: where they are from, how they are scaled, what is known of each."""
 
-import hashlib
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from diffusion import image_folder, named_data
+from diffusion.codec import CODECS, Codec
+from diffusion.condition import Kinds, Label
 from diffusion.console import UserError
 from diffusion.image_file import Form
+from diffusion.images import Images, InMemory, some
 from diffusion.machine import CACHE
 
-DATASETS = {
-    "digits": named_data.digits,
-    "fashion-mnist": named_data.fashion_mnist,
-    "cifar10": named_data.cifar10,
-}
+
+class Source(NamedTuple):
+    """Images to train on, images held out, and the kinds of what is known of each."""
+
+    train: Images
+    test: Images
+    kinds: Kinds
 
 
 @dataclass(frozen=True)
 class ImageSpec:
-    """What a model knows of its data: the shape and the scale of the images."""
+    """What a model knows of its images: which they are, and their shape."""
 
     name: str
     channels: int
     size: int
-    num_classes: int
-    mean: float
-    std: float
     background: str = ""
     """The colour behind what is transparent in a folder's images."""
     sha256: str = ""
@@ -43,43 +45,57 @@ class ImageSpec:
         """What a folder's images are brought to, to be these."""
         return Form(self.size, self.channels, self.background or Form.background)
 
-    @property
-    def bounds(self) -> tuple[float, float]:
-        """Black and white on the scale of to_unit."""
-        return (0 - self.mean) / self.std, (255 - self.mean) / self.std
-
-    def to_unit(self, images: Tensor) -> Tensor:
-        """uint8 0..255 -> float32 of zero mean and unit variance."""
-        return (images.float() - self.mean) / self.std
-
-    def to_uint8(self, x0: Tensor) -> Tensor:
-        """The inverse of to_unit, rounded and clipped to 0..255."""
-        return (x0 * self.std + self.mean).round().clamp(0, 255).to(torch.uint8)
-
 
 @dataclass(frozen=True)
 class Dataset:
-    """uint8 images (N, C, H, W) and labels (N,) int64 or None, for training and held out."""
+    """Images for training and held out, and the codec that a model sees them through."""
 
     spec: ImageSpec
-    train: Tensor
-    train_labels: Tensor | None
-    test: Tensor
-    test_labels: Tensor | None
+    train: Images
+    test: Images
+    codec: Codec
+    kinds: Kinds = field(default_factory=dict)
+    """Of what is known of each image; empty for nothing."""
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes its labels have; 0 without labels."""
+        label = self.kinds.get("label")
+        return label.num_classes if isinstance(label, Label) else 0
+
+
+def labelled(parts: named_data.Parts) -> Source:
+    """A source of what a named dataset's files hold."""
+    train = InMemory(parts.train, {"label": parts.train_labels})
+    test = InMemory(parts.test, {"label": parts.test_labels})
+    return Source(train, test, {"label": Label(int(parts.train_labels.max()) + 1)})
+
+
+# Name -> (folder of its files or None, the cache, whether it may be fetched) -> its source.
+DATASETS: dict[str, Callable[[Path | None, Path, bool], Source]] = {
+    "digits": lambda *places: labelled(named_data.digits(*places)),
+    "fashion-mnist": lambda *places: labelled(named_data.fashion_mnist(*places)),
+    "cifar10": lambda *places: labelled(named_data.cifar10(*places)),
+}
 
 
 def load(
-    name: str, data_dir: Path | None = None, form: Form | None = None, download: bool = True
+    name: str,
+    data_dir: Path | None = None,
+    form: Form | None = None,
+    download: bool = True,
+    codec: str = "scale",
 ) -> Dataset:
     """The dataset of that name ("digits", "fashion-mnist", "cifar10"), or a folder of images.
 
     data_dir: where alone to look for a named dataset's files. form: of a folder's images.
-    download: whether a dataset that is not on this disk may be fetched.
+    download: whether a dataset that is not on this disk may be fetched. codec: the name of the one
+    that is fitted to the images.
     """
     if name in DATASETS:
-        return _dataset(name, *DATASETS[name](data_dir, CACHE / "data", download))
+        return _dataset(name, DATASETS[name](data_dir, CACHE / "data", download), codec)
     if Path(name).is_dir():
-        return _folder(Path(name), form or Form())
+        return _folder(Path(name), form or Form(), codec)
     raise UserError(
         f"unknown dataset {name!r}: expected one of {', '.join(DATASETS)}, or a folder of images"
     )
@@ -113,30 +129,20 @@ def at_hand(name: str) -> str:
     return name
 
 
-def fingerprint(images: Tensor, labels: Tensor | None = None) -> str:
-    """sha256 over the bytes of images, and of their labels where there are any."""
-    digest = hashlib.sha256(images.contiguous().numpy())
-    if labels is not None:
-        digest.update(labels.contiguous().numpy())
-    return digest.hexdigest()
-
-
-def _folder(folder: Path, form: Form) -> Dataset:
+def _folder(folder: Path, form: Form, codec: str) -> Dataset:
     """All images below it; every tenth is held out where there are at least 100."""
     images = image_folder.read(folder, form, CACHE / "images")
     held_out = (torch.arange(len(images)) % 10 == 9) & (len(images) >= 100)
-    dataset = _dataset(str(folder.resolve()), images[~held_out], None, images[held_out], None)
+    source = Source(InMemory(images[~held_out]), InMemory(images[held_out]), {})
+    dataset = _dataset(str(folder.resolve()), source, codec)
     return replace(dataset, spec=replace(dataset.spec, background=form.background))
 
 
-def _dataset(name: str, train: Tensor, train_labels, test: Tensor, test_labels) -> Dataset:
-    histogram = torch.bincount(train.flatten(), minlength=256).double()
-    levels = torch.arange(256, dtype=torch.float64)
-    mean = float((histogram @ levels) / histogram.sum())
-    std = float(((histogram @ (levels - mean).square()) / histogram.sum()).sqrt())
-    if std == 0:
+def _dataset(name: str, source: Source, codec: str) -> Dataset:
+    if codec not in CODECS:
+        raise UserError(f"unknown codec {codec!r}: expected one of {', '.join(CODECS)}")
+    images, (channels, size, _) = some(source.train).images, source.train.shape
+    if images.min() == images.max():
         raise UserError(f"every pixel of {name} has the same value: expected images that differ")
-    classes = 0 if train_labels is None else int(train_labels.max()) + 1
-    sha256 = fingerprint(train, train_labels)
-    spec = ImageSpec(name, train.shape[1], train.shape[2], classes, mean, std, sha256=sha256)
-    return Dataset(spec, train, train_labels, test, test_labels)
+    spec = ImageSpec(name, channels, size, sha256=source.train.fingerprint())
+    return Dataset(spec, source.train, source.test, CODECS[codec].fitted(images), source.kinds)

@@ -1,23 +1,40 @@
 """Denoiser: a network that predicts v, x0 or eps, read as an x0. Precision is decided here."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import asdict, dataclass, fields
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from tyro.conf import Suppress
 
 from diffusion.circle import TO_X0, broadcast
+from diffusion.condition import Condition, Kinds, with_null
 from diffusion.console import UserError
-from diffusion.networks import UNetConfig
 
 
-class Condition(NamedTuple):
-    """A class with a guidance weight; it travels wherever a label may."""
+@dataclass(frozen=True)
+class DenoiserConfig:
+    """What a denoiser makes of its network's output."""
 
-    label: Tensor
-    """(B,) int64."""
-    guidance: Tensor
-    """(B,) float32. 1 is none; where a paper writes (1 + w) eps_cond - w eps, this is 1 + w."""
+    prediction: Literal["v", "x0", "eps"] = "v"
+    """What the network predicts: v, the velocity between image and noise; x0, the image; eps, the
+    noise. eps fails at few steps, and needs a schedule that ends before pure noise."""
+    learned_variance: bool = False
+    """Predict as well how much noise the random (ancestral) steps add (Nichol & Dhariwal 2021)."""
+    bounds: Suppress[tuple[float, float] | None] = None
+    """Least and greatest value of x0, which is clamped to them. teachers.ddpm --clamp sets it."""
+
+    def to_json(self) -> dict:
+        return asdict(self)
+
+    @staticmethod
+    def from_json(described: dict) -> "DenoiserConfig":
+        known = {field.name for field in fields(DenoiserConfig)}
+        if unknown := described.keys() - known:
+            raise UserError(f"the card's denoiser has unknown settings: {', '.join(unknown)}")
+        bounds = described.get("bounds")
+        return DenoiserConfig(**described | {"bounds": tuple(bounds) if bounds else None})
 
 
 class Denoiser(nn.Module):
@@ -30,22 +47,17 @@ class Denoiser(nn.Module):
     network says nothing of x0: `check_prediction` refuses such a schedule.
 
     A mean of images lies within their range. With bounds x0 is clamped there, in training too
-    (`Inward`), and D(x, 0) = x holds within them: the network need not find the exact level of a black background, but only one no
-    brighter.
+    (`Inward`), and D(x, 0) = x holds within them: the network need not find the exact level of a
+    black background, but only one no brighter.
 
-    Told a Condition, D is the guided x0 (`guide`): a network with a guidance input makes it in
-    one call, any other in two, as one call of twice the batch. Told a label alone, guidance is 1.
+    With a guidance weight among its conditions, D is the guided x0 (`guide`): a network that takes
+    the weight makes it in one call, any other in two, as one call of twice the batch. Without one,
+    guidance is 1.
 
     Asked for the variance too, it returns (x0, share) of a network that learns it: an ancestral
     step t -> s then has variance beta^share beta'^(1 - share), where beta is the forward step's
     and beta' the posterior's (Nichol & Dhariwal 2021, eq. 15). Guidance leaves the share as it is
     without. All of this is in `forward`, for gradients are synchronised of no other call.
-
-    net: (x_t (B, C, H, W), t (B,) float32, label (B,) int64 or None) -> prediction (B, C, H, W),
-        or (B, 2 C, H, W) with the share; with a guidance input it is given that (B,) too. Its `config` says which of these it is.
-    precision: "fp32" or "bf16" (autocast of the network alone; angles and sums stay float32).
-    layout: of weights and activations; channels_last is the fast one on GPUs with tensor cores,
-    while on CPUs group norm makes it the slow one (1.3 times at 8x8).
     """
 
     def __init__(
@@ -53,40 +65,46 @@ class Denoiser(nn.Module):
         net: nn.Module,
         precision: str = "fp32",
         layout: torch.memory_format = torch.contiguous_format,
+        config: DenoiserConfig | None = None,
+        kinds: Kinds | None = None,
     ):
+        """net: (x_t (B, C, H, W), t (B,) float32, condition or None) -> prediction (B, C, H, W), or
+            (B, 2 C, H, W) with the share of a learned variance.
+        precision: "fp32" or "bf16" (autocast of the network alone; angles and sums stay float32).
+        layout: of weights and activations; channels_last is the fast one on GPUs with tensor cores,
+            while on CPUs group norm makes it the slow one (1.3 times at 8x8).
+        kinds: of the conditions that the network takes.
+        """
         super().__init__()
         self.net = net.to(memory_format=layout)
         self.precision, self.layout = precision, layout
-        config = getattr(net, "config", UNetConfig())
-        self.prediction, self.guidance = config.prediction, config.guidance
-        self.bounds = config.bounds
-        self.unknown, self.learned_variance = config.num_classes, config.learned_variance
+        self.config, self.kinds = config or DenoiserConfig(), dict(kinds or {})
 
     def forward(
         self,
         x_t: Tensor,
         t: Tensor,
-        label: Tensor | Condition | None = None,
+        condition: Condition | None = None,
         variance: bool = False,
+        dropout: torch.Generator | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """x0 (B, C, H, W) float32, or (x0, share) of that shape both.
 
-        t: (B,) or scalar radians; label: (B,), None without classes.
+        t: (B,) or scalar radians. dropout: the generator of the masks, in training; two passes by
+        one of the same state have the same masks.
         """
-        if variance and not self.learned_variance:
+        if variance and not self.config.learned_variance:
             raise UserError(
                 "this network does not predict a variance: train a teacher with --learned-variance"
             )
-        t = t.expand(len(x_t))
-        if not isinstance(label, Condition):
-            x0, share = self._predict(x_t, t, label)
-        elif self.guidance:
-            x0, share = self._predict(x_t, t, *label)
+        t, condition = t.expand(len(x_t)), condition or None
+        if not condition or "guidance" not in condition or "guidance" in self.kinds:
+            x0, share = self._predict(x_t, t, condition, dropout)
         else:
-            label, weight = label
-            both = torch.cat([label, torch.full_like(label, self.unknown)])
-            x0, share = self._predict(torch.cat([x_t, x_t]), torch.cat([t, t]), both)
-            x0, share = guide(*x0.chunk(2), weight), share[: len(x_t)]
+            plain = {name: rows for name, rows in condition.items() if name != "guidance"}
+            both = with_null(plain, self.kinds)
+            x0, share = self._predict(torch.cat([x_t, x_t]), torch.cat([t, t]), both, dropout)
+            x0, share = guide(*x0.chunk(2), condition["guidance"]), share[: len(x_t)]
         return (x0, share) if variance else x0
 
     def compile_network(self) -> None:
@@ -94,21 +112,37 @@ class Denoiser(nn.Module):
         on_gpu = next(self.net.parameters()).is_cuda
         self.net.compile(mode="reduce-overhead" if on_gpu else None)
 
-    def call(self, function: Callable, x_t: Tensor, t: Tensor, *condition: Tensor | None):
+    def call(
+        self,
+        function: Callable,
+        x_t: Tensor,
+        t: Tensor,
+        condition: Condition | None = None,
+        dropout: torch.Generator | None = None,
+    ):
         """The network, or a part of it, in this denoiser's precision and layout."""
+        drops = self.training and getattr(getattr(self.net, "config", None), "dropout", 0) > 0
+        further = {"dropout": dropout} if drops else {}
         with torch.autocast(x_t.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            return function(x_t.contiguous(memory_format=self.layout), t.float(), *condition)
+            x_t = x_t.contiguous(memory_format=self.layout)
+            return function(x_t, t.float(), condition, **further)
 
-    def _predict(self, x_t: Tensor, t: Tensor, *condition: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _predict(
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        condition: Condition | None,
+        dropout: torch.Generator | None,
+    ) -> tuple[Tensor, Tensor]:
         """x0, and what the network puts out beyond its prediction."""
-        output = self.call(self.net, x_t, t, *condition)
+        output = self.call(self.net, x_t, t, condition, dropout)
         # always a copy: a CUDA graph's next call writes where this one's output lies, while an x0
         # or a share that is a view of it may be kept for the steps to come (dpm-solver++, heun)
         output = output.to(torch.float32, copy=True)
-        channels = x_t.shape[1]
-        x0 = TO_X0[self.prediction](x_t, output[:, :channels], t)
-        if self.bounds:
-            x0 = Inward.apply(x0, *self.bounds) if self.training else x0.clamp(*self.bounds)
+        channels, bounds = x_t.shape[1], self.config.bounds
+        x0 = TO_X0[self.config.prediction](x_t, output[:, :channels], t)
+        if bounds:
+            x0 = Inward.apply(x0, *bounds) if self.training else x0.clamp(*bounds)
         return x0, output[:, channels:]
 
 

@@ -2,20 +2,24 @@
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from diffusion import checkpoint
+from diffusion import checkpoint, codec, condition, networks
 from diffusion.checkpoint import Card
+from diffusion.codec import Codec
+from diffusion.condition import Condition, Guidance, Kinds
 from diffusion.console import UserError
 from diffusion.data import ImageSpec
-from diffusion.denoiser import Condition, Denoiser
+from diffusion.denoiser import Denoiser, DenoiserConfig
 from diffusion.machine import layout, this_device
-from diffusion.networks import UNet, UNetConfig
+from diffusion.networks import NetworkConfig
 from diffusion.noise import Noise
-from diffusion.samplers import SOLVERS, sample
+from diffusion.plan import Plan, plan
+from diffusion.samplers import SOLVERS, sample, solvers_for
 from diffusion.schedules import check_shift, respace, shifted
 
 
@@ -30,121 +34,158 @@ class Model:
     def device(self) -> torch.device:
         return next(self.denoiser.parameters()).device
 
-    @property
+    @cached_property
     def spec(self) -> ImageSpec:
         return ImageSpec(**self.card.data)
+
+    @cached_property
+    def codec(self) -> Codec:
+        return codec.from_json(self.card.codec)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of an x0."""
+        return self.codec.shape(self.spec.shape)
+
+    @property
+    def kinds(self) -> Kinds:
+        """The kinds of the conditions that its network takes."""
+        return self.denoiser.kinds
 
     @property
     def schedule(self) -> Tensor:
         """The angles of its longest plan, (N + 1,) float64."""
-        return torch.tensor(self.card.plans[max(self.card.plans)], dtype=torch.float64)
+        return torch.tensor(self.card.longest.angles, dtype=torch.float64)
+
+    @property
+    def solvers(self) -> list[str]:
+        """The solvers that may run it at any number of steps; the first is the usual one."""
+        return solvers_for(self.card.abilities)
 
     def plan(
-        self, num_steps: int | None = None, sampler: str | None = None, shift: float | None = None
-    ) -> tuple[str, Tensor]:
-        """The sampler and angles (ascending) for a number of steps: its own, or a solver's.
+        self,
+        num_steps: int | None = None,
+        sampler: str | None = None,
+        shift: float | None = None,
+        guidance: float | None = None,
+    ) -> Plan:
+        """The plan for a number of steps: its own, or a solver's.
 
-        shift: of a solver's angles, by default the card's. Raises UserError where it was not
-        trained for so many steps and no solver may run it, or a shift is told of its own.
+        shift: of a solver's angles, by default the card's. guidance: the weight, by default the
+        card's. Raises UserError where it was not trained for so many steps and no solver may run
+        it, where a shift is given for its own angles, or for a weight that it cannot be guided by.
         """
-        card = self.card
+        return self._plan(num_steps, sampler, shift).guided(self._weight(guidance))
+
+    def _plan(self, num_steps: int | None, sampler: str | None, shift: float | None) -> Plan:
+        card, solvers = self.card, self.solvers
         if shift is not None:
             check_shift(shift)
         if num_steps is None:
-            num_steps = next(iter(card.plans)) if sampler in (None, card.sampler) else 50
+            usual = sampler in (None, card.sampler)
+            num_steps = card.plans[0].num_steps if usual else 50
         if num_steps < 1:
             raise UserError(f"--steps must be at least 1, got {num_steps}")
-        if sampler in (None, card.sampler) and num_steps in card.plans:
+        trained = card.plan(num_steps)
+        if sampler in (None, card.sampler) and trained:
             if shift is not None:
                 raise UserError(
-                    f"--shift moves a solver's steps, and {num_steps} steps of {card.sampler} are this "
-                    f"{card.method} model's own: leave it out, or name another --sampler or --steps"
+                    f"--shift moves a solver's steps, and {num_steps} steps of {card.sampler} are "
+                    f"this {card.method} model's own: leave it out, or name another --sampler or "
+                    "--steps"
                 )
-            return card.sampler, torch.tensor(card.plans[num_steps], dtype=torch.float64)
-        if sampler is None and card.solvers:
-            sampler = card.solvers[0]
-        if sampler in card.solvers:
+            return trained
+        if sampler is None and solvers:
+            sampler = solvers[0]
+        if sampler in solvers:
             solver = SOLVERS[sampler]
             # angles out of the list bear its shift; spread anew up to its end they bear none
             already = card.shift if card.shifted and solver.space is respace else 1.0
             asked = card.shift if shift is None else shift
-            return sampler, shifted(solver.angles(self.schedule, num_steps), asked / already)
-        counts = ", ".join(map(str, card.plans))
+            angles = shifted(solver.angles(self.schedule, num_steps), asked / already)
+            note = "" if shift is None else f"shift {shift:g}"
+            return plan(sampler, angles, card.guidance, note)
+        counts = ", ".join(str(own.num_steps) for own in card.plans)
         raise UserError(
             f"this {card.method} model samples by {card.sampler} in {counts} steps, "
             f"not by {sampler or card.sampler} in {num_steps}"
         )
 
-    def calls_per_step(self, guidance: float | None = None) -> int:
-        """2 where guidance is made of two network calls, else 1."""
-        weight = self.card.guidance if guidance is None else guidance
-        return 1 if self.denoiser.guidance or weight in (None, 1) else 2
-
-    def condition(
-        self, label: Tensor | None, guidance: float | None = None
-    ) -> Tensor | Condition | None:
-        """What the denoiser is given for classes (B,) and a guidance weight, by default the card's.
-
-        Raises UserError for a weight that the model cannot be guided by.
-        """
-        if guidance is not None and label is None:
+    def _weight(self, guidance: float | None) -> float | None:
+        """The weight that was asked for, once it is known that the model can be guided by it."""
+        if guidance is None:
+            return None
+        if not self.kinds:
             raise UserError(
                 "--guidance needs a model with classes, and this one has none: leave it out"
             )
-        weight = self.card.guidance if guidance is None else guidance
-        if weight is None or label is None:
-            return label
-        low, high = self.denoiser.guidance or (0, math.inf)
-        if not low <= weight <= high or weight == math.inf:
-            raise UserError(f"--guidance must be from {low:g} to {high:g}, got {weight:g}")
-        if weight == 1:  # the denoiser's own, in one call
-            return label
-        return Condition(label, torch.full(label.shape, float(weight), device=label.device))
+        low, high = 0.0, math.inf
+        for kind in self.kinds.values():
+            if isinstance(kind, Guidance):
+                low, high = kind.low, kind.high
+        if not low <= guidance <= high or guidance == math.inf:
+            raise UserError(f"--guidance must be from {low:g} to {high:g}, got {guidance:g}")
+        return guidance
+
+    def calls_per_step(self, plan: Plan) -> int:
+        """2 where the plan's guidance is made of two network calls, else 1."""
+        return 1 if "guidance" in self.kinds or plan.guidance in (None, 1) else 2
+
+    def conditions(self, indices: Tensor, given: Condition | None = None) -> Condition:
+        """What the network is told of images number `indices` (B,): what is given, and for the
+        rest what its kind has for them; an empty mapping where it takes nothing."""
+        given = given or {}
+        return {
+            name: given[name].to(indices.device) if name in given else kind.rows(indices)
+            for name, kind in self.kinds.items()
+            if not isinstance(kind, Guidance)
+        }
 
     def x0(
-        self,
-        plan: tuple[str, Tensor],
-        seed: int,
-        indices: Tensor,
-        label: Tensor | None = None,
-        guidance: float | None = None,
+        self, plan: Plan, seed: int, indices: Tensor, given: Condition | None = None
     ) -> Tensor:
         """Images number `indices` (B,) of the seed: (B, C, H, W) float32 on the indices' device.
 
-        label: (B,) classes, None for unconditional. guidance: its weight, by default the card's.
+        given: conditions (B, ...) by name, in place of what is usual for these images.
         """
-        sampler, angles = plan
-        noise, condition = Noise(seed, indices, self.spec.shape), self.condition(label, guidance)
-        return sample(self.denoiser, noise, sampler, angles.to(indices.device), condition)
+        told = self.conditions(indices, given)
+        if told and plan.guidance not in (None, 1):  # 1 is the denoiser's own, in one call
+            weight = torch.full(indices.shape, float(plan.guidance), device=indices.device)
+            told["guidance"] = weight
+        noise, angles = Noise(seed, indices, self.shape), plan.on(indices.device)
+        return sample(self.denoiser, noise, plan.sampler, angles, told or None)
 
     def sample(
-        self,
-        plan: tuple[str, Tensor],
-        seed: int,
-        indices: Tensor,
-        label: Tensor | None = None,
-        guidance: float | None = None,
+        self, plan: Plan, seed: int, indices: Tensor, given: Condition | None = None
     ) -> Tensor:
         """The same as uint8."""
-        return self.spec.to_uint8(self.x0(plan, seed, indices, label, guidance))
+        return self.codec.decode(self.x0(plan, seed, indices, given))
 
 
-def build(net: dict | UNetConfig, precision: str) -> Denoiser:
-    """A new denoiser of that configuration, which networks.check_net has seen where a user gave it."""
-    if isinstance(net, dict):
-        net = UNetConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in net.items()})
-    return Denoiser(UNet(net), precision, layout())
+def build(net: NetworkConfig, config: DenoiserConfig, kinds: Kinds, precision: str) -> Denoiser:
+    """A new denoiser; a network's shape that a user gave is checked before."""
+    outputs = net.channels * (1 + config.learned_variance)
+    return Denoiser(net.build(outputs, kinds), precision, layout(), config, kinds)
+
+
+def of_card(card: Card, precision: str) -> Denoiser:
+    """A new denoiser such as the card describes."""
+    kinds = condition.from_json(card.condition)
+    config = DenoiserConfig.from_json(card.denoiser)
+    return build(networks.from_json(card.net), config, kinds, precision)
 
 
 def load(path: Path, precision: str = "fp32", device: torch.device | None = None) -> Model:
     """The model of a checkpoint or of a run's folder, for inference, on this process's device."""
     weights, card, sha256 = checkpoint.load(path)
     try:
-        denoiser = build(card.net, precision)
+        denoiser = of_card(card, precision)
         denoiser.net.load_state_dict(weights)
     except (RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{path}: the weights do not fit the card's network ({reason})") from error
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
     for name, value in weights.items():
         if not value.isfinite().all():
             raise UserError(

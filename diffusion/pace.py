@@ -15,7 +15,7 @@ from torch import nn
 from diffusion.config import FitConfig
 from diffusion.console import say
 from diffusion.data import Dataset
-from diffusion.training import Objective, Progress, fit
+from diffusion.training import Method, Progress, fit
 
 WARM = 2  # first iterations, in which kernels are prepared and code is compiled
 LEAST = 3  # iterations that are timed
@@ -24,16 +24,14 @@ SPARE = 0.03  # of the time: what saves, pictures and the end take
 LONG = 3600.0  # seconds of training, beyond which a word is said first
 
 
-def in_minutes(
-    denoiser: nn.Module, objective: Objective, dataset: Dataset, config: FitConfig
-) -> FitConfig:
+def in_minutes(method: Method, dataset: Dataset, config: FitConfig) -> FitConfig:
     """The config with as many iterations as config.minutes pay for here, and a warm-up that fits.
 
     Copies of the networks are trained for some seconds, so that the training itself is the same
     as that of a command that was given this number of iterations.
     """
     begun = time.monotonic()
-    seconds = _seconds_per_iteration(*deepcopy((denoiser, objective)), dataset, config)
+    seconds = _seconds_per_iteration(deepcopy(method), dataset, config)
     left = config.minutes * 60 * (1 - SPARE) - (time.monotonic() - begun)
     iterations = max(1, int(left / seconds))
     pace = config.batch_size / seconds
@@ -41,13 +39,11 @@ def in_minutes(
     return replace(config, iterations=iterations, warmup=min(config.warmup, iterations // 10))
 
 
-def _seconds_per_iteration(
-    denoiser: nn.Module, objective: Objective, dataset: Dataset, config: FitConfig
-) -> float:
+def _seconds_per_iteration(method: Method, dataset: Dataset, config: FitConfig) -> float:
     endless = replace(config, iterations=2**31, log_every=1, save_every=float("inf"))
     enough, ends = min(TRIAL, config.minutes * 60 / 20), []
     with TemporaryDirectory() as folder:
-        lines = fit(denoiser, objective, dataset, endless, Path(folder) / "state")
+        lines = fit(method, dataset, endless, Path(folder) / "state")
         for _ in lines:
             ends.append(time.monotonic())
             timed = len(ends) - WARM

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
-from diffusion import checkpoint, machine
+from diffusion import checkpoint, machine, older
 from diffusion.checkpoint import Card, metadata, remove_parts, write_atomic
 from diffusion.config import FitConfig, check, settings_of
 from diffusion.console import UserError, say, silence, track
@@ -23,13 +23,12 @@ from diffusion.machine import this_device
 from diffusion.model import Model, load
 from diffusion.pace import in_minutes, with_warning
 from diffusion.pictures import save_grid
-from diffusion.training import Objective, Progress, fit
+from diffusion.training import Method, Progress, fit
 
 
 def train_model(
     run: Path,
-    denoiser: Denoiser,
-    objective: Objective,
+    method: Method,
     dataset: Dataset,
     config: FitConfig,
     card: Card,
@@ -48,15 +47,10 @@ def train_model(
     check_claim(run)
     processes = PartialState()
     if config.minutes and not settings_before(run):
-        config = in_minutes(denoiser, objective, dataset, config)
+        config = in_minutes(method, dataset, config)
     if "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:  # accelerate launch --cpu
         say("accelerate launch --cpu starts one process; --multi_gpu starts several, CPUs or GPUs")
-    settings = {**card.training, **settings_of(config), "parent": card.parent, "net": card.net}
-    settings["shift"] = card.shift
-    plans = hashlib.sha256(json.dumps(card.plans).encode()).hexdigest()[:8]
-    images = {k: v for k, v in card.data.items() if k not in ("sha256", "background")}
-    settings |= {"data": dataset.spec.name, "data_sha256": dataset.spec.sha256}
-    settings = json.loads(json.dumps(settings | {"images": images, "plans": plans}))
+    settings = settings_of_run(card, dataset, config)
     finished = run / "model.safetensors"
     if finished.exists():
         model = load(run, config.precision)
@@ -74,7 +68,7 @@ def train_model(
             write_atomic(described, json.dumps(settings))
     processes.wait_for_everyone()
     preview = Preview(run, card)
-    lines = fit(denoiser, objective, dataset, config, state, preview=preview)
+    lines = fit(method, dataset, config, state, preview=preview)
     progress = _logged(with_warning(lines, config, advice), run / "log.jsonl")
     *_, last = track(progress, str(run), _describe)
     training = {"settings": settings, "iterations": config.iterations}
@@ -83,13 +77,32 @@ def train_model(
     training |= {"seconds": last.seconds}
     card = replace(card, training=training)
     if processes.is_main_process:
-        leave(run, denoiser, card)
+        leave(run, method.players["student"].module, card)
         tidy(run)
         say(
             f"{run}  loss {last.loss:.4f} after {last.seconds:.0f} s: {finished}, {run / 'samples.png'}"
         )
     processes.wait_for_everyone()
     return load(run, config.precision)
+
+
+def settings_of_run(card: Card, dataset: Dataset, config: FitConfig) -> dict:
+    """All that decides a run's result, as JSON has it: what a run is recognised by."""
+    plans = {plan.num_steps: list(plan.angles) for plan in card.plans}
+    scale = {name: value for name, value in card.codec.items() if (name, value) != ("name", "scale")}
+    images = {k: v for k, v in card.data.items() if k not in ("sha256", "background")}
+    settings = {
+        **card.training,
+        **settings_of(config),
+        "parent": card.parent,
+        "net": older.net_settings(card.net, card.denoiser, card.condition),
+        "shift": card.shift,
+        "data": dataset.spec.name,
+        "data_sha256": dataset.spec.sha256,
+        "images": images | {"num_classes": dataset.num_classes} | scale,
+        "plans": hashlib.sha256(json.dumps(plans).encode()).hexdigest()[:8],
+    }
+    return json.loads(json.dumps(settings))
 
 
 def settled(config: FitConfig, *runs: Path) -> FitConfig:
@@ -144,13 +157,12 @@ class Preview:
 
 def draw(run: Path, model: Model, calls: int = 50) -> None:
     """Write samples.png, 64 images of the model by its own plan, or by a solver where that is longer."""
-    card, indices = model.card, torch.arange(64, device=model.device)
-    steps = next(iter(card.plans))
+    indices, steps = torch.arange(64, device=model.device), model.card.plans[0].num_steps
     # a teacher's 1000 calls would take longer than its training where there is no GPU
-    sampler = next((name for name in QUICK if name in card.solvers), None)
+    sampler = next((name for name in QUICK if name in model.solvers), None)
     plan = model.plan(min(steps, calls), sampler if steps > calls else None)
     with torch.compiler.set_stance("force_eager"):  # to compile for one batch would take longer
-        images = model.sample(plan, 0, indices, some_labels(model, 64))
+        images = model.sample(plan, 0, indices)
     save_grid(run / "samples.png", images)
 
 
@@ -174,14 +186,6 @@ def tidy(run: Path) -> None:
     described.unlink(missing_ok=True)
     with suppress(OSError):  # not empty
         (run / "state").rmdir()
-
-
-def some_labels(model: Model, count: int) -> torch.Tensor | None:
-    """Every class in turn, for a conditional model."""
-    classes = model.card.net["num_classes"]
-    if not classes:
-        return None
-    return torch.arange(count, device=model.device) % classes
 
 
 def require_same(run: Path, before: dict, now: dict) -> None:

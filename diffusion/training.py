@@ -4,10 +4,10 @@ import json
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin
 from torch import Tensor, nn
 
+from diffusion import older
 from diffusion.batches import Batch, Batches
 from diffusion.checkpoint import load_tensors, save_tensors
 from diffusion.config import FitConfig, check, learning_rate
@@ -23,33 +24,39 @@ from diffusion.console import Interrupted, UserError
 from diffusion.data import Dataset
 from diffusion.denoiser import Denoiser
 
+Nets = Mapping[str, nn.Module]  # a method's players by name
+
 
 class Follower(Protocol):
-    """What moves on after each step, and is saved and resumed with the student."""
+    """What moves on after each step: an average of weights, a running moment, a history.
 
-    module: nn.Module
-    """Its state: parameters and buffers."""
+    It saves and restores itself; its state is the same in every process.
+    """
 
-    def follow(self, student: nn.Module, done: int, progress: float) -> None:
-        """Move on after optimizer step number `done`, which began at this share of the training.
+    def follow(self, nets: Nets, done: int, progress: float) -> None:
+        """Move on after iteration number `done`, which began at this share of the training."""
 
-        Called in every process, whose states stay the same.
-        """
+    def state_dict(self) -> dict[str, Tensor]:
+        """All that a resumed training needs of it."""
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None: ...
 
 
 @dataclass(frozen=True)
 class Average:
-    """A denoiser that follows the student: w <- decay w + (1 - decay) student, after each step."""
+    """A network that follows a player: w <- decay w + (1 - decay) player, after each step."""
 
     module: nn.Module
     decay: Callable[[int, float], float]
-    """(optimizer steps done, share of the training at the last one's start) -> decay."""
+    """(iterations done, share of the training at the last one's start) -> decay."""
     fused: bool = True
     """A few kernels for all parameters, not one for each."""
+    player: str = "student"
+    """Whom it follows."""
 
     @torch.no_grad()
-    def follow(self, student: nn.Module, done: int, progress: float = 0.0) -> None:
-        kept, new = list(self.module.parameters()), list(student.parameters())
+    def follow(self, nets: Nets, done: int, progress: float = 0.0) -> None:
+        kept, new = list(self.module.parameters()), list(nets[self.player].parameters())
         share = 1 - self.decay(done, progress)
         if self.fused:
             torch._foreach_lerp_(kept, new, share)
@@ -57,13 +64,73 @@ class Average:
         for old, value in zip(kept, new, strict=True):
             old.lerp_(value, share)
 
+    def state_dict(self) -> dict[str, Tensor]:
+        return self.module.state_dict()
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.module.load_state_dict(state)
+
+
+class Turn(NamedTuple):
+    """Where a training is when it asks for a loss."""
+
+    iteration: int
+    """Iterations done before."""
+    progress: float
+    """The share of the training that is done, in [0, 1)."""
+    movers: tuple[str, ...]
+    """The players that move on this loss."""
+
+
+def always(iteration: int) -> bool:
+    return True
+
+
+@dataclass(frozen=True)
+class Player:
+    """A network that is trained, by its own optimizer."""
+
+    module: nn.Module
+    moves: Callable[[int], bool] = always
+    """Whether it moves at that iteration, the first being 0. Someone must at each."""
+    rate: float = 1.0
+    """Its learning rate, as a multiple of --learning-rate."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """What is trained, and on what: the loop knows no more of a method."""
+
+    players: Mapping[str, Player]
+    """By name. The one named "student" is what a training is for."""
+    loss: Callable[[Nets, Batch, Turn], Tensor]
+    """Loss per image (B,), of those whose turn it is: only they get gradients."""
+    followers: Mapping[str, Follower] = field(default_factory=dict)
+    """What the loss reads and moves on with the training, by name."""
+
 
 class Objective(Protocol):
-    averages: Sequence[Follower]
-    """Averages, of the student or of its losses, that the objective reads."""
+    """The loss of a method with one network, per image (B,)."""
+
+    followers: Mapping[str, Follower]
 
     def __call__(self, student: nn.Module, batch: Batch, progress: float) -> Tensor:
-        """Loss per image (B,). progress: the share of the training that is done, in [0, 1)."""
+        """progress: the share of the training that is done, in [0, 1)."""
+
+
+@dataclass(frozen=True)
+class OnStudent:
+    """An objective as a method's loss."""
+
+    objective: Objective
+
+    def __call__(self, nets: Nets, batch: Batch, turn: Turn) -> Tensor:
+        return self.objective(nets["student"], batch, turn.progress)
+
+
+def one_network(student: nn.Module, objective: Objective) -> Method:
+    """The method that trains one network by an objective."""
+    return Method({"student": Player(student)}, OnStudent(objective), objective.followers)
 
 
 class Progress(NamedTuple):
@@ -86,82 +153,95 @@ def frozen_copy(denoiser: nn.Module) -> nn.Module:
 
 
 def fit(
-    denoiser: nn.Module,
-    objective: Objective,
+    method: Method,
     dataset: Dataset,
     config: FitConfig,
     state: Path,
     fused: bool = True,
     preview: Callable[[nn.Module], None] | None = None,
 ) -> Iterator[Progress]:
-    """Train the denoiser in place; it ends with its averaged weights.
+    """Train a method's players in place; its student ends with its averaged weights.
 
     Resumes from the file `state` where there is one, to the same result bit for bit, and
     writes it after log lines; a loss that is not finite raises UserError before it is written.
-    fused: of the optimizer and the average; what that saves, benchmarks.speed measures.
-    preview: is shown the averaged denoiser early and after each save, in the first process.
+    fused: of the optimizers and the average; what that saves, benchmarks.speed measures.
+    preview: is shown the averaged student early and after each save, in the first process.
     """
     check(config)
     worker = make_worker()
-    batches = Batches(dataset, config, worker, denoiser.guidance)
-    denoiser.to(worker.device).train()
-    ramp = Average(frozen_copy(denoiser), lambda done, _: min(config.ema, done / (done + 9)), fused)
-    averages = [ramp, *objective.averages]
-    settings = {"betas": (0.9, 0.99), "weight_decay": config.weight_decay}
-    settings |= {"fused": fused, "foreach": False}  # neither is one parameter after the other
-    optimizer = torch.optim.AdamW(denoiser.parameters(), config.learning_rate, **settings)
-    before = _restore(state, denoiser, averages, optimizer)
+    nets = {name: player.module for name, player in method.players.items()}
+    student = nets["student"]
+    batches = Batches(dataset, config, worker, getattr(student, "kinds", None))
+    for net in nets.values():
+        net.to(worker.device).train()
+    decay = Decay(config.ema)
+    average = Average(frozen_copy(student), decay, fused)
+    followers = {"average": average, **method.followers}
+    optimizers = {name: _optimizer(net, config, fused) for name, net in nets.items()}
+    before = _restore(state, nets, followers, optimizers)
     start, spent = (before.iteration, before.seconds) if before else (0, 0.0)
     if config.compile:  # what is never called is never compiled
-        for module in (denoiser, *(average.module for average in averages)):
+        averaged = (getattr(follower, "module", None) for follower in followers.values())
+        for module in (*nets.values(), *averaged):
             if isinstance(module, Denoiser):
                 module.net.compile()
-    student, prepared = worker.prepare(denoiser, optimizer)
+    wrapped = {name: worker.prepare(net) for name, net in nets.items()}
+    prepared = {name: worker.prepare(optimizer) for name, optimizer in optimizers.items()}
 
     sums, counted = torch.zeros(2, device=worker.device), 0
     begun = logged = saved = time.monotonic()
     lines = 0
+    alone = worker.num_processes == 1  # else all must agree on where to stop
     if before:
         yield before  # its line in the log may not have been written
     with _stop_requests() as stop:
         for i in range(start, config.iterations):
-            done = i + 1
+            done, progress = i + 1, i / config.iterations
             rate = learning_rate(config, i)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            batch = batches.draw(i)
-            loss = objective(student, batch, i / config.iterations).mean()
+            movers = tuple(name for name, each in method.players.items() if each.moves(i))
+            for name in movers:
+                for group in optimizers[name].param_groups:
+                    group["lr"] = rate * method.players[name].rate
+            still = nets.keys() - {*movers}
+            for name in still:
+                nets[name].requires_grad_(False)
+            seen = {name: nets[name] if name in still else wrapped[name] for name in nets}
+            loss = method.loss(seen, batches.draw(i), Turn(i, progress, movers)).mean()
             worker.backward(loss)
-            norm = worker.clip_grad_norm_(denoiser.parameters(), config.clip)
-            prepared.step()
-            prepared.zero_grad(set_to_none=True)
-            for average in averages:
-                average.follow(denoiser, done, i / config.iterations)
+            moved = [p for name in movers for p in nets[name].parameters()]
+            norm = worker.clip_grad_norm_(moved, config.clip)
+            for name in movers:
+                prepared[name].step()
+                prepared[name].zero_grad(set_to_none=True)
+            for name in still:
+                nets[name].requires_grad_(True)
+            for follower in followers.values():
+                follower.follow(nets, done, progress)
             sums += torch.stack([loss.detach(), norm])
             counted += 1
-            alone = worker.num_processes == 1  # else all must agree on where to stop
             due = done % config.log_every == 0 or done == config.iterations
             if alone and not (due or lines):  # the first line comes early: it tells the pace
                 due = time.monotonic() - begun > EARLY
             if not due and not (stop and alone):
                 continue
-            told = torch.cat([sums / counted, sums.new_tensor([len(stop)])])
-            mean_loss, mean_norm, stopped = worker.reduce(told, "mean").tolist()
+            means = torch.cat([sums / counted, sums.new_tensor([len(stop)])])
+            mean_loss, mean_norm, stopped = worker.reduce(means, "mean").tolist()
             now = time.monotonic()
             if not math.isfinite(mean_loss + mean_norm):
                 raise UserError(
-                    f"the loss or its gradient is not finite at iteration {done}: the state of "
-                    f"the last good save is kept; try a lower --learning-rate than {config.learning_rate:g}"
+                    f"the loss or its gradient is not finite at iteration {done}: the state of the "
+                    "last good save is kept; try a lower --learning-rate than "
+                    f"{config.learning_rate:g}"
                 )
             seconds = spent + now - begun
             pace = counted * config.batch_size / (now - logged)
             line = Progress(done, config.iterations, mean_loss, mean_norm, rate, pace, seconds)
             save = stopped or done == config.iterations or now - saved >= config.save_every
             if worker.is_main_process and save:
-                _save(state, denoiser, averages, optimizer, line)
+                _save(state, nets, followers, optimizers, line)
                 saved = now
             if preview and worker.is_main_process and (save or not lines) and not stopped:
-                preview(ramp.module)
+                preview(average.module)
             lines += 1
             if stopped:
                 where = f"stopped at iteration {done} of {config.iterations}"
@@ -170,8 +250,25 @@ def fit(
             sums.zero_()
             counted, logged = 0, now
             yield line
-    denoiser.load_state_dict(ramp.module.state_dict())
-    denoiser.eval()
+    student.load_state_dict(average.module.state_dict())
+    for net in nets.values():
+        net.eval()
+
+
+@dataclass(frozen=True)
+class Decay:
+    """The average's decay: it starts fast, at 1/10, and ends at what was asked for."""
+
+    ema: float
+
+    def __call__(self, done: int, progress: float) -> float:
+        return min(self.ema, done / (done + 9))
+
+
+def _optimizer(net: nn.Module, config: FitConfig, fused: bool) -> torch.optim.Optimizer:
+    settings = {"betas": (0.9, 0.99), "weight_decay": config.weight_decay}
+    settings |= {"fused": fused, "foreach": False}  # neither is one parameter after the other
+    return torch.optim.AdamW(net.parameters(), config.learning_rate, **settings)
 
 
 def make_worker() -> Accelerator:
@@ -205,35 +302,42 @@ def _stop_requests() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _save(path: Path, denoiser, averages, optimizer, line: Progress) -> None:
-    tensors = {f"student.{k}": v for k, v in denoiser.state_dict().items()}
-    for i, average in enumerate(averages):
-        tensors |= {f"average{i}.{k}": v for k, v in average.module.state_dict().items()}
-    for i, slots in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{i}.{k}": v for k, v in slots.items()}
+def _save(path: Path, nets: Nets, followers, optimizers, line: Progress) -> None:
+    tensors = {}
+    for name, net in nets.items():
+        tensors |= {f"{name}.{key}": value for key, value in net.state_dict().items()}
+    for name, follower in followers.items():
+        tensors |= {f"follower.{name}.{k}": v for k, v in follower.state_dict().items()}
+    for name, optimizer in optimizers.items():
+        for i, slots in optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{name}.{i}.{slot}": v for slot, v in slots.items()}
     save_tensors(path, tensors, {"line": json.dumps(line._asdict())})
 
 
-def _restore(path: Path, denoiser, averages, optimizer) -> Progress | None:
+def _restore(path: Path, nets: Nets, followers, optimizers) -> Progress | None:
     """The line of the log at which the state was saved; None where there is no state."""
     if not path.exists():
         return None
     tensors, metadata = load_tensors(path)
+    sizes = {name: len(list(net.parameters())) for name, net in nets.items()}
+    tensors = older.state(tensors, sizes, list(followers))
 
     def part(prefix: str) -> dict[str, Tensor]:
         return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
-    denoiser.load_state_dict(part("student."))
-    for i, average in enumerate(averages):
-        average.module.load_state_dict(part(f"average{i}."))
-    slots: dict[int, dict[str, Tensor]] = {}
-    parameters = list(denoiser.parameters())
-    for name, value in part("optimizer.").items():
-        i, key = name.split(".")
-        like = parameters[int(i)]
-        if value.shape == like.shape:  # a moment: its order in memory must be its parameter's
-            value = torch.empty_like(like).copy_(value)
-        slots.setdefault(int(i), {})[key] = value
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": slots, "param_groups": groups})
+    for name, net in nets.items():
+        net.load_state_dict(part(f"{name}."))
+    for name, follower in followers.items():
+        follower.load_state_dict(part(f"follower.{name}."))
+    for name, optimizer in optimizers.items():
+        slots: dict[int, dict[str, Tensor]] = {}
+        parameters = list(nets[name].parameters())
+        for key, value in part(f"optimizer.{name}.").items():
+            i, slot = key.split(".")
+            like = parameters[int(i)]
+            if value.shape == like.shape:  # a moment: in memory it must lie as its parameter does
+                value = torch.empty_like(like).copy_(value)
+            slots.setdefault(int(i), {})[slot] = value
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": slots, "param_groups": groups})
     return Progress(**json.loads(metadata["line"]))

@@ -5,7 +5,8 @@ import os
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from diffusion import machine
 from diffusion.checkpoint import write_atomic
+from diffusion.condition import Label, take
 from diffusion.console import UserError, at_least, run, say, track
 from diffusion.folders import (
     MARK,
@@ -30,8 +32,8 @@ from diffusion.folders import (
 from diffusion.model import Model, load
 from diffusion.noise import check_seed
 from diffusion.pictures import png, save_grid
-from diffusion.runs import some_labels
-from diffusion.samplers import SAMPLERS
+from diffusion.plan import Plan
+from diffusion.samplers import SOLVERS
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Options:
     steps: int | None = None
     """Network calls for each image (guidance may double them). If left out: the checkpoint's own
     number."""
-    sampler: Literal[tuple(SAMPLERS)] | None = None
+    sampler: Literal[tuple(SOLVERS)] | None = None
     """How to go from noise to an image. If left out: the checkpoint's own way, or ddim at other
     --steps."""
     angles: tuple[float, ...] | None = None
@@ -75,14 +77,16 @@ class Options:
     (one PNG each). What an earlier call made there is replaced; anything else is refused."""
 
 
-def plan_of(model: Model, options: Options) -> tuple[str, Tensor]:
+def plan_of(model: Model, options: Options) -> Plan:
+    """The plan that the options ask for."""
     if options.angles is None:
-        return model.plan(options.steps, options.sampler, options.shift)
+        return model.plan(options.steps, options.sampler, options.shift, options.guidance)
     if options.shift is not None:
         raise UserError("--shift and --angles both say where the steps are: leave one of them out")
-    angles = torch.tensor([*options.angles, 0.0], dtype=torch.float64)
+    angles = (0.0, *reversed(options.angles))
     top = float(model.schedule[-1])
-    if len(angles) < 2 or not (angles.diff() < 0).all() or angles[0] > top + 1e-4:
+    falling = all(s < t for s, t in pairwise(angles))
+    if len(angles) < 2 or not falling or angles[-1] > top + 1e-4:
         raise UserError(
             f"--angles must be one or more numbers that fall, from at most {top:.4f} to above 0, "
             f"got {options.angles}"
@@ -92,22 +96,25 @@ def plan_of(model: Model, options: Options) -> tuple[str, Tensor]:
             f"--steps {options.steps} does not fit {len(options.angles)} --angles: leave --steps out"
         )
     sampler = options.sampler or model.card.sampler
-    if sampler not in model.card.solvers:
+    if sampler not in model.solvers:
         raise UserError(
             f"this {model.card.method} model runs at its own angles only: leave --angles out"
         )
-    return sampler, angles.flip(0)
+    return replace(model.plan(1, sampler, guidance=options.guidance), angles=angles)
 
 
-def labels_of(model: Model, options: Options) -> Tensor | None:
-    """(num,) classes, or None for an unconditional model."""
-    every = some_labels(model, options.num)
+def given_to(model: Model, options: Options) -> dict[str, Tensor]:
+    """What the options tell the network of every image: (num, ...) by name."""
     if options.label is None:
-        return every
-    classes = model.card.net["num_classes"]
-    if not 0 <= options.label < classes:
-        raise UserError(f"--label must be below the model's {classes} classes, got {options.label}")
-    return torch.full_like(every, options.label)
+        return {}
+    label = model.kinds.get("label")
+    if not isinstance(label, Label):
+        raise UserError("--label needs a model with classes, and this one has none: leave it out")
+    if not 0 <= options.label < label.num_classes:
+        raise UserError(
+            f"--label must be below the model's {label.num_classes} classes, got {options.label}"
+        )
+    return {"label": torch.full((options.num,), options.label, device=model.device)}
 
 
 def generate(model: Model, options: Options) -> Iterator[Tensor]:
@@ -115,17 +122,16 @@ def generate(model: Model, options: Options) -> Iterator[Tensor]:
 
     Raises UserError for images that are not finite, which as uint8 would be black.
     """
-    plan, labels = plan_of(model, options), labels_of(model, options)
+    plan, given = plan_of(model, options), given_to(model, options)
     for indices in torch.arange(options.num, device=model.device).split(options.batch_size):
-        label = None if labels is None else labels[indices]
-        x0 = model.x0(plan, options.seed, indices, label, options.guidance)
+        x0 = model.x0(plan, options.seed, indices, take(given, indices))
         if not x0.isfinite().all():
             raise UserError(
-                f"{options.checkpoint} makes images that are not finite (NaN or infinite): its training "
-                "failed, or its angles are none that it was trained at; train it again with a lower "
-                "--learning-rate, or give other --steps"
+                f"{options.checkpoint} makes images that are not finite (NaN or infinite): its "
+                "training failed, or its angles are none that it was trained at; train it again "
+                "with a lower --learning-rate, or give other --steps"
             )
-        yield model.spec.to_uint8(x0).cpu()
+        yield model.codec.decode(x0).cpu()
 
 
 def _tracked(model: Model, options: Options) -> Iterator[tuple[int, Tensor]]:
@@ -228,12 +234,12 @@ def main() -> None:
     else:
         pictures_before(options.out)
     model = load(options.checkpoint, machine.precision(options.precision))
-    sampler, angles = plan_of(model, options)
+    plan = plan_of(model, options)
     WRITERS[options.out.suffix](options.out, model, options)
-    steps = f"{len(angles) - 1} steps"
-    if model.calls_per_step(options.guidance) == 2:
+    steps = f"{plan.num_steps} steps"
+    if model.calls_per_step(plan) == 2:
         steps += " of 2 network calls"
-    say(f"{options.num} images by {sampler} in {steps}: {options.out}")
+    say(f"{options.num} images by {plan.sampler} in {steps}: {options.out}")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -12,42 +12,35 @@ from typing import Literal, TypeVar
 import torch
 import tyro
 from torch import Tensor
+from tyro.conf import Suppress
 
+from diffusion import codec as codecs
+from diffusion import condition, networks
 from diffusion import data as datasets
 from diffusion.batches import Batch
 from diffusion.checkpoint import Card
 from diffusion.circle import add_noise, x0_loss
+from diffusion.condition import Kinds
 from diffusion.config import FitConfig, check
-from diffusion.console import UserError, run
+from diffusion.console import UserError, at_least, run
 from diffusion.data import Dataset
-from diffusion.denoiser import check_prediction
+from diffusion.denoiser import DenoiserConfig, check_prediction
 from diffusion.folders import check_claim
 from diffusion.image_file import Form
 from diffusion.machine import this_device
 from diffusion.model import Model, build
-from diffusion.networks import UNetConfig, check_net
+from diffusion.networks import NetworkConfig, UNetConfig
 from diffusion.noise import seed32
 from diffusion.pace import passes_per_second
+from diffusion.plan import plan
 from diffusion.runs import settled, train_model
 from diffusion.schedules import SCHEDULES, check_shift
-from diffusion.training import Follower
+from diffusion.training import Follower, one_network
 from teachers.levels import ImportanceSampling, Levels, LossHistory, log_normal, uniform
 from teachers.presets import preset
 from teachers.variance import VariationalBound
 
 T = TypeVar("T")
-
-SOLVERS = (
-    "ddim",
-    "heun",
-    "dpm-solver++",
-    "unipc",
-    "truncated",
-    "stochastic",
-    "ancestral",
-    "predictor-corrector",
-)
-
 
 @dataclass(frozen=True)
 class Denoising:
@@ -57,7 +50,7 @@ class Denoising:
     """(N + 1,) float64, ascending from 0."""
     weighting: str = "v"
     levels: Levels = uniform
-    averages: Sequence[Follower] = ()
+    followers: Mapping[str, Follower] = field(default_factory=dict)
     bound: VariationalBound | None = None
     """For a student that learns its variance, and learns that alone from this: L_hybrid of Nichol
     & Dhariwal 2021, eq. 16, with their lambda = 0.001."""
@@ -65,9 +58,10 @@ class Denoising:
     def __call__(self, student, batch: Batch, progress: float) -> Tensor:
         t = self.levels(self.angles, batch.level)
         x_t = add_noise(batch.x0, batch.eps, t)
+        told = {"condition": batch.condition, "dropout": batch.dropout()}
         if self.bound is None:
-            return x0_loss(student(x_t, t, batch.label), batch.x0, t, self.weighting)
-        x0, share = student(x_t, t, batch.label, variance=True)
+            return x0_loss(student(x_t, t, **told), batch.x0, t, self.weighting)
+        x0, share = student(x_t, t, **told, variance=True)
         loss = x0_loss(x0, batch.x0, t, self.weighting)
         return loss + 0.001 * self.bound(x0.detach(), share, batch.x0, t)
 
@@ -117,7 +111,12 @@ class Options:
     """Where students and solvers with few steps put them: above 1, more of them where noise is
     heavy, as larger images want. It multiplies the tangents of their angles. The teacher's training
     is the same."""
+    num_classes: int = 0
+    """How many classes the model can be asked for; 0: none. Only data with labels has them."""
+    codec: Suppress[str] = "scale"
+    """How pixels become what the network sees, by its name in diffusion.codec.CODECS."""
     net: UNetConfig = field(default_factory=UNetConfig)
+    denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
     fit: FitConfig = field(default_factory=FitConfig)
 
     @staticmethod
@@ -131,73 +130,82 @@ def load_data(options: Options) -> Dataset:
     """The dataset, after a check that the network's shape and the flip suit it."""
     net = options.net
     form = Form(net.size, net.channels, options.background)
-    dataset = datasets.load(options.data, options.data_dir, form)
-    spec = dataset.spec
-    if (net.channels, net.size) != (spec.channels, spec.size):
+    dataset = datasets.load(options.data, options.data_dir, form, codec=options.codec)
+    spec, (channels, size, _) = dataset.spec, dataset.codec.shape(dataset.spec.shape)
+    if (net.channels, net.size) != (channels, size):
         raise UserError(
-            f"{spec.name} images have {spec.channels} channels and size {spec.size}, "
-            f"but --channels is {net.channels} and --size is {net.size}: leave both out"
+            f"{spec.name} images have {channels} channels and size {size}, but --channels is "
+            f"{net.channels} and --size is {net.size}: leave both out"
         )
-    if net.num_classes not in (0, spec.num_classes):
+    if options.num_classes not in (0, dataset.num_classes):
         raise UserError(
-            f"--num-classes must be 0 or {spec.num_classes} for {spec.name}, got {net.num_classes}"
+            f"--num-classes must be 0 or {dataset.num_classes} for {spec.name}, got "
+            f"{options.num_classes}"
         )
     if options.fit.flip and options.data == "digits":
         raise UserError("--flip would turn digits into other signs: leave it out for this dataset")
     return dataset
 
 
+def kinds_of(options: Options, dataset: Dataset) -> Kinds:
+    """The conditions that the model takes: all that is known of the images, labels if asked for."""
+    label = {"label"} if not options.num_classes else set()
+    return {name: kind for name, kind in dataset.kinds.items() if name not in label}
+
+
 def train_teacher(options: Options) -> Model:
     """The teacher of these options: loaded where it is finished, else trained."""
     check(options.fit)
-    check_net(options.net)
+    options.net.check()
+    at_least(0, options, "num_classes")
     check_shift(options.shift)
     out = options.out or run_folder(options.data) / "teacher"
     check_claim(out)
     options = replace(options, fit=settled(options.fit, out))
     dataset = load_data(options)
+    codec, kinds = dataset.codec, kinds_of(options, dataset)
     angles = SCHEDULES[options.schedule]()
-    check_prediction(options.net.prediction, angles)
-    net = replace(options.net, bounds=dataset.spec.bounds if options.clamp else None)
-    learned = net.learned_variance
+    check_prediction(options.denoiser.prediction, angles)
+    config = replace(options.denoiser, bounds=codec.bounds if options.clamp else None)
+    learned = config.learned_variance
+    if learned and not codec.grey_levels:
+        raise UserError(
+            f"--learned-variance needs images in grey levels, which --codec {options.codec} has not"
+        )
     card = Card(
         method="teacher",
-        sampler="ancestral-learned" if learned else "ancestral",
-        plans={len(angles) - 1: angles.tolist()},
-        solvers=(*SOLVERS, "ancestral-learned") if learned else SOLVERS,
-        net=asdict(net),
+        plans=(plan("ancestral-learned" if learned else "ancestral", angles),),
+        abilities=("denoise", "variance") if learned else ("denoise",),
+        net=networks.to_json(options.net),
+        denoiser=config.to_json(),
+        condition=condition.to_json(kinds),
+        codec=codecs.to_json(codec),
         shift=options.shift,
         data=asdict(dataset.spec),
         training={name: getattr(options, name) for name in ("schedule", "levels", "weighting")},
     )
     torch.manual_seed(seed32(options.fit.seed))
-    denoiser = build(net, options.fit.precision)
+    denoiser = build(options.net, config, kinds, options.fit.precision)
     angles = angles.to(this_device())
-    bound = VariationalBound(angles, dataset.spec) if learned else None
+    bound = VariationalBound(angles, codec.grey_levels) if learned else None
     objective = OBJECTIVES[options.levels](angles, options.weighting, bound=bound)
-    return train_model(
-        out, denoiser, objective, dataset, options.fit, card, lambda: faster(net, options.fit)
-    )
+    method = one_network(denoiser, objective)
+    advice = partial(faster, options.net, options.fit)
+    return train_model(out, method, dataset, options.fit, card, advice)
 
 
-def faster(net: UNetConfig, fit: FitConfig) -> str:
+def faster(net: NetworkConfig, fit: FitConfig) -> str:
     """Which smaller network would train faster here, and how much, by a few of its passes."""
-    patch = max(
-        net.patch, next(p for p in (4, 2, 1) if net.size % p == 0 and p <= max(1, net.size // 14))
-    )
-    levels = next(n for n in (2, 1) if net.size // patch % n == 0)
-    multipliers = net.multipliers[:levels]
-    small = replace(net, width=min(net.width, 32), patch=patch, attention=())
-    small = replace(small, multipliers=multipliers, blocks=1)
-    shape = (net.channels, net.size, net.size)
+    if not hasattr(net, "smaller"):
+        return ""
+    small, shape = net.smaller(), (net.channels, net.size, net.size)
     mine, other = (
-        passes_per_second(build(each, fit.precision).to(this_device()).train(), shape)
+        passes_per_second(
+            build(each, DenoiserConfig(), {}, fit.precision).to(this_device()).train(), shape
+        )
         for each in (net, small)
     )
-    if other < 1.5 * mine:
-        return ""
-    shape = f"--width {small.width} --multipliers {' '.join(map(str, multipliers))} --blocks 1"
-    return f"{shape} --patch {patch} --attention is {other / mine:.0f} times as fast"
+    return f"{small.flags()} is {other / mine:.0f} times as fast" if other >= 1.5 * mine else ""
 
 
 def run_folder(data: str) -> Path:

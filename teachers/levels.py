@@ -1,7 +1,7 @@
 """Which noise levels a training step sees: a proposal for each image's level in [0, 1)."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +10,7 @@ from accelerate.utils import reduce
 from torch import Tensor, nn
 
 from diffusion.batches import Batch
-from diffusion.training import Follower, Objective
+from diffusion.training import Follower, Nets, Objective
 
 Levels = Callable[[Tensor, Tensor], Tensor]  # (angles ascending from 0, level (B,)) -> t (B,)
 
@@ -49,10 +49,6 @@ class LossHistory(nn.Module):
         # this step's sums and counts, by bin; empty whenever the state is saved
         self.register_buffer("fresh", torch.zeros(2, bins, dtype=torch.float64), persistent=False)
 
-    @property
-    def module(self) -> nn.Module:
-        return self
-
     def proposal(self) -> Tensor:
         """(bins,) float64, of sum 1."""
         norm = self.mean_square.sqrt().clamp(min=1e-30)
@@ -74,7 +70,7 @@ class LossHistory(nn.Module):
         self.fresh += torch.stack([loss.double().square(), torch.ones_like(level)]) @ bins
 
     @torch.no_grad()
-    def follow(self, student: nn.Module, done: int, progress: float = 0.0) -> None:
+    def follow(self, nets: Nets, done: int, progress: float = 0.0) -> None:
         """After a step: every process's losses join the means, the same in each."""
         total, count = reduce(self.fresh, "sum")
         self.seen += count > 0
@@ -95,8 +91,8 @@ class ImportanceSampling:
     history: LossHistory
 
     @property
-    def averages(self) -> Sequence[Follower]:
-        return (*self.objective.averages, self.history)
+    def followers(self) -> dict[str, Follower]:
+        return {**self.objective.followers, "losses": self.history}
 
     def __call__(self, student, batch: Batch, progress: float) -> Tensor:
         level, weight = self.history.place(batch.level)

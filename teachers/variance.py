@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from diffusion.circle import broadcast
-from diffusion.data import ImageSpec
 from diffusion.grey_levels import log_levels
 
 
@@ -19,7 +18,8 @@ class VariationalBound:
 
     angles: Tensor
     """(N + 1,) float64, ascending from 0; N >= 2."""
-    spec: ImageSpec
+    grey_levels: tuple[float, float]
+    """(mean, std) for which x0 = (grey level - mean) / std, as a codec of pixels has them."""
 
     def __call__(self, x0: Tensor, share: Tensor, target: Tensor, t: Tensor) -> Tensor:
         """(B,). x0, share: the network's at x_t; target: the data's x0; t: (B,), above 0."""
@@ -40,9 +40,9 @@ class VariationalBound:
         fresh = ((second - first).sin() * (second + first).sin()).sqrt()
         fresh = fresh / (second.sin() * first.cos())
         deviation = first.sin() * fresh ** (1 - share.double())
-        levels = (target * self.spec.std + self.spec.mean).round()
-        centre = x0.double() * self.spec.std + self.spec.mean
-        return -log_levels(levels, centre, deviation * self.spec.std).to(x0.dtype)
+        mean, std = self.grey_levels
+        levels = (target * std + mean).round()
+        return -log_levels(levels, x0.double() * std + mean, deviation * std).to(x0.dtype)
 
 
 def step_cost(x0: Tensor, share: Tensor, target: Tensor, t: Tensor, s: Tensor) -> Tensor:

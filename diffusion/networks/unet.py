@@ -5,14 +5,13 @@ the network of Dhariwal & Nichol 2021 with the order of layers of Ho et al. 2020
 """
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tyro.conf import Suppress
 
+from diffusion.condition import Condition, Guidance, Kinds, Label
 from diffusion.console import UserError, check_limits
 
 
@@ -41,18 +40,48 @@ class UNetConfig:
     patch: int = 1
     """Side of the squares of pixels that the network takes as one. At 2 it is about four times as
     fast, and fine details are harder."""
-    num_classes: int = 0
-    """How many classes the model can be asked for; 0: none. Only data with labels has them."""
-    prediction: Literal["v", "x0", "eps"] = "v"
-    """What the network predicts: v, the velocity between image and noise; x0, the image; eps, the
-    noise. eps fails at few steps, and needs a schedule that ends before pure noise."""
-    learned_variance: bool = False
-    """Predict as well how much noise the random (ancestral) steps add (Nichol & Dhariwal 2021)."""
-    bounds: Suppress[tuple[float, float] | None] = None
-    """Least and greatest value of x0, which is clamped to them. teachers.ddpm --clamp sets it."""
-    guidance: Suppress[tuple[float, float] | None] = None
-    """Range of the guidance weight that is a further input (Meng et al. 2023). distill.guidance
-    sets it."""
+
+    def check(self) -> None:
+        """UserError for a shape that no new network can have, or an attention at none of its levels.
+
+        It is not asked of a checkpoint's network, which was trained as it is.
+        """
+        check_limits(self, LIMITS)
+        levels = len(self.multipliers)
+        coarsest = self.patch * 2 ** (levels - 1)
+        if self.size % coarsest:
+            raise UserError(
+                f"a network of {levels} levels on patches of {self.patch} needs a --size divisible "
+                f"by {coarsest}, got {self.size}"
+            )
+        resolutions = [self.size // self.patch // 2**level for level in range(levels)]
+        for resolution in self.attention:
+            if resolution not in resolutions:
+                raise UserError(
+                    f"--attention {resolution} is no resolution of this network: at --size "
+                    f"{self.size} and --patch {self.patch} its levels have "
+                    f"{', '.join(map(str, resolutions))}; name some of these, or none after "
+                    "--attention"
+                )
+
+    def build(self, outputs: int, kinds: Kinds) -> "UNet":
+        """The network, of so many output channels, that takes conditions of these kinds."""
+        return UNet(self, outputs, kinds)
+
+    def smaller(self) -> "UNetConfig":
+        """A network for the same images that trains faster on a CPU."""
+        patches = (p for p in (4, 2, 1) if self.size % p == 0 and p <= max(1, self.size // 14))
+        patch = max(self.patch, next(patches))
+        levels = next(n for n in (2, 1) if self.size // patch % n == 0)
+        multipliers = self.multipliers[:levels]
+        width, shape = min(self.width, 32), {"patch": patch, "multipliers": multipliers}
+        return replace(self, width=width, blocks=1, attention=(), **shape)
+
+    def flags(self) -> str:
+        """The options of teachers.ddpm that ask for such a network."""
+        multipliers, attention = (" ".join(map(str, n)) for n in (self.multipliers, self.attention))
+        words = f"--width {self.width} --multipliers {multipliers} --blocks {self.blocks}"
+        return f"{words} --patch {self.patch} --attention {attention}".strip()
 
 
 LIMITS = {
@@ -63,31 +92,7 @@ LIMITS = {
     "blocks": ("at least 0", lambda n: n >= 0),
     "dropout": ("in [0, 1)", lambda share: 0 <= share < 1),
     "patch": ("at least 1", lambda n: n >= 1),
-    "num_classes": ("at least 0", lambda n: n >= 0),
 }
-
-
-def check_net(net: UNetConfig) -> None:
-    """UserError for a shape that no new network can have, or an attention that none of its levels has.
-
-    It is not asked of a checkpoint's network, which was trained as it is.
-    """
-    check_limits(net, LIMITS)
-    levels = len(net.multipliers)
-    coarsest = net.patch * 2 ** (levels - 1)
-    if net.size % coarsest:
-        raise UserError(
-            f"a network of {levels} levels on patches of {net.patch} needs a --size divisible by "
-            f"{coarsest}, got {net.size}"
-        )
-    resolutions = [net.size // net.patch // 2**level for level in range(levels)]
-    for resolution in net.attention:
-        if resolution not in resolutions:
-            raise UserError(
-                f"--attention {resolution} is no resolution of this network: at --size {net.size} and "
-                f"--patch {net.patch} its levels have {', '.join(map(str, resolutions))}; name some of "
-                "these, or none after --attention"
-            )
 
 
 def _zero(module: nn.Module) -> nn.Module:
@@ -129,16 +134,21 @@ class ResidualBlock(nn.Module):
         self.norm1, self.norm2 = _norm(channels_in), _norm(channels_out)
         self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
         self.modulation = nn.Linear(embedding, 2 * channels_out)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = dropout
         self.conv2 = _zero(nn.Conv2d(channels_out, channels_out, 3, padding=1))
         same = channels_in == channels_out
         self.skip = nn.Identity() if same else nn.Conv2d(channels_in, channels_out, 1)
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, embedding: Tensor, dropout: torch.Generator | None = None
+    ) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
         scale, shift = self.modulation(embedding)[:, :, None, None].chunk(2, dim=1)
         h = F.silu(torch.addcmul(shift, self.norm2(h), 1 + scale))
-        return self.skip(x) + self.conv2(self.dropout(h))
+        if self.dropout and self.training:
+            kept = 1 - self.dropout
+            h = h * torch.empty_like(h).bernoulli_(kept, generator=dropout) / kept
+        return self.skip(x) + self.conv2(h)
 
 
 class Attention(nn.Module):
@@ -165,23 +175,25 @@ class Attention(nn.Module):
 
 
 class UNet(nn.Module):
-    """(x_t (B, C, H, W), t (B,) radians, label (B,) or None) -> v, x0 or eps (B, C, H, W).
+    """(x_t (B, C, H, W), t (B,) radians, condition or None) -> prediction (B, outputs, H, W).
 
-    With a learned variance (B, 2 C, H, W): its share, as diffusion.denoiser has it, comes after.
-    The output layer starts at zero: an untrained network predicts 0. A guidance weight, an input
-    where the configuration has its range, is 1 by default; it is embedded as the angle atan(w), and
-    its embedding starts at zero too, so that it changes nothing before it is trained.
+    The output layer starts at zero: an untrained network predicts 0. It takes a label, which is
+    unknown by default, and a guidance weight, which is 1 by default; that is embedded as the angle
+    atan(w), and its embedding starts at zero too, so that it changes nothing before it is trained.
+    dropout: the generator of the masks, in training.
     """
 
-    def __init__(self, config: UNetConfig):
+    def __init__(self, config: UNetConfig, outputs: int | None = None, kinds: Kinds | None = None):
         super().__init__()
         self.config = config
         embedding = 4 * config.width
         self.angle = AngleEmbedding(embedding)
-        if config.num_classes:
-            self.classes = nn.Embedding(config.num_classes + 1, embedding)
-        if config.guidance:
-            self.guidance = AngleEmbedding(embedding)
+        label, guidance = _kinds_taken(kinds or {})
+        self.unknown = label.num_classes if label else None
+        if label:
+            self.classes = nn.Embedding(label.num_classes + 1, embedding)
+        self.guidance = AngleEmbedding(embedding) if guidance else None
+        if guidance:
             _zero(self.guidance.mlp[-1])
         widths = [config.width * m for m in config.multipliers]
 
@@ -215,40 +227,65 @@ class UNet(nn.Module):
                 self.up.append(nn.Conv2d(channels, channels, 3, padding=1))
                 size *= 2
         self.norm = _norm(channels)
-        self.head = _zero(nn.Conv2d(channels, values * (1 + config.learned_variance), 3, padding=1))
+        outputs = config.patch**2 * (outputs or config.channels)
+        self.head = _zero(nn.Conv2d(channels, outputs, 3, padding=1))
 
     def forward(
-        self, x: Tensor, t: Tensor, label: Tensor | None = None, guidance: Tensor | None = None
+        self,
+        x: Tensor,
+        t: Tensor,
+        condition: Condition | None = None,
+        dropout: torch.Generator | None = None,
     ) -> Tensor:
-        h, skips, embedding = self.encode(x, t, label, guidance)
+        h, skips, embedding = self.encode(x, t, condition, dropout)
         for layer in self.up:
             if isinstance(layer, nn.ModuleList):
-                h = _apply(layer, torch.cat([h, skips.pop()], dim=1), embedding)
+                h = _apply(layer, torch.cat([h, skips.pop()], dim=1), embedding, dropout)
             else:
                 h = layer(F.interpolate(h, scale_factor=2.0, mode="nearest"))
         return F.pixel_shuffle(self.head(F.silu(self.norm(h))), self.config.patch)
 
     def encode(
-        self, x: Tensor, t: Tensor, label: Tensor | None = None, guidance: Tensor | None = None
+        self,
+        x: Tensor,
+        t: Tensor,
+        condition: Condition | None = None,
+        dropout: torch.Generator | None = None,
     ) -> tuple[Tensor, list[Tensor], Tensor]:
-        """The way down: the middle's output (B, C', H', W'), what the way up takes over, the embedding."""
-        embedding = self.angle(t)
-        if self.config.num_classes:
-            unknown = torch.full(t.shape, self.config.num_classes, device=t.device)
-            embedding = embedding + self.classes(unknown if label is None else label)
-        if self.config.guidance:
-            weight = torch.ones_like(t) if guidance is None else guidance
+        """The way down: the middle's output (B, C', H', W'), what the way up takes over, and the
+        embedding."""
+        condition, embedding = condition or {}, self.angle(t)
+        if self.unknown is not None:
+            label = condition.get("label")
+            if label is None:
+                label = torch.full(t.shape, self.unknown, device=t.device)
+            embedding = embedding + self.classes(label)
+        if self.guidance is not None:
+            weight = condition.get("guidance", torch.ones_like(t))
             embedding = embedding + self.guidance(weight.atan())
         embedding = F.silu(embedding)
         h = self.stem(F.pixel_unshuffle(x, self.config.patch))
         skips = [h]
         for layer in self.down:
-            h = _apply(layer, h, embedding)
+            h = _apply(layer, h, embedding, dropout)
             skips.append(h)
-        return _apply(self.middle, h, embedding), skips, embedding
+        return _apply(self.middle, h, embedding, dropout), skips, embedding
 
 
-def _apply(layers: nn.Module, h: Tensor, embedding: Tensor) -> Tensor:
+def _kinds_taken(kinds: Kinds) -> tuple[Label | None, Guidance | None]:
+    """Of the conditions that a U-Net takes. UserError for any other."""
+    taken = {"label": Label, "guidance": Guidance}
+    for name, kind in kinds.items():
+        if not isinstance(kind, taken.get(name, ())):
+            raise UserError(
+                f"the network unet takes {' and '.join(taken)}, not {name}: choose another network"
+            )
+    return kinds.get("label"), kinds.get("guidance")
+
+
+def _apply(
+    layers: nn.Module, h: Tensor, embedding: Tensor, dropout: torch.Generator | None
+) -> Tensor:
     for layer in layers if isinstance(layers, nn.ModuleList) else [layers]:
-        h = layer(h, embedding) if isinstance(layer, ResidualBlock) else layer(h)
+        h = layer(h, embedding, dropout) if isinstance(layer, ResidualBlock) else layer(h)
     return h

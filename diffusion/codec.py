@@ -1,0 +1,90 @@
+"""Codecs: from pixels to the space that a model works in, and back. Nothing else converts them."""
+
+from dataclasses import asdict, dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from diffusion.console import UserError
+
+
+class Codec(Protocol):
+    """Pixels (B, C, H, W) uint8 to x0 float32 of zero mean and unit variance, and back.
+
+    A frozen dataclass, so that a card can hold it.
+    """
+
+    @property
+    def bounds(self) -> tuple[float, float] | None:
+        """The least and the greatest value of an x0; None where there are none."""
+
+    @property
+    def grey_levels(self) -> tuple[float, float] | None:
+        """(mean, std) where x0 = (grey level - mean) / std value by value; else None."""
+
+    def shape(self, pixels: tuple[int, int, int]) -> tuple[int, int, int]:
+        """(C, H, W) of the x0 of images of such a shape."""
+
+    def encode(self, images: Tensor) -> Tensor:
+        """x0 of images (B, C, H, W) uint8."""
+
+    def decode(self, x0: Tensor) -> Tensor:
+        """Images uint8 of x0: the inverse of encode, rounded and clipped to 0..255."""
+
+    @staticmethod
+    def fitted(images: Tensor) -> "Codec":
+        """The codec that suits such images, (N, C, H, W) uint8."""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Grey levels, less their mean, over their standard deviation."""
+
+    mean: float
+    std: float
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """Black and white."""
+        return (0 - self.mean) / self.std, (255 - self.mean) / self.std
+
+    @property
+    def grey_levels(self) -> tuple[float, float]:
+        return self.mean, self.std
+
+    def shape(self, pixels: tuple[int, int, int]) -> tuple[int, int, int]:
+        return pixels
+
+    def encode(self, images: Tensor) -> Tensor:
+        return (images.float() - self.mean) / self.std
+
+    def decode(self, x0: Tensor) -> Tensor:
+        return (x0 * self.std + self.mean).round().clamp(0, 255).to(torch.uint8)
+
+    @staticmethod
+    def fitted(images: Tensor) -> "Scale":
+        histogram = torch.bincount(images.flatten(), minlength=256).double()
+        levels = torch.arange(256, dtype=torch.float64)
+        mean = float((histogram @ levels) / histogram.sum())
+        return Scale(
+            mean, float(((histogram @ (levels - mean).square()) / histogram.sum()).sqrt())
+        )
+
+
+CODECS: dict[str, type[Codec]] = {"scale": Scale}
+
+
+def to_json(codec: Codec) -> dict:
+    """The codec as a card holds it."""
+    name = next(name for name, kind in CODECS.items() if type(codec) is kind)
+    return {"name": name, **asdict(codec)}
+
+
+def from_json(described: dict) -> Codec:
+    """The inverse of to_json. UserError for a codec that is not registered here."""
+    fields = dict(described)
+    name = fields.pop("name")
+    if name not in CODECS:
+        raise UserError(f"the model's codec is {name!r}, expected one of {', '.join(CODECS)}")
+    return CODECS[name](**fields)

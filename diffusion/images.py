@@ -1,0 +1,105 @@
+"""Images: a source that is asked for rows, in memory or not."""
+
+import hashlib
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+SAMPLE = 60_000  # images, evenly spread, that stand for a source in scales, features and copies
+
+
+class Rows(NamedTuple):
+    images: Tensor
+    """(B, C, H, W) uint8."""
+    condition: Mapping[str, Tensor]
+    """What is known of each image, by name, as diffusion.condition has it; empty for nothing."""
+
+
+class Images(Protocol):
+    """A source of images, however large."""
+
+    shape: tuple[int, int, int]
+    """(C, H, W)."""
+    device: torch.device
+    """Where its rows are, and the indices that it is asked by."""
+    slow: bool
+    """Whether rows are worth fetching ahead, by a thread."""
+
+    def __len__(self) -> int: ...
+
+    def take(self, indices: Tensor) -> Rows:
+        """Those rows, in that order."""
+
+    def near(self, device: torch.device) -> "Images":
+        """The same source as near to a device as its size allows."""
+
+    def fingerprint(self) -> str:
+        """A sha256 by which the same images are known, wherever they lie."""
+
+
+@dataclass(frozen=True, eq=False)
+class InMemory:
+    """Images in one tensor, on the device where a quarter of its free memory holds them."""
+
+    images: Tensor
+    """(N, C, H, W) uint8."""
+    condition: Mapping[str, Tensor] = field(default_factory=dict)
+    """(N, ...) each."""
+    slow = False
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return tuple(self.images.shape[1:])
+
+    @property
+    def device(self) -> torch.device:
+        return self.images.device
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def take(self, indices: Tensor) -> Rows:
+        return Rows(
+            self.images[indices], {name: rows[indices] for name, rows in self.condition.items()}
+        )
+
+    def near(self, device: torch.device) -> "InMemory":
+        if device.type == "cuda":
+            free = torch.cuda.mem_get_info(device)[0]
+            device = device if self.images.nbytes < free / 4 else torch.device("cpu")
+        moved = {name: rows.to(device) for name, rows in self.condition.items()}
+        return InMemory(self.images.to(device), moved)
+
+    def fingerprint(self) -> str:
+        """sha256 over the bytes of the images, and of what is known of them."""
+        digest = hashlib.sha256(self.images.contiguous().numpy())
+        for name in sorted(self.condition):
+            digest.update(self.condition[name].contiguous().numpy())
+        return digest.hexdigest()
+
+
+def some(images: Images, most: int = SAMPLE) -> Rows:
+    """At most so many rows, evenly spread over the source, in its order: all of a small one."""
+    count = min(len(images), most)
+    return images.take((torch.arange(count) * len(images)) // max(count, 1))
+
+
+class Ahead:
+    """Fetches the rows of the batch to come by a thread, while those of this one are used."""
+
+    def __init__(self, images: Images, which: Callable[[int], Tensor]):
+        """which: number of a batch -> the indices of its images."""
+        self.images, self.which = images, which
+        self.thread = ThreadPoolExecutor(1, "images")
+        self.coming: tuple[int, Future] | None = None
+
+    def take(self, i: int) -> Rows:
+        """The rows of batch i; batches are best asked for in turn."""
+        number, coming = self.coming or (None, None)
+        rows = coming.result() if number == i else self.images.take(self.which(i))
+        self.coming = i + 1, self.thread.submit(self.images.take, self.which(i + 1))
+        return rows
