@@ -1,4 +1,4 @@
-"""Consistency between neighbouring angles: f(x_t, t) = f(x_s, s), and the parts it is made of."""
+"""Consistency between two angles, f(x_t, t) = f(x_s, s): the loss of cd, ct, ict and ect."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -9,10 +9,18 @@ from torch import Tensor, nn
 
 from diffusion.batches import Batch
 from diffusion.circle import add_noise, broadcast, rotate
-from diffusion.training import Follower
+from diffusion.training import Average, Follower, frozen_copy
 from distill.frechet import FrechetTerm
-from distill.pairs import Ends, Pairs, to_data
-from distill.steps import Step
+from distill.pairs import (
+    Angles,
+    Curriculum,
+    Ends,
+    Pairs,
+    segments,
+    target_decay,
+    to_data,
+)
+from distill.steps import STEPS, Denoise, Step
 
 
 @dataclass(frozen=True)
@@ -87,3 +95,32 @@ WEIGHTS = {
     # of the pair's middle, for pure noise has no finite tan t
     "karras": lambda t, s: ((t + s) / 2).tan() ** (-6 / 7),
 }
+
+
+def matching(
+    loss,
+    teacher: Denoise,
+    student: nn.Module,
+    angles: Angles,
+    pairs: Pairs,
+    curriculum: Curriculum,
+) -> Consistency:
+    """The objective on these pairs, of the parts that the settings of a mode's loss name.
+
+    curriculum: the number of equal steps that the target's decay grows with.
+    """
+    # in training mode, so that its dropout mask is the student's
+    target = frozen_copy(student).to(angles(1).device).train() if loss.target_ema else None
+
+    def decay(done: int, progress: float) -> float:
+        return target_decay(loss.target_ema, curriculum, progress)
+
+    return Consistency(
+        step=STEPS[loss.solver](teacher),
+        pairs=pairs,
+        distance=DISTANCES[loss.distance],
+        weight=WEIGHTS[loss.weight],
+        target=target,
+        averages=(Average(target, decay),) if target else (),
+        ends=segments(angles(loss.segments)),
+    )

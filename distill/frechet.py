@@ -1,13 +1,15 @@
 """A Fréchet distance that a student is trained by, beside the comparison with its teacher.
 
-Compared image by image, a student says the mean of what it cannot tell apart, and a set of such means is
-not spread as the data are. A distance of sets sees that: Heusel et al.'s (2017, eq. 6), which Mathiasen &
-Hvilshøj (2020) made a loss; here in features of the teacher's own network, not of any that judges.
+Compared image by image, a student says the mean of what it cannot tell apart, and a set of such
+means is not spread as the data are. A distance of sets sees that: Heusel et al.'s (2017, eq. 6),
+which Mathiasen & Hvilshøj (2020) made a loss; here in features of the teacher's own network, not of
+any that judges.
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +18,11 @@ from torch import Tensor, nn
 
 from diffusion.batches import Batch
 from diffusion.circle import add_noise
+from diffusion.config import FitConfig
 from diffusion.data import Dataset
 from diffusion.model import Model
 
+T = TypeVar("T")
 ANGLE = 0.1  # of the noise in which the teacher sees an image
 WIDEST = 1024  # features: a covariance of so many takes thousands of images
 MOST = 60_000  # real images
@@ -83,12 +87,12 @@ def root(covariance: Tensor, power: float = 0.5) -> Tensor:
 class Frechet(nn.Module):
     """The Fréchet distance d of the student's features from the real ones, as a loss of each image.
 
-    Features are scaled to zero mean and one variance over the data, all together an image's. With R and
-    S the covariances of the real ones and of the student's, d^2 = |m|^2 + tr(S + R - 2 (S R)^(1/2)),
-    whose gradient in one of N features phi is 2/N (phi - M(phi)): M(phi) = T (phi - m) with
-    T = R^(1/2) (R^(1/2) S R^(1/2))^(-1/2) R^(1/2) is the shortest map of the one normal distribution to
-    the other. So |phi - M(phi)|^2 / 2d, with M and d held, has the gradient of d; and m and S may be
-    running averages over many batches.
+    Features are scaled to zero mean and one variance over the data, all together an image's. With R
+    and S the covariances of the real ones and of the student's,
+    d^2 = |m|^2 + tr(S + R - 2 (S R)^(1/2)), whose gradient in one of N features phi is
+    2/N (phi - M(phi)): M(phi) = T (phi - m) with T = R^(1/2) (R^(1/2) S R^(1/2))^(-1/2) R^(1/2) is
+    the shortest map of the one normal distribution to the other. So |phi - M(phi)|^2 / 2d, with M
+    and d held, has the gradient of d; and m and S may be running averages over many batches.
     """
 
     def __init__(self, real: Tensor, pixels: int):
@@ -173,3 +177,16 @@ class FrechetTerm:
         eps = batch.eps[noisy].flip(-1, -2)  # upside down: x0 may be made of what lies beneath
         loss = self.weight * progress * self.frechet(self.features(x0[noisy], eps))
         return loss.new_zeros(len(x0)).index_add(0, noisy, loss)
+
+
+def with_frechet(
+    objective: T, weight: float, teacher: Model, dataset: Dataset, config: FitConfig
+) -> T:
+    """The consistency objective with the term at this weight, and its moments; at 0 as it is."""
+    if not weight:
+        return objective
+    features = middle(teacher, config.compile)
+    real = of_data(features, dataset, config.flip, teacher.device)
+    frechet = Frechet(real, math.prod(dataset.spec.shape))
+    term = FrechetTerm(weight, features, frechet)
+    return replace(objective, frechet=term, averages=(*objective.averages, frechet))

@@ -22,11 +22,39 @@ from diffusion.model import Model, build
 from diffusion.noise import seed32
 from diffusion.runs import train_model
 from diffusion.training import Average
-from students.start import StudentOptions, find_teacher, settle, student_card
+from students.start import StudentOptions, find_teacher, parse, settle, student_card
 from teachers.levels import uniform
-from teachers.presets import preset
 
 LEARNED = "ancestral-learned"  # takes a variance that is not trained here
+
+
+@dataclass(frozen=True)
+class Options(StudentOptions):
+    """Make a student that does a guided teacher's two calls a step in one (Meng et al. 2023).
+
+    The guidance weight becomes an input of the network."""
+
+    teacher: Path = Path("runs/digits-classes/teacher")
+    """The run or checkpoint of a teacher that was trained with --num-classes."""
+    guidance: tuple[float, float] = (1.0, 4.0)
+    """The least and the greatest weight that the student learns. 1 is no guidance and must be
+    within."""
+    own_guidance: float = 1.5
+    """The weight that the student samples with if students.generate is given no --guidance. On
+    digits 1.5 is the least weight measured at which every image is of its class."""
+    fit: FitConfig = field(default_factory=FitConfig)
+
+
+FITS = {
+    "digits": FitConfig(iterations=1000, learning_rate=2e-3, warmup=20, ema=0.99),
+    "fashion-mnist": FitConfig(iterations=20_000, learning_rate=2e-4, warmup=200, ema=0.999),
+    "cifar10": FitConfig(
+        iterations=200_000, batch_size=128, learning_rate=1e-4, warmup=1000, ema=0.9999, flip=True
+    ),
+    "folder": FitConfig(minutes=15, batch_size=64, learning_rate=5e-4, ema=0.99),
+    "folder, GPU": FitConfig(minutes=60, batch_size=128, learning_rate=2e-4, ema=0.99),
+}
+PRESETS = {data: Options(fit=fit) for data, fit in FITS.items()}
 
 
 @dataclass(frozen=True)
@@ -48,27 +76,6 @@ class Guidance:
         with torch.no_grad():
             target = self.teacher(x_t, t, batch.label)
         return x0_loss(student(x_t, t, batch.label), target, t, "v")
-
-
-@dataclass(frozen=True)
-class Options(StudentOptions):
-    """Make a student that does a guided teacher's two calls a step in one (Meng et al. 2023).
-
-    The guidance weight becomes an input of the network."""
-
-    teacher: Path = Path("runs/digits-classes/teacher")
-    """The run or checkpoint of a teacher that was trained with --num-classes."""
-    guidance: tuple[float, float] = (1.0, 4.0)
-    """The least and the greatest weight that the student learns. 1 is no guidance and must be
-    within."""
-    own_guidance: float = 1.5
-    """The weight that the student samples with if students.generate is given no --guidance. On
-    digits 1.5 is the least weight measured at which every image is of its class."""
-    fit: FitConfig = field(default_factory=FitConfig)
-
-    @staticmethod
-    def default(data: str) -> "Options":
-        return Options(fit=preset(data).consistency)
 
 
 def with_guidance_input(teacher: Denoiser, guidance: tuple[float, float], seed: int) -> Denoiser:
@@ -95,7 +102,7 @@ def distill(options: Options) -> Model:
             f"got {options.own_guidance:g}"
         )
     options = settle(options, "guided")
-    teacher, dataset, out = find_teacher(options, "guided", options.fit)
+    teacher, dataset, out = find_teacher(options, "guided")
     if not teacher.card.net["num_classes"]:
         raise UserError(
             f"{options.teacher} knows no classes to guide towards: train a teacher with --num-classes"
@@ -124,7 +131,7 @@ def distill(options: Options) -> Model:
 
 
 def main() -> None:
-    distill(StudentOptions.parse(Options, "python -m distill.guidance"))
+    distill(parse(PRESETS, "python -m distill.guidance"))
 
 
 if __name__ == "__main__":

@@ -19,10 +19,47 @@ from diffusion.runs import train_model
 from diffusion.samplers import sample
 from diffusion.schedules import even, respace
 from diffusion.training import Average
-from students.start import StudentOptions, find_teacher, settle, student_card
-from teachers.presets import preset
+from students.start import StudentOptions, find_teacher, parse, settle, student_card
 
 SOLVER = "dpm-solver++"
+
+
+@dataclass(frozen=True)
+class Options(StudentOptions):
+    """Prepare a student for consistency training: teach it where the teacher's trajectories end.
+
+    Give the result to distill.consistency --start (Hu et al. 2025)."""
+
+    solver_steps: int = 16
+    """Steps of a trajectory of DPM-Solver++. The student learns at the same number of noise
+    levels."""
+    weighting: Literal["truncated", "v"] = "truncated"
+    """How much each noise level counts, as a weight of x0's squared error. truncated: max(SNR, 1);
+    v: SNR + 1."""
+    fit: FitConfig = field(default_factory=FitConfig)
+
+
+FITS = {
+    "digits": FitConfig(
+        iterations=500, batch_size=128, learning_rate=1e-3, warmup=20, anneal="linear", ema=0.98
+    ),
+    "fashion-mnist": FitConfig(
+        iterations=2500, learning_rate=2e-4, warmup=50, anneal="linear", ema=0.99
+    ),
+    "cifar10": FitConfig(
+        iterations=25_000,
+        batch_size=128,
+        learning_rate=1e-4,
+        warmup=500,
+        anneal="linear",
+        flip=True,
+    ),
+    "folder": FitConfig(minutes=20, batch_size=64, learning_rate=5e-4, anneal="linear", ema=0.99),
+    "folder, GPU": FitConfig(
+        minutes=60, batch_size=128, learning_rate=2e-4, anneal="linear", ema=0.99
+    ),
+}
+PRESETS = {data: Options(fit=fit) for data, fit in FITS.items()}
 
 
 @dataclass(frozen=True)
@@ -46,11 +83,11 @@ class Midtraining:
         with torch.no_grad():
             noise, label = batch.eps[:count], rows(batch.label, slice(count))
             points, end = trajectory(self.teacher, noise, self.angles, label)
-        which = torch.arange(size, device=end.device) % count
+        row = torch.arange(size, device=end.device) % count
         step = (batch.level * num_steps).long()  # level is stratified: each angle in turn
         t = self.angles[1 + step]
-        x0 = student(points[step, which], t, rows(label, which))
-        return x0_loss(x0, end[which], t, self.weighting)
+        x0 = student(points[step, row], t, rows(label, row))
+        return x0_loss(x0, end[row], t, self.weighting)
 
 
 def rows(label, index: Tensor | slice):
@@ -72,30 +109,11 @@ def trajectory(teacher, noise: Tensor, angles: Tensor, label=None) -> tuple[Tens
     return torch.stack(points[::-1]), end
 
 
-@dataclass(frozen=True)
-class Options(StudentOptions):
-    """Prepare a student for consistency training: teach it where the teacher's trajectories end.
-
-    Give the result to distill.consistency --start (Hu et al. 2025)."""
-
-    solver_steps: int = 16
-    """Steps of a trajectory of DPM-Solver++. The student learns at the same number of noise
-    levels."""
-    weighting: Literal["truncated", "v"] = "truncated"
-    """How much each noise level counts, as a weight of x0's squared error. truncated: max(SNR, 1);
-    v: SNR + 1."""
-    fit: FitConfig = field(default_factory=FitConfig)
-
-    @staticmethod
-    def default(data: str) -> "Options":
-        return Options(fit=preset(data).halving)
-
-
 def distill(options: Options) -> Model:
     """The mid-trained student of these options: loaded where it is finished, else trained."""
     at_least(2, options, "solver_steps")
     options = settle(options, "midtraining")
-    teacher, dataset, out = find_teacher(options, "midtraining", options.fit)
+    teacher, dataset, out = find_teacher(options, "midtraining")
     angles = even(teacher.schedule, options.solver_steps, teacher.card.shift)
     card = Card(
         method="midtraining",
@@ -111,7 +129,7 @@ def distill(options: Options) -> Model:
 
 
 def main() -> None:
-    distill(StudentOptions.parse(Options, "python -m distill.midtraining"))
+    distill(parse(PRESETS, "python -m distill.midtraining"))
 
 
 if __name__ == "__main__":

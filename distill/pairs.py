@@ -8,8 +8,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from diffusion.schedules import even
-
+Angles = Callable[[int], Tensor]  # num_steps -> the num_steps + 1 angles of equal steps, from 0
 Curriculum = Callable[[float], int]  # progress -> equal steps of the discretisation
 Pairs = Callable[[Tensor, float], tuple[Tensor, Tensor]]  # (level, progress) -> t, s
 Ends = Callable[[Tensor], Tensor]  # t -> where its segment ends
@@ -68,14 +67,6 @@ def uniform(angles: Tensor) -> Tensor:
     return torch.arange(len(angles), device=angles.device)
 
 
-def even_lists(
-    schedule: Tensor, curriculum: Curriculum, shift: float = 1.0
-) -> Callable[[float], Tensor]:
-    """progress -> the curriculum's number of equal steps, shifted, on the schedule's device."""
-    lists = cache(lambda num_steps: even(schedule, num_steps, shift).to(schedule.device))
-    return lambda progress: lists(curriculum(progress))
-
-
 def neighbours(angles: Tensor, share: Share = uniform) -> Pairs:
     """Neighbouring angles of one list, a pair as often as `share` grows from one to the other."""
 
@@ -87,9 +78,14 @@ def neighbours(angles: Tensor, share: Share = uniform) -> Pairs:
     return pairs
 
 
-def growing(lists: Callable[[float], Tensor], share: Share = uniform) -> Pairs:
-    """Neighbouring angles of the list of the moment."""
-    return lambda level, progress: neighbours(lists(progress), share)(level, progress)
+def growing(angles: Angles, curriculum: Curriculum, share: Share = uniform) -> Pairs:
+    """Neighbouring angles of the list that the curriculum has come to."""
+    lists = cache(angles)
+
+    def pairs(level: Tensor, progress: float) -> tuple[Tensor, Tensor]:
+        return neighbours(lists(curriculum(progress)), share)(level, progress)
+
+    return pairs
 
 
 def tightening(top: float, stages: int, proposal: LogNormal) -> Pairs:

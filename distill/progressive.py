@@ -23,8 +23,87 @@ from diffusion.runs import train_model
 from diffusion.schedules import halve, respace, shifted
 from diffusion.training import Average, frozen_copy
 from distill.steps import STEPS, Step
-from students.start import StudentOptions, find_teacher, images_spent, settle, student_card
-from teachers.presets import preset
+from students.start import (
+    StudentOptions,
+    find_teacher,
+    images_spent,
+    parse,
+    settle,
+    student_card,
+)
+from teachers.presets import for_data
+
+
+@dataclass(frozen=True)
+class Options(StudentOptions):
+    """Make students of a teacher that need fewer and fewer steps, down to one (Salimans & Ho 2022).
+
+    Each round merges the sampling steps of its teacher, and its student teaches the next round."""
+
+    start_steps: int = 1000
+    """Steps that the teacher takes in the first round, at most its own 1000."""
+    solver: Literal["euler", "heun"] = "euler"
+    """How the teacher takes the steps of the first round. euler: DDIM's step, one call; heun: a
+    step of second order, two calls, of which far fewer do."""
+    rounds: tuple[int, ...] = ()
+    """The students' step counts, one for each round, such as 16 4 1. If left out: those that
+    measured best for the data."""
+    factor: int | None = None
+    """In place of --rounds: how many steps each round merges into one. With --end-steps alone:
+    2."""
+    end_steps: int | None = None
+    """In place of --rounds: the last student's steps. With --factor alone: 1."""
+    round_iterations: tuple[int, ...] = ()
+    """Optimizer steps of each round, one number a round, in place of --iterations for all."""
+    last_rounds: float | None = None
+    """How many times --iterations the rounds to 2 steps or fewer train. If left out: what the
+    data's preset says for its rounds, and 2.5 for other rounds."""
+    weighting: Literal["truncated", "v"] = "truncated"
+    """How much each noise level counts, as a weight of x0's squared error. truncated: max(SNR, 1);
+    v: SNR + 1 (Salimans & Ho 2022, section 4)."""
+    next_teacher: Literal["ema", "raw"] = "ema"
+    """Which weights of a student teach the next. ema: the average, which is kept; raw: the last
+    ones."""
+    fit: FitConfig = field(default_factory=FitConfig)
+
+
+FOLDER = FitConfig(minutes=20, batch_size=64, learning_rate=5e-4, anneal="linear", ema=0.99)
+PRESETS = {
+    # 16 steps of Heun teach better than 32 of DDIM; every round inherits the first one's errors
+    "digits": Options(
+        start_steps=16,
+        solver="heun",
+        fit=FitConfig(
+            iterations=500, batch_size=128, learning_rate=1e-3, warmup=20, anneal="linear", ema=0.98
+        ),
+    ),
+    "fashion-mnist": Options(
+        start_steps=64,
+        fit=FitConfig(iterations=2500, learning_rate=2e-4, warmup=50, anneal="linear", ema=0.99),
+    ),
+    "cifar10": Options(
+        fit=FitConfig(
+            iterations=25_000,
+            batch_size=128,
+            learning_rate=1e-4,
+            warmup=500,
+            anneal="linear",
+            flip=True,
+        )
+    ),
+    "folder": Options(start_steps=64, fit=FOLDER),
+    "folder, GPU": Options(
+        start_steps=64, fit=replace(FOLDER, minutes=60, batch_size=128, learning_rate=2e-4)
+    ),
+}
+# The students' numbers of steps, and each round's share of --iterations; none: halve down to 1.
+ROUNDS = {
+    "digits": {8: 0.9, 4: 1.2, 2: 0.6, 1: 0.7},
+    "fashion-mnist": {},
+    "cifar10": {},
+    "folder": {8: 0.625, 4: 0.75, 2: 1.125, 1: 1.5},
+    "folder, GPU": {8: 0.625, 4: 0.75, 2: 1.125, 1: 1.5},
+}
 
 
 @dataclass(frozen=True)
@@ -78,46 +157,8 @@ def steps_table(angles: Tensor, kept: Tensor) -> Tensor:
     return angles[torch.minimum(start, end + within)]
 
 
-@dataclass(frozen=True)
-class Options(StudentOptions):
-    """Make students of a teacher that need fewer and fewer steps, down to one (Salimans & Ho 2022).
-
-    Each round merges the sampling steps of its teacher, and its student teaches the next round."""
-
-    start_steps: int = 1000
-    """Steps that the teacher takes in the first round, at most its own 1000."""
-    solver: Literal["euler", "heun"] = "euler"
-    """How the teacher takes the steps of the first round. euler: DDIM's step, one call; heun: a
-    step of second order, two calls, of which far fewer do."""
-    rounds: tuple[int, ...] = ()
-    """The students' step counts, one for each round, such as 16 4 1. If left out: those that
-    measured best for the data."""
-    factor: int | None = None
-    """In place of --rounds: how many steps each round merges into one. With --end-steps alone:
-    2."""
-    end_steps: int | None = None
-    """In place of --rounds: the last student's steps. With --factor alone: 1."""
-    round_iterations: tuple[int, ...] = ()
-    """Optimizer steps of each round, one number a round, in place of --iterations for all."""
-    last_rounds: float | None = None
-    """How many times --iterations the rounds to 2 steps or fewer train. If left out: what the
-    data's preset says for its rounds, and 2.5 for other rounds."""
-    weighting: Literal["truncated", "v"] = "truncated"
-    """How much each noise level counts, as a weight of x0's squared error. truncated: max(SNR, 1);
-    v: SNR + 1 (Salimans & Ho 2022, section 4)."""
-    next_teacher: Literal["ema", "raw"] = "ema"
-    """Which weights of a student teach the next. ema: the average, which is kept; raw: the last
-    ones."""
-    fit: FitConfig = field(default_factory=FitConfig)
-
-    @staticmethod
-    def default(data: str) -> "Options":
-        chosen = preset(data)
-        return Options(fit=chosen.halving, start_steps=chosen.start_steps, solver=chosen.solver)
-
-
 def counts(options: Options, usual: Sequence[int] = ()) -> list[int]:
-    """The students' numbers of steps, round by round. usual: where nothing is told of them."""
+    """The students' numbers of steps, round by round. usual: where no option says any."""
     start, end, factor = options.start_steps, options.end_steps or 1, options.factor or 2
     if factor < 2:
         raise UserError(f"--factor must be at least 2, got {factor}")
@@ -129,10 +170,9 @@ def counts(options: Options, usual: Sequence[int] = ()) -> list[int]:
     if options.rounds:
         chain = (start, *options.rounds)
         if not all(n > m >= 1 for n, m in pairwise(chain)):
-            told = " ".join(map(str, options.rounds))
             raise UserError(
                 f"--rounds must be numbers that fall, from below --start-steps {start} to 1 or "
-                f"more, such as 16 4 1, got {told}"
+                f"more, such as 16 4 1, got {' '.join(map(str, options.rounds))}"
             )
         return list(options.rounds)
     if start <= end:
@@ -142,30 +182,30 @@ def counts(options: Options, usual: Sequence[int] = ()) -> list[int]:
         )
     if usual and not chained:
         return [num_steps for num_steps in usual if num_steps < start]
-    found = [start]
-    while found[-1] > end:
-        found.append(math.ceil(found[-1] / factor))
-    return found[1:]
+    chain = [start]
+    while chain[-1] > end:
+        chain.append(math.ceil(chain[-1] / factor))
+    return chain[1:]
 
 
 def budgets(
     options: Options, counts: Sequence[int], usual: Mapping[int, float] | None = None
 ) -> list[int]:
-    """Optimizer steps of each round. usual: shares of --iterations, where nothing is told of them."""
-    told, last = options.round_iterations, options.last_rounds
-    if told and options.fit.minutes:
+    """Optimizer steps of each round. usual: shares of --iterations, where no option says any."""
+    given, last = options.round_iterations, options.last_rounds
+    if given and options.fit.minutes:
         raise UserError("--round-iterations says how long each round takes: leave --minutes out")
-    if told and (len(told) != len(counts) or min(told) < 1):
+    if given and (len(given) != len(counts) or min(given) < 1):
         raise UserError(
             f"--round-iterations must be a number of at least 1 for each of the {len(counts)} "
-            f"rounds, to {' '.join(map(str, counts))} steps, got {' '.join(map(str, told))}"
+            f"rounds, to {' '.join(map(str, counts))} steps, got {' '.join(map(str, given))}"
         )
     if last is not None and last <= 0:
         raise UserError(f"--last-rounds must be above 0, got {last:g}")
     shares = {num_steps: (last or 2.5) if num_steps <= 2 else 1.0 for num_steps in counts}
     if usual and last is None and set(counts) <= set(usual):
         shares = usual
-    return list(told) or [max(1, round(options.fit.iterations * shares[n])) for n in counts]
+    return list(given) or [max(1, round(options.fit.iterations * shares[n])) for n in counts]
 
 
 def round_fits(
@@ -186,10 +226,10 @@ def round_fits(
 
 def distill(options: Options) -> list[Model]:
     """One student per round, each in its own folder and usable on its own."""
-    counts(options)  # a mistake is told before a teacher is trained
+    counts(options)  # a mistake is an error before a teacher is trained
     options = settle(options, "progressive")
-    teacher, dataset, out = find_teacher(options, "progressive", options.fit, check_home)
-    usual = preset(teacher.spec.name).rounds
+    teacher, dataset, out = find_teacher(options, "progressive", check_home)
+    usual = for_data(ROUNDS, teacher.spec.name)
     rounds = counts(options, [*usual])
     for num_steps in rounds:
         check_claim(out / f"{num_steps:04d}")
@@ -239,7 +279,7 @@ def distill(options: Options) -> list[Model]:
 
 
 def main() -> None:
-    distill(StudentOptions.parse(Options, "python -m distill.progressive"))
+    distill(parse(PRESETS, "python -m distill.progressive"))
 
 
 if __name__ == "__main__":

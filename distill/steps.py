@@ -7,15 +7,16 @@ from torch import Tensor
 from diffusion.batches import Batch
 from diffusion.circle import rotate
 
+Denoise = Callable[..., Tensor]  # (x_t, t, label) -> x0
 Step = Callable[[Batch, Tensor, Tensor, Tensor], Tensor]  # (batch, x_t, t, s) -> x0
 
 
-def euler_step(teacher) -> Step:
+def euler_step(teacher: Denoise) -> Step:
     """The teacher's DDIM step."""
     return lambda batch, x_t, t, s: teacher(x_t, t, batch.label)
 
 
-def heun_step(teacher) -> Step:
+def heun_step(teacher: Denoise) -> Step:
     """Its second-order step: the trapezoid rule in cot t, diffusion.samplers.heun."""
 
     def step(batch: Batch, x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:

@@ -1,12 +1,12 @@
 """How every student begins: from its teacher's weights, on its teacher's data."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Self
+from typing import TypeVar
 
 from diffusion import data as datasets
-from diffusion.config import FitConfig, check
+from diffusion.config import check
 from diffusion.console import UserError
 from diffusion.data import Dataset
 from diffusion.folders import check_claim
@@ -14,11 +14,12 @@ from diffusion.model import Model, load
 from diffusion.runs import settled
 from diffusion.schedules import check_shift
 from teachers import ddpm
+from teachers.presets import for_data
 
 
 @dataclass(frozen=True)
 class StudentOptions:
-    """Options of every distillation command."""
+    """Options of every distillation command, each of which adds a FitConfig named `fit`."""
 
     teacher: Path = Path("runs/digits/teacher")
     """The teacher's run or checkpoint. The default teacher is trained first if there is none."""
@@ -32,15 +33,23 @@ class StudentOptions:
     """Where the student's steps are: above 1, more of them where noise is heavy. If left out: as
     the teacher has it. A student that teaches keeps its own."""
 
-    @staticmethod
-    def parse(options: type[Self], prog: str) -> Self:
-        """Options from the command line; their defaults are those measured for the teacher's data."""
-        teacher = Path(ddpm.peek("--teacher", str(StudentOptions.teacher)))
-        data = load(teacher).spec.name if _trained(teacher) else "digits"
-        return ddpm.parse(options, prog, options.default(data))
+
+Options = TypeVar("Options", bound=StudentOptions)
 
 
-def settle(options: StudentOptions, method: str) -> StudentOptions:
+def parse(
+    presets: Mapping[str, Options],
+    prog: str,
+    arguments: Sequence[str] | None = None,
+    description: str | None = None,
+) -> Options:
+    """Options from the command line; those left out are the preset's for the teacher's data."""
+    teacher = Path(ddpm.peek("--teacher", str(StudentOptions.teacher)))
+    data = load(teacher).spec.name if _trained(teacher) else "digits"
+    return ddpm.parse(for_data(presets, data), prog, arguments, description)
+
+
+def settle(options: Options, method: str) -> Options:
     """The options with what `--precision auto` and `--minutes` of their `fit` stand for here."""
     out = run_folder(options, method)
     return replace(options, fit=settled(options.fit, out, *sorted(out.glob("*/"))))
@@ -53,13 +62,10 @@ def run_folder(options: StudentOptions, method: str) -> Path:
 
 
 def find_teacher(
-    options: StudentOptions,
-    method: str,
-    fit: FitConfig,
-    check_out: Callable[[Path], None] = check_claim,
+    options: StudentOptions, method: str, check_out: Callable[[Path], None] = check_claim
 ) -> tuple[Model, Dataset, Path]:
     """The teacher on its device, its data, and the folder for the run, which check_out lets pass."""
-    out = run_folder(options, method)
+    fit, out = options.fit, run_folder(options, method)
     check_out(out)
     if not _trained(options.teacher) and options.teacher == StudentOptions.teacher:
         ddpm.train_teacher(ddpm.Options.default("digits"))
@@ -97,7 +103,12 @@ def _trained(teacher: Path) -> bool:
 def student_card(teacher: Model) -> dict:
     """What a student's card takes over from its teacher's; its plans are shifted."""
     card = teacher.card
-    taken = {"net": card.net, "guidance": card.guidance, "shift": card.shift, "shifted": True}
-    origin = card.origin if card.parent else teacher.sha256
-    line = {"parent": teacher.sha256, "origin": origin}
-    return {**taken, "data": asdict(teacher.spec), **line}
+    return {
+        "net": card.net,
+        "guidance": card.guidance,
+        "shift": card.shift,
+        "shifted": True,
+        "data": asdict(teacher.spec),
+        "parent": teacher.sha256,
+        "origin": card.origin if card.parent else teacher.sha256,
+    }

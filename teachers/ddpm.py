@@ -220,22 +220,34 @@ def peek(flag: str, default: str) -> str:
     return getattr(parser.parse_known_args()[0], flag.strip("-"))
 
 
-def parse(options: type[T], prog: str, default: T) -> T:
-    """Options of a training command from the command line, by --iterations or by --minutes."""
-    flags = {word.split("=")[0] for word in sys.argv[1:]}
+def parse(
+    default: T, prog: str, arguments: Sequence[str] | None = None, description: str | None = None
+) -> T:
+    """Options of a training command, by --iterations or by --minutes; those left out are default's.
+
+    arguments: the command line's by default; description: above the help, if not the options' own.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    flags = {word.split("=")[0] for word in arguments}
     if {"--iterations", "--minutes"} <= flags:
         raise UserError("--minutes is in place of --iterations: leave one of them out")
     if "--iterations" in flags:
         default = replace(default, fit=replace(default.fit, minutes=None))
-    config = (tyro.conf.OmitArgPrefixes,)
-    return tyro.cli(options, prog=prog, default=default, config=config)
+    return tyro.cli(
+        type(default),
+        prog=prog,
+        description=description,
+        args=arguments,
+        default=default,
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
 
 
 def main() -> None:
     size, channels = (peek(name, "") for name in ("--size", "--channels"))
     shape = int(size) if size.isdecimal() else None, int(channels) if channels.isdecimal() else 3
     default = Options.default(peek("--data", "digits"), *shape)
-    train_teacher(parse(Options, "python -m teachers.ddpm", default))
+    train_teacher(parse(default, "python -m teachers.ddpm"))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""Consistency in continuous time (sCM, Lu & Song 2024): f does not change along the ODE.
+"""Simplified consistency in continuous time (sCM, Lu & Song 2024): --mode scm of distill.consistency.
 
-Their TrigFlow is the circle at sigma_data = 1, their F the velocity, and f the denoiser:
-f(x_t, t) = cos(t) x_t - sin(t) F(x_t, t).
+f does not change along the ODE. Their TrigFlow is the circle at sigma_data = 1, their F the
+velocity, and f the denoiser: f(x_t, t) = cos(t) x_t - sin(t) F(x_t, t).
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -16,7 +17,48 @@ from torch.overrides import TorchFunctionMode
 
 from diffusion.batches import Batch
 from diffusion.circle import FROM_X0, add_noise, broadcast, x0_loss
+from diffusion.config import FitConfig
+from diffusion.model import Model
 from diffusion.training import Average
+from distill.pairs import Angles, LogNormal
+from distill.steps import Denoise
+from distill.student import ConsistencyOptions, train
+
+# The paper's P_mean = -1 and P_std at its sigma_data = 1/2: tan t is twice its sigma.
+NOISE = LogNormal(mean=-0.3, std=1.4)
+
+
+@dataclass(frozen=True)
+class Loss:
+    """How the student's change along the ODE is brought to 0."""
+
+    solver: Literal["euler", "data"] = "euler"
+    """What gives the direction of the ODE. euler: the teacher; data: the training image itself,
+    without the teacher."""
+    tangent_warmup: float = 0.1
+    """Share of the training over which the student's own derivatives gain their full weight."""
+
+
+@dataclass(frozen=True)
+class Options(ConsistencyOptions):
+    """scm: learn the way from any noise level straight to an image from the teacher in continuous
+    time (Lu & Song 2024)."""
+
+    loss: Loss = Loss()
+    fit: FitConfig = field(default_factory=FitConfig)
+
+
+FITS = {
+    # after distill.midtraining; at 5e-4 it walks away, and at this after more iterations
+    "digits": FitConfig(iterations=300, learning_rate=1e-4, warmup=20, ema=0.99),
+    "fashion-mnist": FitConfig(iterations=20_000, learning_rate=1e-4, warmup=200, ema=0.999),
+    "cifar10": FitConfig(
+        iterations=200_000, batch_size=128, learning_rate=1e-4, warmup=1000, ema=0.9999, flip=True
+    ),
+    "folder": FitConfig(minutes=15, batch_size=64, learning_rate=1e-4, ema=0.99),
+    "folder, GPU": FitConfig(minutes=60, batch_size=128, learning_rate=1e-4, ema=0.99),
+}
+PRESETS = {data: Options(fit=fit) for data, fit in FITS.items()}
 
 
 @dataclass(frozen=True)
@@ -124,3 +166,29 @@ class LogWeight(nn.Module):
     def forward(self, t: Tensor) -> Tensor:
         order = torch.arange(len(self.coefficients), device=t.device)
         return (2 * t[:, None] * order).cos().float() @ self.coefficients
+
+
+TOWARDS = {
+    "euler": lambda teacher: lambda batch, x_t, t: teacher(x_t, t, batch.label),
+    "data": lambda teacher: lambda batch, x_t, t: batch.x0,
+}
+
+
+def objective(
+    loss: Loss, teacher: Denoise, student: nn.Module, angles: Angles
+) -> ContinuousConsistency:
+    """df/dt = 0 at log-normal angles, each weighted by what a further part of the student learns."""
+    top = float(angles(1)[-1])
+    student.log_weight = LogWeight().to(angles(1).device)  # trained with the student
+    return ContinuousConsistency(
+        towards=TOWARDS[loss.solver](teacher),
+        angles=lambda level: NOISE.tan(level, top).atan(),
+        warmup=loss.tangent_warmup,
+        normalise=unit,
+        log_weight=student.log_weight,
+    )
+
+
+def distill(options: Options) -> Model:
+    """The student of these options: loaded where it is finished, else trained."""
+    return train("scm", options, objective)

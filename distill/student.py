@@ -1,0 +1,167 @@
+"""What the modes of distill.consistency share: their common options, and a student's training."""
+
+import math
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from diffusion.checkpoint import Card
+from diffusion.console import UserError, check_limits
+from diffusion.denoiser import Denoiser
+from diffusion.model import Model, build, load
+from diffusion.noise import seed32
+from diffusion.runs import train_model
+from diffusion.schedules import even
+from diffusion.training import Objective
+from distill.frechet import with_frechet
+from distill.pairs import Angles
+from students.start import StudentOptions, find_teacher, images_spent, settle, student_card
+
+Solver = Literal["heun", "euler", "data"]
+Distance = Literal["l2", "pseudo-huber", "squared"]
+Weight = Literal["one", "gap", "sigma-gap", "karras"]
+Growth = Literal["fixed", "root", "doubling"]
+
+
+@dataclass(frozen=True)
+class PairLoss:
+    """How the student is compared with its target, between two noise levels."""
+
+    solver: Solver
+    """How to get from one noise level to the next. heun, euler: by the teacher's step of second or
+    first order; data: by the training image itself, without the teacher."""
+    target_ema: float
+    """How slowly the target follows the student, as the decay of an average of its weights (at
+    first, where the number of noise levels grows). 0: the target is the student itself."""
+    distance: Distance
+    """How the student's image and its target are compared. l2: their distance; squared: its square;
+    pseudo-huber: a distance that is smooth at 0 (Song & Dhariwal 2023)."""
+    weight: Weight
+    """How much each pair of noise levels, the angles t > s, counts. one: all alike; gap:
+    1 / (t - s); sigma-gap: 1 / (tan t - tan s); karras: tan^(-6/7) of the pair's middle, as
+    sigma-gap falls on Karras' list of angles."""
+    segments: int = 1
+    """Into how many parts the noise levels are cut. The student goes from any level to the end of
+    its part, and makes an image in so many calls (Heek et al. 2024). 1: a consistency model."""
+
+
+@dataclass(frozen=True)
+class NeighbourLoss(PairLoss):
+    """How the student is compared with its target, between neighbours of a list of noise levels."""
+
+    curriculum: Growth = "fixed"
+    """How the number of noise levels grows in training. fixed: not at all; root: as the root of the
+    iterations (Song et al. 2023); doubling: in stages (Song & Dhariwal 2023)."""
+    num_angles: int = 16
+    """How many noise levels the student compares, in the end if the number grows."""
+
+
+@dataclass(frozen=True)
+class ConsistencyOptions(StudentOptions):
+    """Options of every mode, each of which adds its settings `loss` and a FitConfig `fit`."""
+
+    start: Path | None = None
+    """The run or checkpoint whose weights the student starts from, such as distill.midtraining's.
+    Its network must be the teacher's."""
+
+
+LIMITS = {
+    "num_angles": ("at least 2", lambda n: n >= 2),
+    "target_ema": ("in [0, 1)", lambda decay: 0 <= decay < 1),
+    "segments": ("at least 1", lambda n: n >= 1),
+    "stages": ("at least 1", lambda n: n >= 1),
+    "frechet": ("at least 0", lambda weight: 0 <= weight < math.inf),
+    "tangent_warmup": ("in [0, 1]", lambda share: 0 <= share <= 1),
+}
+
+
+def check_loss(loss) -> None:
+    """UserError for settings of a mode's loss that it cannot be trained with."""
+    check_limits(loss, {name: limit for name, limit in LIMITS.items() if hasattr(loss, name)})
+    segments = getattr(loss, "segments", 1)
+    if getattr(loss, "num_angles", 0) % segments:
+        raise UserError(
+            f"--num-angles must be a multiple of --segments {segments}, so that every segment's "
+            f"border is trained, got {loss.num_angles}"
+        )
+    if segments > 1 and getattr(loss, "frechet", 0):
+        raise UserError(
+            f"--frechet goes with --segments 1, got {segments}: what a student says within a "
+            "segment is no image, and has no image's features; leave one of the two out"
+        )
+
+
+def angles_of(teacher: Model) -> Angles:
+    """num_steps -> the angles of so many equal steps, where the teacher's shift says."""
+
+    def angles(num_steps: int) -> Tensor:
+        return even(teacher.schedule, num_steps, teacher.card.shift).to(teacher.device)
+
+    return angles
+
+
+def train(
+    mode: str,
+    options: ConsistencyOptions,
+    objective: Callable[..., Objective],
+    from_teacher: bool = True,
+) -> Model:
+    """The mode's student: loaded where it is finished, else trained.
+
+    objective: (loss, teacher's denoiser, student, angles) -> the mode's objective.
+    from_teacher: whether the student begins, without --start, at the teacher's weights: else at
+    random ones.
+    """
+    check_loss(options.loss)
+    options = settle(options, "consistency")
+    teacher, dataset, out = find_teacher(options, "consistency")
+    if teacher.denoiser.prediction == "x0":
+        raise UserError(
+            f"{options.teacher} predicts x0, and nothing makes it leave a clean image as it is, "
+            "which consistency rests on: train a teacher with --prediction v"
+        )
+    student, before = first_weights(options, teacher, from_teacher)
+    settings, angles = asdict(options.loss), angles_of(teacher)
+    segments, frechet = settings.get("segments", 1), settings.get("frechet", 0.0)
+    method = f"{'multistep' if segments > 1 else 'consistency'}-{mode}"
+    method, earlier = method + ("-frechet" if frechet else ""), {}
+    if options.start:
+        method, earlier = f"{before.card.method}+{method}", {"start": before.sha256}
+    if before and images_spent(before):
+        earlier["earlier_images"] = images_spent(before)
+    # a student of segments rotates over each; one of a single segment takes any number of calls
+    several = segments > 1
+    card = Card(
+        method=method,
+        sampler="ddim" if several else "consistency",
+        plans={n: angles(n).tolist() for n in ((segments,) if several else (1, 2, 4, 8))},
+        solvers=() if several else ("consistency",),
+        training={"mode": mode, **earlier, **settings},
+        **student_card(teacher),
+    )
+    aim = objective(options.loss, teacher.denoiser, student, angles)
+    aim = with_frechet(aim, frechet, teacher, dataset, options.fit)
+    return train_model(out, student, aim, dataset, options.fit, card)
+
+
+def first_weights(
+    options: ConsistencyOptions, teacher: Model, from_teacher: bool
+) -> tuple[Denoiser, Model | None]:
+    """The student before its training, and the model whose weights it has."""
+    if options.start:
+        start = load(options.start, options.fit.precision)
+        if (start.card.net, start.card.data) != (teacher.card.net, teacher.card.data):
+            raise UserError(
+                f"--start {options.start} has another network or other images than the teacher: "
+                "name a run that was made from this teacher"
+            )
+        return start.denoiser.requires_grad_(True), start
+    if from_teacher:
+        return deepcopy(teacher.denoiser).requires_grad_(True), teacher
+    torch.manual_seed(seed32(options.fit.seed))
+    return build(teacher.card.net, options.fit.precision), None
