@@ -17,6 +17,7 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
+from distill.continuous import derivative
 from torch import Tensor, nn
 
 from benchmarks import parts, speed, step_cost
@@ -35,7 +36,6 @@ from diffusion.samplers import SOLVERS
 from diffusion.schedules import even
 from diffusion.training import Average, fit
 from distill import consistency, midtraining, progressive
-from distill.continuous import derivative
 from distill.frechet import Frechet, sums
 from eval import compare
 from eval.measure import evaluate, features, inception, sets

@@ -14,6 +14,7 @@ from statistics import median
 
 import torch
 import tyro
+from distill.continuous import derivative
 
 from benchmarks.rounds import relative, rounds
 from diffusion.batches import Batch
@@ -23,7 +24,6 @@ from diffusion.schedules import halve, respace
 from diffusion.training import Objective
 from distill.consistency import MODES, settings
 from distill.consistency import Options as Settings
-from distill.continuous import derivative
 from distill.progressive import Halving, steps_table
 from distill.steps import euler_step
 from teachers.ddpm import Denoising

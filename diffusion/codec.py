@@ -67,9 +67,7 @@ class Scale:
         histogram = torch.bincount(images.flatten(), minlength=256).double()
         levels = torch.arange(256, dtype=torch.float64)
         mean = float((histogram @ levels) / histogram.sum())
-        return Scale(
-            mean, float(((histogram @ (levels - mean).square()) / histogram.sum()).sqrt())
-        )
+        return Scale(mean, float(((histogram @ (levels - mean).square()) / histogram.sum()).sqrt()))
 
 
 CODECS: dict[str, type[Codec]] = {"scale": Scale}

@@ -90,6 +90,4 @@ def take(condition: Condition | None, index: Tensor | slice) -> Condition | None
 
 def with_null(condition: Condition, kinds: Kinds) -> Condition:
     """The condition's rows, then as many that say nothing: a batch of twice the size."""
-    return {
-        name: torch.cat([rows, kinds[name].null(rows)]) for name, rows in condition.items()
-    }
+    return {name: torch.cat([rows, kinds[name].null(rows)]) for name, rows in condition.items()}

@@ -141,9 +141,7 @@ class Model:
             if not isinstance(kind, Guidance)
         }
 
-    def x0(
-        self, plan: Plan, seed: int, indices: Tensor, given: Condition | None = None
-    ) -> Tensor:
+    def x0(self, plan: Plan, seed: int, indices: Tensor, given: Condition | None = None) -> Tensor:
         """Images number `indices` (B,) of the seed: (B, C, H, W) float32 on the indices' device.
 
         given: conditions (B, ...) by name, in place of what is usual for these images.

@@ -89,7 +89,9 @@ def train_model(
 def settings_of_run(card: Card, dataset: Dataset, config: FitConfig) -> dict:
     """All that decides a run's result, as JSON has it: what a run is recognised by."""
     plans = {plan.num_steps: list(plan.angles) for plan in card.plans}
-    scale = {name: value for name, value in card.codec.items() if (name, value) != ("name", "scale")}
+    scale = {
+        name: value for name, value in card.codec.items() if (name, value) != ("name", "scale")
+    }
     images = {k: v for k, v in card.data.items() if k not in ("sha256", "background")}
     settings = {
         **card.training,

@@ -1,8 +1,8 @@
 """Consistency between two angles, f(x_t, t) = f(x_s, s): the loss of cd, ct, ict and ect."""
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +41,7 @@ class Consistency:
     """(t, s) -> (B,)."""
     target: nn.Module | None = None
     """What judges x_s: an average of the student, or None for the student itself."""
-    averages: Sequence[Follower] = ()
+    followers: Mapping[str, Follower] = field(default_factory=dict)
     ends: Ends = to_data
     """t -> the angle a < t where its segment ends; no step goes beyond it."""
     frechet: FrechetTerm | None = None
@@ -54,11 +54,10 @@ class Consistency:
         x_t = add_noise(batch.x0, batch.eps, t)
         with torch.no_grad():
             x0 = self.step(batch, x_t, t, s)
-            torch.manual_seed(batch.seed)
-            f = (self.target or student)(rotate(x_t, x0, t, s), s, batch.label)
+            x_s, masks = rotate(x_t, x0, t, s), batch.dropout()  # the same for both passes
+            f = (self.target or student)(x_s, s, batch.condition, dropout=masks)
             target = join(x0, f, t, s, a)
-        torch.manual_seed(batch.seed)  # the same dropout mask for both passes
-        x0 = student(x_t, t, batch.label)
+        x0 = student(x_t, t, batch.condition, dropout=batch.dropout())
         loss = self.distance(x0 - target) * self.weight(t, s).float()
         return loss + self.frechet(x0, batch, progress) if self.frechet else loss
 
@@ -109,7 +108,7 @@ def matching(
 
     curriculum: the number of equal steps that the target's decay grows with.
     """
-    # in training mode, so that its dropout mask is the student's
+    # in training mode, so that its dropout masks are the student's
     target = frozen_copy(student).to(angles(1).device).train() if loss.target_ema else None
 
     def decay(done: int, progress: float) -> float:
@@ -121,6 +120,6 @@ def matching(
         distance=DISTANCES[loss.distance],
         weight=WEIGHTS[loss.weight],
         target=target,
-        averages=(Average(target, decay),) if target else (),
+        followers={"target": Average(target, decay)} if target else {},
         ends=segments(angles(loss.segments)),
     )

@@ -19,8 +19,11 @@ from torch import Tensor, nn
 from diffusion.batches import Batch
 from diffusion.circle import add_noise
 from diffusion.config import FitConfig
+from diffusion.console import UserError
 from diffusion.data import Dataset
+from diffusion.images import some
 from diffusion.model import Model
+from diffusion.training import Nets
 
 T = TypeVar("T")
 ANGLE = 0.1  # of the noise in which the teacher sees an image
@@ -53,6 +56,11 @@ def middle(teacher: Model, compile: bool = False) -> Features:
     Averaged within as many squares as leave at most 1024 features.
     """
     denoiser = teacher.denoiser
+    if not hasattr(denoiser.net, "encode"):
+        raise UserError(
+            "--frechet needs a teacher whose network has an `encode`, as the U-Net has: leave it "
+            "out"
+        )
     encode = torch.compile(denoiser.net.encode) if compile else denoiser.net.encode
 
     def features(x0: Tensor, eps: Tensor) -> Tensor:
@@ -68,10 +76,10 @@ def middle(teacher: Model, compile: bool = False) -> Features:
 def of_data(features: Features, dataset: Dataset, flip: bool, device: torch.device) -> Tensor:
     """The sums of training images, every second mirrored where training mirrors half of them."""
     random, total = torch.Generator(device).manual_seed(0), 0
-    for images in dataset.train[:MOST].split(128):
-        x0 = dataset.spec.to_unit(images.to(device))
+    for images in some(dataset.train, MOST).images.split(128):
         if flip:
-            x0[::2] = x0[::2].flip(-1)
+            images[::2] = images[::2].flip(-1)
+        x0 = dataset.codec.encode(images.to(device))
         eps = torch.randn(x0.shape, generator=random, device=device)
         total = total + sums(features(x0, eps))
     return total
@@ -119,10 +127,6 @@ class Frechet(nn.Module):
         buffer("distance", torch.ones((), device=mean.device), kept=True)
         buffer("fresh", torch.zeros_like(real))  # this step's sums; empty whenever a state is saved
 
-    @property
-    def module(self) -> nn.Module:
-        return self
-
     def forward(self, phi: Tensor) -> Tensor:
         """The loss (B,) of features (B, D), whose moments `follow` takes up."""
         phi = (phi - self.centre) * self.scale
@@ -132,7 +136,7 @@ class Frechet(nn.Module):
         return (phi - aim).square().sum(1) / (2 * self.distance)
 
     @torch.no_grad()
-    def follow(self, student: nn.Module, done: int, progress: float = 0.0) -> None:
+    def follow(self, nets: Nets, done: int, progress: float = 0.0) -> None:
         """After a step: every process's features join the moments, the same in each."""
         mean, square = moments(reduce(self.fresh, "sum"))
         pace = 1 - min(DECAY, (done - 1) / (done + 9))
@@ -187,6 +191,6 @@ def with_frechet(
         return objective
     features = middle(teacher, config.compile)
     real = of_data(features, dataset, config.flip, teacher.device)
-    frechet = Frechet(real, math.prod(dataset.spec.shape))
+    frechet = Frechet(real, math.prod(teacher.shape))
     term = FrechetTerm(weight, features, frechet)
-    return replace(objective, frechet=term, averages=(*objective.averages, frechet))
+    return replace(objective, frechet=term, followers={**objective.followers, "moments": frechet})

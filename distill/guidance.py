@@ -5,7 +5,7 @@ guided teacher does in two. It samples as the teacher does; `python -m distill.p
 --teacher runs/NAME/guided` then halves its steps, at every weight of the range at once.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -15,17 +15,17 @@ from torch import Tensor, nn
 from diffusion.batches import Batch
 from diffusion.checkpoint import Card
 from diffusion.circle import add_noise, x0_loss
+from diffusion.condition import Guidance as Weight
+from diffusion.condition import to_json
 from diffusion.config import FitConfig
 from diffusion.console import UserError, run
 from diffusion.denoiser import Denoiser
 from diffusion.model import Model, build
 from diffusion.noise import seed32
 from diffusion.runs import train_model
-from diffusion.training import Average
+from diffusion.training import Follower, one_network
 from students.start import StudentOptions, find_teacher, parse, settle, student_card
 from teachers.levels import uniform
-
-LEARNED = "ancestral-learned"  # takes a variance that is not trained here
 
 
 @dataclass(frozen=True)
@@ -61,27 +61,29 @@ PRESETS = {data: Options(fit=fit) for data, fit in FITS.items()}
 class Guidance:
     """The student's x0 = the teacher's guided x0, at a weight of its own for each image.
 
-    Meng et al. 2023, section 3, stage one, with velocity's weighting. batch.label is a
-    diffusion.denoiser.Condition, which a teacher without a guidance input answers in two calls.
+    Meng et al. 2023, section 3, stage one, with velocity's weighting. The weight
+    is one of the batch's conditions, which a teacher without such an input answers in two calls.
     """
 
     teacher: nn.Module
     angles: Tensor
     """(N + 1,) float64, ascending from 0: the teacher's."""
-    averages: Sequence[Average] = ()
+    followers: Mapping[str, Follower] = field(default_factory=dict)
 
     def __call__(self, student, batch: Batch, progress: float) -> Tensor:
         t = uniform(self.angles, batch.level)
         x_t = add_noise(batch.x0, batch.eps, t)
         with torch.no_grad():
-            target = self.teacher(x_t, t, batch.label)
-        return x0_loss(student(x_t, t, batch.label), target, t, "v")
+            target = self.teacher(x_t, t, batch.condition)
+        x0 = student(x_t, t, batch.condition, dropout=batch.dropout())
+        return x0_loss(x0, target, t, "v")
 
 
 def with_guidance_input(teacher: Denoiser, guidance: tuple[float, float], seed: int) -> Denoiser:
     """The teacher's network and weights with a guidance input, which changes nothing as yet."""
     torch.manual_seed(seed32(seed))
-    student = build(replace(teacher.net.config, guidance=guidance), teacher.precision)
+    kinds = {**teacher.kinds, "guidance": Weight(*guidance)}
+    student = build(teacher.net.config, teacher.config, kinds, teacher.precision)
     missing, unexpected = student.net.load_state_dict(teacher.net.state_dict(), strict=False)
     assert not unexpected
     assert all(name.startswith("guidance.") for name in missing)
@@ -103,31 +105,36 @@ def distill(options: Options) -> Model:
         )
     options = settle(options, "guided")
     teacher, dataset, out = find_teacher(options, "guided")
-    if not teacher.card.net["num_classes"]:
+    if not teacher.kinds:
         raise UserError(
             f"{options.teacher} knows no classes to guide towards: train a teacher with --num-classes"
         )
-    if teacher.denoiser.guidance:
+    if "guidance" in teacher.kinds:
         raise UserError(
             f"{options.teacher} takes its guidance weight as an input already: give it to "
             "distill.progressive, or name its own teacher"
         )
     student = with_guidance_input(teacher.denoiser, options.guidance, options.fit.seed)
     inherited = student_card(teacher) | {
-        "net": teacher.card.net | {"guidance": options.guidance},
-        "guidance": options.own_guidance,
+        "condition": to_json(student.kinds),
+        "denoiser": student.config.to_json(),
         "shifted": teacher.card.shifted,  # its plans are the teacher's
     }
+    # a variance is not trained here
+    learned = teacher.card.sampler == "ancestral-learned"
+    sampler = "ancestral" if learned else teacher.card.sampler
     card = Card(
         method="guided",
-        sampler="ancestral" if teacher.card.sampler == LEARNED else teacher.card.sampler,
-        plans=teacher.card.plans,
-        solvers=tuple(solver for solver in teacher.card.solvers if solver != LEARNED),
+        plans=tuple(
+            replace(plan, sampler=sampler, guidance=options.own_guidance)
+            for plan in teacher.card.plans
+        ),
+        abilities=tuple(each for each in teacher.card.abilities if each != "variance"),
         training={"own_guidance": options.own_guidance},
         **inherited,
     )
     objective = Guidance(teacher.denoiser, teacher.schedule.to(teacher.device))
-    return train_model(out, student, objective, dataset, options.fit, card)
+    return train_model(out, one_network(student, objective), dataset, options.fit, card)
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """Mid-training of a consistency student (Hu et al. 2025, CMT): `python -m distill.midtraining`."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Literal
@@ -12,13 +12,15 @@ from torch import Tensor, nn
 from diffusion.batches import Batch
 from diffusion.checkpoint import Card
 from diffusion.circle import x0_loss
+from diffusion.condition import Condition, take
 from diffusion.config import FitConfig
 from diffusion.console import at_least, run
 from diffusion.model import Model
+from diffusion.plan import plan
 from diffusion.runs import train_model
 from diffusion.samplers import sample
 from diffusion.schedules import even, respace
-from diffusion.training import Average
+from diffusion.training import Follower, one_network
 from students.start import StudentOptions, find_teacher, parse, settle, student_card
 
 SOLVER = "dpm-solver++"
@@ -75,37 +77,33 @@ class Midtraining:
     angles: Tensor
     """(N + 1,) float64, ascending from 0: the trajectory's."""
     weighting: str = "truncated"
-    averages: Sequence[Average] = ()
+    followers: Mapping[str, Follower] = field(default_factory=dict)
 
     def __call__(self, student, batch: Batch, progress: float) -> Tensor:
         num_steps, size = len(self.angles) - 1, len(batch.eps)
         count = math.ceil(size / num_steps)
         with torch.no_grad():
-            noise, label = batch.eps[:count], rows(batch.label, slice(count))
-            points, end = trajectory(self.teacher, noise, self.angles, label)
+            noise, condition = batch.eps[:count], take(batch.condition, slice(count))
+            points, end = trajectory(self.teacher, noise, self.angles, condition)
         row = torch.arange(size, device=end.device) % count
         step = (batch.level * num_steps).long()  # level is stratified: each angle in turn
         t = self.angles[1 + step]
-        x0 = student(points[step, row], t, rows(label, row))
+        condition = take(condition, row)
+        x0 = student(points[step, row], t, condition, dropout=batch.dropout())
         return x0_loss(x0, end[row], t, self.weighting)
 
 
-def rows(label, index: Tensor | slice):
-    """Those rows of a label, of a guided one (a named tuple of tensors), or of None."""
-    if isinstance(label, tuple):
-        return label._make(part[index] for part in label)
-    return None if label is None else label[index]
-
-
-def trajectory(teacher, noise: Tensor, angles: Tensor, label=None) -> tuple[Tensor, Tensor]:
+def trajectory(
+    teacher: Callable, noise: Tensor, angles: Tensor, condition: Condition | None = None
+) -> tuple[Tensor, Tensor]:
     """DPM-Solver++'s points (N, B, C, H, W) at angles[1:] and its end (B, C, H, W)."""
     points = []
 
-    def recorded(x_t: Tensor, t: Tensor, label=None) -> Tensor:
+    def recorded(x_t: Tensor, t: Tensor, condition: Condition | None) -> Tensor:
         points.append(x_t)
-        return teacher(x_t, t, label)
+        return teacher(x_t, t, condition)
 
-    end = sample(recorded, iter([noise]), SOLVER, angles, label)
+    end = sample(recorded, iter([noise]), SOLVER, angles, condition)
     return torch.stack(points[::-1]), end
 
 
@@ -117,15 +115,18 @@ def distill(options: Options) -> Model:
     angles = even(teacher.schedule, options.solver_steps, teacher.card.shift)
     card = Card(
         method="midtraining",
-        sampler="consistency",
-        plans={n: respace(angles, n).tolist() for n in (1, 2, 4, 8) if n <= options.solver_steps},
-        solvers=("consistency",),
+        plans=tuple(
+            plan("consistency", respace(angles, n), teacher.card.guidance)
+            for n in (1, 2, 4, 8)
+            if n <= options.solver_steps
+        ),
+        abilities=("jump",),
         training={"solver_steps": options.solver_steps, "weighting": options.weighting},
         **student_card(teacher),
     )
     student = deepcopy(teacher.denoiser).requires_grad_(True)
     objective = Midtraining(teacher.denoiser, angles.to(teacher.device), options.weighting)
-    return train_model(out, student, objective, dataset, options.fit, card)
+    return train_model(out, one_network(student, objective), dataset, options.fit, card)
 
 
 def main() -> None:

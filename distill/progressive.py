@@ -19,9 +19,10 @@ from diffusion.config import FitConfig
 from diffusion.console import UserError, run, say
 from diffusion.folders import check_claim, check_home
 from diffusion.model import Model, load
+from diffusion.plan import plan
 from diffusion.runs import train_model
 from diffusion.schedules import halve, respace, shifted
-from diffusion.training import Average, frozen_copy
+from diffusion.training import Average, Follower, frozen_copy, one_network
 from distill.steps import STEPS, Step
 from students.start import (
     StudentOptions,
@@ -115,7 +116,7 @@ class Halving:
     table: Tensor
     """(n, k + 1) float64 from steps_table: the teacher's angles in each student step."""
     weighting: str = "truncated"
-    averages: Sequence[Average] = ()
+    followers: Mapping[str, Follower] = field(default_factory=dict)
 
     def __call__(self, student, batch: Batch, progress: float) -> Tensor:
         row = (batch.level * len(self.table)).long()
@@ -124,7 +125,9 @@ class Halving:
         x_t = add_noise(batch.x0, batch.eps, t)
         with torch.no_grad():
             target = merged_target(self.step, batch, x_t, angles)
-        return x0_loss(student(x_t, t, batch.label), target, t, self.weighting)
+        return x0_loss(
+            student(x_t, t, batch.condition, dropout=batch.dropout()), target, t, self.weighting
+        )
 
 
 def merged_target(step: Step, batch: Batch, x_t: Tensor, angles: list[Tensor]) -> Tensor:
@@ -245,9 +248,8 @@ def distill(options: Options) -> list[Model]:
         solver = "euler" if i else options.solver
         card = Card(
             method="progressive",
-            sampler="ddim",
-            plans={num_steps: kept.tolist()},
-            solvers=(),
+            plans=(plan("ddim", kept, teacher.card.guidance),),
+            abilities=(),
             training={
                 "teacher_steps": before,
                 "solver": solver,
@@ -260,13 +262,14 @@ def distill(options: Options) -> list[Model]:
         student = deepcopy(teacher.denoiser).requires_grad_(True)
         last = frozen_copy(student) if options.next_teacher == "raw" else None
         # an average without memory: the student itself
-        averages = (Average(last, lambda done, progress: 0.0),) if last else ()
+        followers = {"raw": Average(last, lambda done, progress: 0.0)} if last else {}
         table = steps_table(angles, kept).to(teacher.device)
         step = STEPS[solver](teacher.denoiser)
-        objective = Halving(step, table, options.weighting, averages)
+        objective = Halving(step, table, options.weighting, followers)
         folder = out / f"{num_steps:04d}"
         finished = (folder / "model.safetensors").exists()
-        teacher, angles = train_model(folder, student, objective, dataset, fit, card), kept
+        method = one_network(student, objective)
+        teacher, angles = train_model(folder, method, dataset, fit, card), kept
         students.append(teacher)
         if last:
             if not finished and PartialState().is_main_process:

@@ -4,8 +4,9 @@ f does not change along the ODE. Their TrigFlow is the circle at sigma_data = 1,
 velocity, and f the denoiser: f(x_t, t) = cos(t) x_t - sin(t) F(x_t, t).
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -19,7 +20,7 @@ from diffusion.batches import Batch
 from diffusion.circle import FROM_X0, add_noise, broadcast, x0_loss
 from diffusion.config import FitConfig
 from diffusion.model import Model
-from diffusion.training import Average
+from diffusion.training import Follower, Method, Nets, Player, Turn
 from distill.pairs import Angles, LogNormal
 from distill.steps import Denoise
 from distill.student import ConsistencyOptions, train
@@ -78,7 +79,7 @@ class ContinuousConsistency:
     normalise: Callable[[Tensor], Tensor] = lambda g: g
     log_weight: Callable[[Tensor], Tensor] | None = None
     """t -> (B,); its own loss is added. None: 0."""
-    averages: Sequence[Average] = ()
+    followers: Mapping[str, Follower] = field(default_factory=dict)
 
     def __call__(self, student, batch: Batch, progress: float) -> Tensor:
         t = self.angles(batch.level)
@@ -86,13 +87,11 @@ class ContinuousConsistency:
         share = min(1.0, progress / self.warmup) if self.warmup else 1.0
         with torch.no_grad():
             x0 = self.towards(batch, x_t, t)
-            torch.manual_seed(batch.seed)
             # Past a wrapper that synchronises gradients: here there are none to synchronise.
-            g = self.normalise(
-                tangent(getattr(student, "module", student), x_t, t, batch.label, x0, share)
-            )
-        torch.manual_seed(batch.seed)  # the same dropout mask for both passes
-        f = student(x_t, t, batch.label)
+            network = partial(getattr(student, "module", student), condition=batch.condition)
+            f = partial(network, dropout=batch.dropout())  # the same masks for both passes
+            g = self.normalise(tangent(f, x_t, t, x0, share))
+        f = student(x_t, t, batch.condition, dropout=batch.dropout())
         loss = x0_loss(f, f.detach() - broadcast(t.sin(), g) * g, t, "v")
         if self.log_weight is None:
             return loss
@@ -100,7 +99,7 @@ class ContinuousConsistency:
         return w.exp() * loss - w
 
 
-def tangent(denoise, x_t: Tensor, t: Tensor, label, x0: Tensor, share: float = 1.0) -> Tensor:
+def tangent(f: Callable, x_t: Tensor, t: Tensor, x0: Tensor, share: float = 1.0) -> Tensor:
     """g = cos(t) df/dt on the ODE dx/dt = v, the velocity that x0 stands for; (B, C, H, W).
 
     f's inputs move by cos(t) sin(t) (v, 1), as in their section 4.1, so that nothing overflows
@@ -110,9 +109,9 @@ def tangent(denoise, x_t: Tensor, t: Tensor, label, x0: Tensor, share: float = 1
     """
     speed, sin = t.cos() * t.sin(), t.sin()
     along = broadcast(speed, x_t) * FROM_X0["v"](x_t, x0, t)
-    f, change = derivative(lambda x, t: denoise(x, t, label), (x_t, t), (along, speed))
+    value, change = derivative(f, (x_t, t), (along, speed))
     whole = change / broadcast(sin, change)
-    start = broadcast(t.cos().square() / sin, f) * (f - x0)
+    start = broadcast(t.cos().square() / sin, value) * (value - x0)
     return torch.lerp(start, whole, share)
 
 
@@ -155,8 +154,7 @@ def unit(g: Tensor, c: float = 0.1) -> Tensor:
 class LogWeight(nn.Module):
     """w(t) as a cosine series, 0 at first: least of e^w loss - w where e^-w is the loss at t.
 
-    Lu & Song 2024, section 4.2. Trained with the student, as a part of it that no checkpoint of
-    its network keeps.
+    Lu & Song 2024, section 4.2. A player beside the student, which no checkpoint keeps.
     """
 
     def __init__(self, terms: int = 8):
@@ -169,7 +167,7 @@ class LogWeight(nn.Module):
 
 
 TOWARDS = {
-    "euler": lambda teacher: lambda batch, x_t, t: teacher(x_t, t, batch.label),
+    "euler": lambda teacher: lambda batch, x_t, t: teacher(x_t, t, batch.condition),
     "data": lambda teacher: lambda batch, x_t, t: batch.x0,
 }
 
@@ -177,18 +175,33 @@ TOWARDS = {
 def objective(
     loss: Loss, teacher: Denoise, student: nn.Module, angles: Angles
 ) -> ContinuousConsistency:
-    """df/dt = 0 at log-normal angles, each weighted by what a further part of the student learns."""
+    """df/dt = 0 at log-normal angles."""
     top = float(angles(1)[-1])
-    student.log_weight = LogWeight().to(angles(1).device)  # trained with the student
     return ContinuousConsistency(
         towards=TOWARDS[loss.solver](teacher),
         angles=lambda level: NOISE.tan(level, top).atan(),
         warmup=loss.tangent_warmup,
         normalise=unit,
-        log_weight=student.log_weight,
     )
+
+
+@dataclass(frozen=True)
+class Weighted:
+    """The student's loss, each angle weighted by what the player "log_weight" learns of it."""
+
+    objective: ContinuousConsistency
+
+    def __call__(self, nets: Nets, batch: Batch, turn: Turn) -> Tensor:
+        objective = replace(self.objective, log_weight=nets["log_weight"])
+        return objective(nets["student"], batch, turn.progress)
+
+
+def method(student: nn.Module, objective: ContinuousConsistency) -> Method:
+    """The student, and beside it the weights of its loss."""
+    players = {"student": Player(student), "log_weight": Player(LogWeight())}
+    return Method(players, Weighted(objective))
 
 
 def distill(options: Options) -> Model:
     """The student of these options: loaded where it is finished, else trained."""
-    return train("scm", options, objective)
+    return train("scm", options, objective, method=method)

@@ -7,21 +7,21 @@ from torch import Tensor
 from diffusion.batches import Batch
 from diffusion.circle import rotate
 
-Denoise = Callable[..., Tensor]  # (x_t, t, label) -> x0
+Denoise = Callable[..., Tensor]  # (x_t, t, condition) -> x0
 Step = Callable[[Batch, Tensor, Tensor, Tensor], Tensor]  # (batch, x_t, t, s) -> x0
 
 
 def euler_step(teacher: Denoise) -> Step:
     """The teacher's DDIM step."""
-    return lambda batch, x_t, t, s: teacher(x_t, t, batch.label)
+    return lambda batch, x_t, t, s: teacher(x_t, t, batch.condition)
 
 
 def heun_step(teacher: Denoise) -> Step:
     """Its second-order step: the trapezoid rule in cot t, diffusion.samplers.heun."""
 
     def step(batch: Batch, x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
-        x0 = teacher(x_t, t, batch.label)
-        return (x0 + teacher(rotate(x_t, x0, t, s), s, batch.label)) / 2
+        x0 = teacher(x_t, t, batch.condition)
+        return (x0 + teacher(rotate(x_t, x0, t, s), s, batch.condition)) / 2
 
     return step
 

@@ -13,11 +13,12 @@ from torch import Tensor
 from diffusion.checkpoint import Card
 from diffusion.console import UserError, check_limits
 from diffusion.denoiser import Denoiser
-from diffusion.model import Model, build, load
+from diffusion.model import Model, load, of_card
 from diffusion.noise import seed32
+from diffusion.plan import plan
 from diffusion.runs import train_model
 from diffusion.schedules import even
-from diffusion.training import Objective
+from diffusion.training import Method, Objective, one_network
 from distill.frechet import with_frechet
 from distill.pairs import Angles
 from students.start import StudentOptions, find_teacher, images_spent, settle, student_card
@@ -110,17 +111,18 @@ def train(
     options: ConsistencyOptions,
     objective: Callable[..., Objective],
     from_teacher: bool = True,
+    method: Callable[..., Method] = one_network,
 ) -> Model:
     """The mode's student: loaded where it is finished, else trained.
 
     objective: (loss, teacher's denoiser, student, angles) -> the mode's objective.
     from_teacher: whether the student begins, without --start, at the teacher's weights: else at
-    random ones.
+    random ones. method: (student, objective) -> what is trained.
     """
     check_loss(options.loss)
     options = settle(options, "consistency")
     teacher, dataset, out = find_teacher(options, "consistency")
-    if teacher.denoiser.prediction == "x0":
+    if teacher.denoiser.config.prediction == "x0":
         raise UserError(
             f"{options.teacher} predicts x0, and nothing makes it leave a clean image as it is, "
             "which consistency rests on: train a teacher with --prediction v"
@@ -128,25 +130,27 @@ def train(
     student, before = first_weights(options, teacher, from_teacher)
     settings, angles = asdict(options.loss), angles_of(teacher)
     segments, frechet = settings.get("segments", 1), settings.get("frechet", 0.0)
-    method = f"{'multistep' if segments > 1 else 'consistency'}-{mode}"
-    method, earlier = method + ("-frechet" if frechet else ""), {}
+    name = f"{'multistep' if segments > 1 else 'consistency'}-{mode}"
+    name, earlier = name + ("-frechet" if frechet else ""), {}
     if options.start:
-        method, earlier = f"{before.card.method}+{method}", {"start": before.sha256}
+        name, earlier = f"{before.card.method}+{name}", {"start": before.sha256}
     if before and images_spent(before):
         earlier["earlier_images"] = images_spent(before)
     # a student of segments rotates over each; one of a single segment takes any number of calls
     several = segments > 1
     card = Card(
-        method=method,
-        sampler="ddim" if several else "consistency",
-        plans={n: angles(n).tolist() for n in ((segments,) if several else (1, 2, 4, 8))},
-        solvers=() if several else ("consistency",),
+        method=name,
+        plans=tuple(
+            plan("ddim" if several else "consistency", angles(n), teacher.card.guidance)
+            for n in ((segments,) if several else (1, 2, 4, 8))
+        ),
+        abilities=() if several else ("jump",),
         training={"mode": mode, **earlier, **settings},
         **student_card(teacher),
     )
     aim = objective(options.loss, teacher.denoiser, student, angles)
     aim = with_frechet(aim, frechet, teacher, dataset, options.fit)
-    return train_model(out, student, aim, dataset, options.fit, card)
+    return train_model(out, method(student, aim), dataset, options.fit, card)
 
 
 def first_weights(
@@ -155,7 +159,7 @@ def first_weights(
     """The student before its training, and the model whose weights it has."""
     if options.start:
         start = load(options.start, options.fit.precision)
-        if (start.card.net, start.card.data) != (teacher.card.net, teacher.card.data):
+        if network_of(start) != network_of(teacher):
             raise UserError(
                 f"--start {options.start} has another network or other images than the teacher: "
                 "name a run that was made from this teacher"
@@ -164,4 +168,10 @@ def first_weights(
     if from_teacher:
         return deepcopy(teacher.denoiser).requires_grad_(True), teacher
     torch.manual_seed(seed32(options.fit.seed))
-    return build(teacher.card.net, options.fit.precision), None
+    return of_card(teacher.card, options.fit.precision), None
+
+
+def network_of(model: Model) -> tuple:
+    """What two models must have in common for one to go on from the other's weights."""
+    card = model.card
+    return card.net, card.denoiser, card.condition, card.codec, card.data

@@ -1,6 +1,7 @@
 """One student of several: `python -m students.soup RUN RUN … --out RUN` (Wortsman et al. 2022)."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -59,13 +60,15 @@ def check_alike(models: list[Model], paths: tuple[Path, ...]) -> None:
     if len({model.sha256 for model in models}) < max(2, len(models)):
         raise UserError(f"expected two or more different students, got {' '.join(map(str, paths))}")
     for model, path in zip(models, paths, strict=True):
-        for what in ("net", "data", "sampler", "guidance"):
+        for what in ("net", "denoiser", "condition", "codec", "data", "sampler", "guidance"):
             mine, firsts = getattr(model.card, what), getattr(models[0].card, what)
             if mine != firsts:
                 raise UserError(
                     f"{path} cannot be averaged with {paths[0]}: its {what} is {mine}, not {firsts}"
                 )
-        plans, firsts = model.card.plans, models[0].card.plans
+        plans, firsts = (
+            {plan.num_steps: plan.angles for plan in each.card.plans} for each in (model, models[0])
+        )
         if plans.keys() != firsts.keys():
             raise UserError(
                 f"{path} cannot be averaged with {paths[0]}: it has {[*plans]} steps of "
@@ -90,7 +93,7 @@ def _origin(card: Card) -> str | None:
     return card.origin or card.parent
 
 
-def _few(angles: list[float]) -> str:
+def _few(angles: Sequence[float]) -> str:
     return " ".join(f"{angle:.4f}" for angle in angles[:5]) + " …" * (len(angles) > 5)
 
 

@@ -84,7 +84,8 @@ def find_teacher(
         teacher.denoiser.net.compile()
     dataset = datasets.reload(teacher.spec, options.data, options.data_dir)
     place = {"name": dataset.spec.name, "sha256": dataset.spec.sha256}
-    dataset = replace(dataset, spec=replace(teacher.spec, **place))  # the teacher's scale
+    spec = replace(teacher.spec, **place)
+    dataset = replace(dataset, spec=spec, codec=teacher.codec)  # the teacher's scale
     if teacher.spec.sha256:  # its students' cards say where its images are now
         teacher = replace(teacher, card=replace(teacher.card, data=asdict(dataset.spec)))
     return teacher, dataset, out
@@ -105,7 +106,9 @@ def student_card(teacher: Model) -> dict:
     card = teacher.card
     return {
         "net": card.net,
-        "guidance": card.guidance,
+        "denoiser": card.denoiser,
+        "condition": card.condition,
+        "codec": card.codec,
         "shift": card.shift,
         "shifted": True,
         "data": asdict(teacher.spec),

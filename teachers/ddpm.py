@@ -3,7 +3,7 @@
 import argparse
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -41,6 +41,7 @@ from teachers.presets import preset
 from teachers.variance import VariationalBound
 
 T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class Denoising:

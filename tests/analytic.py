@@ -1,6 +1,6 @@
 """Data whose denoiser, probability-flow ODE and consistency function are known in closed form.
 
-A distribution here is also its own teacher, (x_t, t, label) -> E[x0 | x_t], pixel by pixel.
+A distribution here is also its own teacher, (x_t, t, condition) -> E[x0 | x_t], pixel by pixel.
 All is computed in float64 and rounded once, to the images' type.
 """
 
@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from diffusion.batches import Batch
+from diffusion.condition import Guidance, Kinds, Label
+from diffusion.denoiser import Denoiser, DenoiserConfig
 from diffusion.networks import UNet, UNetConfig
 
 
@@ -30,16 +32,33 @@ def grid_batch(size: int, *shape: int, dtype: torch.dtype = torch.float32) -> Ba
     """A training batch with noise levels (0.5, 1.5, ...) / size."""
     level = (torch.arange(size, dtype=torch.float64) + 0.5) / size
     x0, eps = (normal(seed, size, *shape, dtype=dtype) for seed in (1, 2))
-    return Batch(x0, eps, level, label=None, seed=3)
+    return Batch(x0, eps, level, condition=None, seed=3)
 
 
-def random_unet(**config) -> UNet:
+def random_unet(outputs: int | None = None, kinds: Kinds | None = None, **shape) -> UNet:
     """A U-Net without the zeros that it starts with."""
-    net, generator = UNet(UNetConfig(**config)), torch.Generator().manual_seed(0)
+    net = UNet(UNetConfig(**shape), outputs, kinds)
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.normal_(0, 0.1, generator=generator)
     return net
+
+
+def random_denoiser(
+    num_classes: int = 0,
+    guidance: tuple[float, float] | None = None,
+    prediction: str = "v",
+    learned_variance: bool = False,
+    bounds: tuple[float, float] | None = None,
+    **shape,
+) -> Denoiser:
+    """A denoiser of a random U-Net. num_classes, guidance: of the conditions that it takes."""
+    config = DenoiserConfig(prediction, learned_variance, bounds)
+    kinds = {"label": Label(num_classes)} if num_classes else {}
+    kinds |= {"guidance": Guidance(*guidance)} if guidance else {}
+    outputs = UNetConfig(**shape).channels * (1 + learned_variance)
+    return Denoiser(random_unet(outputs, kinds, **shape), config=config, kinds=kinds)
 
 
 def _column(angle: Tensor) -> Tensor:
@@ -58,7 +77,7 @@ class Gaussian:
         cos, sin = _column(t).cos(), _column(t).sin()
         return cos * self.mean, (cos**2 * self.scale**2 + sin**2).sqrt()
 
-    def __call__(self, x_t: Tensor, t: Tensor, label=None) -> Tensor:
+    def __call__(self, x_t: Tensor, t: Tensor, condition=None, dropout=None) -> Tensor:
         mean, deviation = self._marginal(t)
         slope = self.scale**2 * _column(t).cos() / deviation**2
         return (self.mean + slope * (x_t - mean)).to(x_t.dtype)
@@ -86,7 +105,7 @@ class Mixture:
         z = (x_t.double()[..., None] - cos * mean) / deviation
         return weight / deviation, mean, scale**2 * cos / deviation, z
 
-    def __call__(self, x_t: Tensor, t: Tensor, label=None) -> Tensor:
+    def __call__(self, x_t: Tensor, t: Tensor, condition=None, dropout=None) -> Tensor:
         density, mean, slope, z = self._components(x_t, t)
         share = (density.log() - z**2 / 2).softmax(-1)
         return (share * (mean + slope * z)).sum(-1).to(x_t.dtype)
@@ -123,5 +142,5 @@ DATA = torch.zeros((), dtype=torch.float64)
 
 
 def consistency_function(data: Gaussian | Mixture) -> Callable:
-    """(x_t, t, label) -> where the ODE through x_t ends."""
-    return lambda x_t, t, label=None: data.flow(x_t, t, DATA)
+    """(x_t, t, condition) -> where the ODE through x_t ends."""
+    return lambda x_t, t, condition=None, dropout=None: data.flow(x_t, t, DATA)

@@ -17,16 +17,19 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from diffusion import console, data
+from diffusion import codec, console, data, networks
 from diffusion.checkpoint import Card
 from diffusion.config import FitConfig
 from diffusion.data import Dataset
-from diffusion.model import build, this_device
+from diffusion.denoiser import DenoiserConfig
+from diffusion.machine import this_device
+from diffusion.model import build
 from diffusion.networks import UNetConfig
+from diffusion.plan import plan
 from diffusion.runs import train_model
 from diffusion.schedules import cosine
-from distill import progressive
-from teachers.ddpm import SOLVERS, Denoising
+from diffusion.training import one_network
+from teachers.ddpm import Denoising
 
 
 def pytest_sessionfinish() -> None:
@@ -79,12 +82,20 @@ def train_tiny(tiny, quick, digits) -> Callable[..., Path]:
 
     def train(run: Path, config=quick, angles=None, dataset=digits) -> Path:
         angles = cosine(8) if angles is None else angles
-        plans = {len(angles) - 1: angles.tolist()}
-        card = Card("teacher", "ancestral", plans, SOLVERS, asdict(tiny), asdict(dataset.spec))
+        card = Card(
+            method="teacher",
+            plans=(plan("ancestral", angles),),
+            abilities=("denoise",),
+            net=networks.to_json(tiny),
+            denoiser=DenoiserConfig().to_json(),
+            condition={},
+            codec=codec.to_json(dataset.codec),
+            data=asdict(dataset.spec),
+        )
         torch.manual_seed(config.seed)
-        denoiser = build(tiny, config.precision)
-        objective = Denoising(angles.to(this_device()))
-        train_model(run, denoiser, objective, dataset, config, card)
+        denoiser = build(tiny, DenoiserConfig(), {}, config.precision)
+        method = one_network(denoiser, Denoising(angles.to(this_device())))
+        train_model(run, method, dataset, config, card)
         return run
 
     return train
@@ -99,5 +110,7 @@ def teacher(tmp_path_factory, train_tiny) -> Path:
 @pytest.fixture(scope="session")
 def student(teacher, quick) -> Path:
     """Its student of 4 steps, in the same folder. Not to be written to."""
+    from distill import progressive
+
     progressive.distill(progressive.Options(teacher=teacher, start_steps=8, end_steps=4, fit=quick))
     return teacher.parent / "progressive" / "0004"

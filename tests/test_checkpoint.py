@@ -1,7 +1,6 @@
 """Checkpoints: what is written comes back bit for bit, what is damaged is refused by name."""
 
 import errno
-import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -12,15 +11,18 @@ import torch
 from diffusion import checkpoint
 from diffusion.checkpoint import Card, atomic_path, write_atomic
 from diffusion.console import UserError
+from diffusion.plan import Plan, plan
 from diffusion.schedules import cosine
 
 CARD = Card(
     method="halved",
-    sampler="ddim",
-    plans={1: [0.0, 1.5], 8: cosine(8).tolist()},
-    solvers=("ddim", "heun"),
-    net={"width": 8, "attention": [4]},
-    data={"name": "digits", "mean": 0.1 + 0.2},
+    plans=(Plan("ddim", (0.0, 1.5), guidance=1.5, note="its own"), plan("ddim", cosine(8))),
+    abilities=("denoise",),
+    net={"name": "unet", "width": 8, "attention": [4]},
+    denoiser={"prediction": "v", "bounds": [-1.0, 2.0]},
+    condition={"label": {"kind": "label", "num_classes": 3}},
+    codec={"name": "scale", "mean": 0.1 + 0.2, "std": 1.0},
+    data={"name": "digits"},
     parent="0" * 64,
     training={"settings": {"seed": 3}},
 )
@@ -45,26 +47,8 @@ def names(folder: Path) -> list[str]:
 def test_weights_and_card_come_back_bit_for_bit(file, by):
     weights, card, sha256 = checkpoint.load(file if by == "file" else file.parent)
     assert card == CARD
+    assert [own.note for own in card.plans] == ["its own", ""]
     assert checkpoint.weights_sha256(weights) == checkpoint.weights_sha256(WEIGHTS) == sha256
-
-
-@pytest.mark.parametrize(
-    ("parent", "solvers", "shifted"),
-    [
-        (None, ("ddim", "heun"), False),  # a teacher
-        ("0" * 64, ("ddim", "heun"), False),  # its guided student, of the teacher's own list
-        ("0" * 64, (), True),  # a halved one
-        ("0" * 64, ("consistency",), True),
-    ],
-)
-def test_a_card_from_before_says_by_what_made_it_whether_its_angles_are_shifted(
-    parent, solvers, shifted
-):
-    card = json.loads(replace(CARD, parent=parent, solvers=solvers).to_json())
-    del card["shifted"]
-    assert Card.from_json(json.dumps(card)).shifted is shifted
-    card["shifted"] = not shifted
-    assert Card.from_json(json.dumps(card)).shifted is not shifted
 
 
 def test_the_sha256_tells_apart_names_shapes_and_single_bits():
@@ -107,7 +91,7 @@ def test_a_file_cut_short_anywhere_is_refused_by_name(file):
         assert str(file) in complaint(file)
 
 
-@pytest.mark.parametrize("text", [None, "no JSON", "{}", "[]", '{"format": 1}'])
+@pytest.mark.parametrize("text", [None, "no JSON", "{}", "[]", '{"format": 1}', '{"format": 2}'])
 def test_a_file_without_a_usable_card_is_refused_by_name(file, text):
     metadata = {"weights_sha256": checkpoint.weights_sha256(WEIGHTS)}
     checkpoint.save_tensors(file, WEIGHTS, metadata | ({} if text is None else {"card": text}))
@@ -116,8 +100,8 @@ def test_a_file_without_a_usable_card_is_refused_by_name(file, text):
 
 
 def test_a_card_of_another_format_is_refused_with_both_numbers(file):
-    checkpoint.save(file, WEIGHTS, replace(CARD, format=2))
-    with pytest.raises(UserError, match=f"{file}.* 2, expected 1"):
+    checkpoint.save(file, WEIGHTS, replace(CARD, format=3))
+    with pytest.raises(UserError, match=f"{file}.* 3, expected 2"):
         checkpoint.load(file)
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from distill.continuous import ContinuousConsistency, LogWeight, derivative, tangent, unit
 from torch import Tensor
 
 from diffusion import checkpoint, runs
@@ -15,7 +16,6 @@ from diffusion.circle import FROM_X0, add_noise
 from diffusion.denoiser import Denoiser
 from diffusion.training import Progress, fit
 from distill.consistency import SCM, Options, distill
-from distill.continuous import ContinuousConsistency, LogWeight, derivative, tangent, unit
 from tests.analytic import (
     BIMODAL,
     SKEWED,

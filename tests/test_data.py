@@ -15,7 +15,7 @@ from torchvision.datasets import CIFAR10
 
 from diffusion import data, named_data
 from diffusion.console import UserError
-from diffusion.data import ImageSpec
+from diffusion.images import InMemory
 
 
 @pytest.fixture
@@ -27,21 +27,11 @@ def no_network(monkeypatch):
 
 
 def test_digits_come_with_zero_mean_and_unit_variance(digits):
-    x = digits.spec.to_unit(digits.train).double()
-    assert digits.train.shape == (1438, 1, 8, 8)
-    assert digits.test.shape == (359, 1, 8, 8)
+    x = digits.codec.encode(digits.train.images).double()
+    assert digits.train.images.shape == (1438, 1, 8, 8)
+    assert digits.test.images.shape == (359, 1, 8, 8)
     assert abs(x.mean()) < 1e-6
     assert abs(x.var(correction=0) - 1) < 1e-6
-
-
-def test_every_grey_level_survives_scaling_and_back(digits):
-    levels = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16)
-    assert torch.equal(digits.spec.to_uint8(digits.spec.to_unit(levels)), levels)
-
-
-def test_what_lies_beyond_black_and_white_is_clipped():
-    spec = ImageSpec("any", 1, 1, 0, mean=100.0, std=50.0)
-    assert spec.to_uint8(torch.tensor([-9.0, 9.0])).tolist() == [0, 255]
 
 
 # Fashion-MNIST
@@ -69,14 +59,11 @@ def fashion(tmp_path) -> tuple[Path, dict[str, np.ndarray]]:
 def test_fashion_mnist_is_read_from_its_four_files(fashion):
     folder, arrays = fashion
     dataset = data.load("fashion-mnist", folder)
-    for images, labels, stem in (
-        (dataset.train, dataset.train_labels, "train"),
-        (dataset.test, dataset.test_labels, "t10k"),
-    ):
-        assert np.array_equal(images[:, 0], arrays[f"{stem}-images-idx3"])
-        assert np.array_equal(labels, arrays[f"{stem}-labels-idx1"])
+    for source, stem in ((dataset.train, "train"), (dataset.test, "t10k")):
+        assert np.array_equal(source.images[:, 0], arrays[f"{stem}-images-idx3"])
+        assert np.array_equal(source.condition["label"], arrays[f"{stem}-labels-idx1"])
     assert dataset.spec.shape == (1, 28, 28)
-    assert dataset.spec.num_classes == 10
+    assert dataset.num_classes == 10
 
 
 @pytest.mark.parametrize(
@@ -136,10 +123,10 @@ def cifar(tmp_path, monkeypatch) -> Path:
 def test_cifar10_keeps_its_images_colours_and_classes_in_order(cifar):
     dataset = data.load("cifar10", cifar)
     assert dataset.spec.shape == (3, 32, 32)
-    assert dataset.train_labels.tolist() == [0, 1, 2, 3]
-    assert dataset.test_labels.tolist() == [8, 9]
+    assert dataset.train.condition["label"].tolist() == [0, 1, 2, 3]
+    assert dataset.test.condition["label"].tolist() == [8, 9]
     expected = torch.tensor([[n, 50 + n, 100 + n] for n in range(4)], dtype=torch.uint8)
-    assert torch.equal(dataset.train, expected[:, :, None, None].expand(4, 3, 32, 32))
+    assert torch.equal(dataset.train.images, expected[:, :, None, None].expand(4, 3, 32, 32))
 
 
 @pytest.fixture
@@ -184,7 +171,7 @@ def test_ones_own_images_under_fashion_mnists_names_are_what_is_loaded(tmp_path,
     own = random.integers(0, 256, (200, 28, 28), dtype=np.uint8)
     for stem in ("train", "t10k"):
         write_fashion(tmp_path, stem, own)
-    assert np.array_equal(data.load("fashion-mnist", tmp_path).train[:, 0], own)
+    assert np.array_equal(data.load("fashion-mnist", tmp_path).train.images[:, 0], own)
 
 
 @pytest.mark.parametrize("place", [".", "FashionMNIST/raw"])
@@ -196,7 +183,7 @@ def test_a_replaced_file_is_not_answered_from_an_unpacked_copy_of_the_one_before
     other = 255 - arrays["train-images-idx3"]
     write_fashion(folder, "train", other)
     before = sorted(folder.rglob("*"))
-    assert np.array_equal(data.load("fashion-mnist", folder).train[:, 0], other)
+    assert np.array_equal(data.load("fashion-mnist", folder).train.images[:, 0], other)
     assert sorted(folder.rglob("*")) == before
 
 
@@ -207,7 +194,7 @@ def test_unpacked_files_and_torchvisions_layout_are_read_too(fashion):
         (folder / f"{stem}-ubyte.gz").unlink()
         (folder / "FashionMNIST" / "raw" / f"{stem}-ubyte").write_bytes(idx(array))
     dataset = data.load("fashion-mnist", folder)
-    assert np.array_equal(dataset.test[:, 0], arrays["t10k-images-idx3"])
+    assert np.array_equal(dataset.test.images[:, 0], arrays["t10k-images-idx3"])
 
 
 @pytest.mark.parametrize("name", ["fashion-mnist", "cifar10"])
@@ -265,12 +252,14 @@ def test_an_unknown_dataset_is_answered_with_those_that_are_known():
 
 
 def test_a_fingerprint_is_of_every_pixel_their_order_and_the_labels(digits):
-    images, labels = digits.train, digits.train_labels
+    images, labels = digits.train.images, digits.train.condition["label"]
     other = images.clone()
     other[-1, 0, 7, 7] ^= 1
-    prints = [data.fingerprint(images, labels), data.fingerprint(images)]
-    prints += [data.fingerprint(other, labels), data.fingerprint(images.flip(0), labels)]
-    prints += [data.fingerprint(images, labels.flip(0)), data.fingerprint(images.flip(-1), labels)]
+    sources = [InMemory(images, {"label": labels}), InMemory(images)]
+    sources += [InMemory(changed, {"label": labels}) for changed in (other, images.flip(0))]
+    sources += [InMemory(images, {"label": labels.flip(0)})]
+    sources += [InMemory(images.flip(-1), {"label": labels})]
+    prints = [source.fingerprint() for source in sources]
     assert len({*prints}) == len(prints)
     assert (
         digits.spec.sha256

@@ -8,12 +8,12 @@ import torch.nn.functional as F
 
 from diffusion.circle import FROM_X0
 from diffusion.console import UserError
-from diffusion.denoiser import Condition, Denoiser, Inward, check_prediction, guide
-from diffusion.networks import UNet, UNetConfig, check_net
+from diffusion.denoiser import Denoiser, DenoiserConfig, Inward, check_prediction, guide
+from diffusion.networks import UNet, UNetConfig
 from diffusion.networks.unet import Attention
 from diffusion.schedules import SCHEDULES
 from teachers.presets import PRESETS
-from tests.analytic import BIMODAL, SKEWED, normal, random_unet
+from tests.analytic import BIMODAL, SKEWED, normal, random_denoiser, random_unet
 
 close = torch.testing.assert_close
 ANGLES = torch.tensor([1e-4, 0.3, 0.8, math.pi / 2], dtype=torch.float64)
@@ -48,11 +48,11 @@ class Predicting(torch.nn.Module):
 
     def __init__(self, data, prediction: str):
         super().__init__()
-        self.data, self.config = data, UNetConfig(prediction=prediction)
+        self.data, self.prediction = data, prediction
 
-    def forward(self, x_t, t, label=None):
+    def forward(self, x_t, t, condition=None):
         x0 = self.data(x_t.double(), t)
-        return FROM_X0[self.config.prediction](x_t.double(), x0, t).float()
+        return FROM_X0[self.prediction](x_t.double(), x0, t).float()
 
 
 @pytest.mark.parametrize("data", [SKEWED, BIMODAL], ids=["gaussian", "mixture"])
@@ -61,17 +61,18 @@ def test_networks_of_one_function_give_one_x0_whatever_they_predict(data, predic
     t = torch.tensor([0.1, 0.3, 0.8, 1.5], dtype=torch.float64)
     x_t = normal(0, 4, 1, 8, 8)
     exact = data(x_t.double(), t.float()).float()
-    close(Denoiser(Predicting(data, prediction))(x_t, t), exact, rtol=1e-5, atol=2e-5)
+    denoiser = Denoiser(Predicting(data, prediction), config=DenoiserConfig(prediction))
+    close(denoiser(x_t, t), exact, rtol=1e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("t", [0.5, 1.2, 1.5])
 def test_an_error_of_eps_counts_tan_t_times_in_x0_and_one_of_v_at_most_once(t):
     x_t, t = normal(0, 4, 1, 8, 8), torch.tensor(t, dtype=torch.float64)
     for prediction, expected in (("eps", t.tan()), ("v", t.sin()), ("x0", torch.tensor(1.0))):
-        net = random_unet(prediction=prediction)
-        before = Denoiser(net)(x_t, t)
-        net.head.bias.data += 0.1
-        moved = (Denoiser(net)(x_t, t) - before).abs()
+        denoiser = random_denoiser(prediction=prediction)
+        before = denoiser(x_t, t)
+        denoiser.net.head.bias.data += 0.1
+        moved = (denoiser(x_t, t) - before).abs()
         close(moved.double(), (0.1 * expected.double()).expand_as(moved), rtol=1e-3, atol=1e-5)
 
 
@@ -100,18 +101,18 @@ def test_a_denoiser_keeps_the_shape_and_type_of_images_of_every_size(size, chann
 
 
 def test_an_images_x0_does_not_depend_on_the_rest_of_its_batch():
-    denoiser = Denoiser(random_unet(num_classes=3))
+    denoiser = random_denoiser(num_classes=3)
     x_t, label = normal(0, 4, 1, 8, 8), torch.tensor([0, 2, 3, 1])
-    together = denoiser(x_t, ANGLES, label)
+    together = denoiser(x_t, ANGLES, {"label": label})
     for i in range(4):
-        alone = denoiser(x_t[i : i + 1], ANGLES[i : i + 1], label[i : i + 1])
+        alone = denoiser(x_t[i : i + 1], ANGLES[i : i + 1], {"label": label[i : i + 1]})
         close(alone, together[i : i + 1], rtol=1e-4, atol=1e-5)
 
 
 def test_no_label_is_the_class_beyond_the_last_and_every_class_is_another_image():
-    denoiser = Denoiser(random_unet(num_classes=3))
+    denoiser = random_denoiser(num_classes=3)
     x_t = normal(0, 1, 1, 8, 8).expand(4, -1, -1, -1)
-    by_class = denoiser(x_t, ANGLES[2], torch.arange(4))
+    by_class = denoiser(x_t, ANGLES[2], {"label": torch.arange(4)})
     close(denoiser(x_t, ANGLES[2]), by_class[3:].expand(4, -1, -1, -1), rtol=1e-4, atol=1e-5)
     assert torch.pdist(by_class.flatten(1)).min() > 0.01
 
@@ -177,14 +178,16 @@ def test_every_width_that_is_a_multiple_of_8_makes_a_network(width):
         assert net(torch.empty(2, 1, 8, 8), torch.ones(2)).shape == (2, 1, 8, 8)
 
 
-def with_variance(net: UNet, seed: int = 5) -> UNet:
-    """The network with a head that puts out a share as well, of random weights."""
-    wider = UNet(replace(net.config, learned_variance=True))
-    wider.load_state_dict(net.state_dict() | dict(wider.head.named_parameters(prefix="head")))
+def with_variance(denoiser: Denoiser, seed: int = 5) -> Denoiser:
+    """The denoiser with a head that puts out a share as well, of random weights."""
+    net, kinds = denoiser.net, denoiser.kinds
     channels = net.config.channels
+    wider = UNet(net.config, 2 * channels, kinds)
+    wider.load_state_dict(net.state_dict() | dict(wider.head.named_parameters(prefix="head")))
     for mine, theirs in zip(wider.head.parameters(), net.head.parameters(), strict=True):
         mine.data = torch.cat([theirs, normal(seed, *mine[channels:].shape)]).detach()
-    return wider
+    config = replace(denoiser.config, learned_variance=True)
+    return Denoiser(wider, config=config, kinds=kinds)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -192,39 +195,44 @@ def with_variance(net: UNet, seed: int = 5) -> UNet:
 def test_a_network_that_learns_its_variance_says_of_x0_what_its_first_channels_say(
     prediction, channels
 ):
-    x_t, net = normal(0, 4, channels, 8, 8), random_unet(prediction=prediction, channels=channels)
+    x_t, plain = (
+        normal(0, 4, channels, 8, 8),
+        random_denoiser(prediction=prediction, channels=channels),
+    )
     angles = ANGLES.clamp(max=1.5)  # where eps too says something of x0
-    denoiser = Denoiser(with_variance(net))
+    denoiser = with_variance(plain)
     x0, share = denoiser(x_t, angles, variance=True)
     assert torch.equal(denoiser(x_t, angles), x0)
-    close(x0, Denoiser(net)(x_t, angles))
+    close(x0, plain(x_t, angles))
     output = denoiser.net(x_t, angles.float())
     assert torch.equal(share, output[:, channels:])
     assert not torch.equal(share, output[:, :channels])
 
 
 def test_an_untrained_network_that_learns_its_variance_is_the_other_with_a_share_of_0():
-    nets = []
+    denoisers = []
     for learns in (False, True):
         torch.manual_seed(0)
-        nets.append(UNet(UNetConfig(learned_variance=learns)))
-    plain, learning = (net.state_dict() for net in nets)
+        net = UNet(UNetConfig(), outputs=1 + learns)
+        denoisers.append(Denoiser(net, config=DenoiserConfig(learned_variance=learns)))
+    plain, learning = (denoiser.net.state_dict() for denoiser in denoisers)
     for name in plain.keys() - {"head.weight", "head.bias"}:
         assert torch.equal(plain[name], learning[name])
     x_t = normal(0, 4, 1, 8, 8)
-    x0, share = Denoiser(nets[1])(x_t, ANGLES, variance=True)
-    assert torch.equal(x0, Denoiser(nets[0])(x_t, ANGLES))
+    x0, share = denoisers[1](x_t, ANGLES, variance=True)
+    assert torch.equal(x0, denoisers[0](x_t, ANGLES))
     assert torch.equal(share, torch.zeros_like(x_t))
 
 
 @pytest.mark.parametrize("weight", [0.0, 1.0, 2.5])
 def test_guidance_moves_x0_and_leaves_the_share_of_the_class(weight):
-    denoiser = Denoiser(with_variance(random_unet(num_classes=3)))
-    x_t, label = normal(0, 4, 1, 8, 8), torch.tensor([0, 2, 3, 1])
-    guided, share = denoiser(x_t, ANGLES, Condition(label, torch.full((4,), weight)), variance=True)
-    plain, expected = denoiser(x_t, ANGLES, label, variance=True)
+    denoiser = with_variance(random_denoiser(num_classes=3))
+    x_t, condition = normal(0, 4, 1, 8, 8), {"label": torch.tensor([0, 2, 3, 1])}
+    weights = torch.full((4,), weight)
+    guided, share = denoiser(x_t, ANGLES, condition | {"guidance": weights}, variance=True)
+    plain, expected = denoiser(x_t, ANGLES, condition, variance=True)
     close(share, expected)
-    close(guided, guide(plain, denoiser(x_t, ANGLES), torch.full((4,), weight)))
+    close(guided, guide(plain, denoiser(x_t, ANGLES), weights))
 
 
 def test_a_network_that_learns_no_variance_says_so():
@@ -234,9 +242,9 @@ def test_a_network_that_learns_no_variance_says_so():
 
 @pytest.mark.parametrize("learned_variance", [False, True])
 def test_a_network_on_patches_is_one_on_the_channels_that_they_unfold_to(learned_variance):
-    outputs = {"learned_variance": learned_variance}
-    whole = random_unet(size=16, channels=3, patch=2, **outputs)
-    plain = UNet(UNetConfig(size=8, channels=12, **outputs))
+    times = 1 + learned_variance
+    whole = random_unet(3 * times, size=16, channels=3, patch=2)
+    plain = UNet(UNetConfig(size=8, channels=12), 12 * times)
     plain.load_state_dict(whole.state_dict())
     x, t = normal(0, 2, 3, 16, 16), ANGLES[1:3].float()
     expected = F.pixel_shuffle(plain(F.pixel_unshuffle(x, 2), t), 2)
@@ -247,7 +255,7 @@ def test_a_network_on_patches_is_one_on_the_channels_that_they_unfold_to(learned
 @pytest.mark.parametrize("patch", [0, 3, 8])
 def test_patches_that_do_not_tile_the_image_are_refused(patch):
     with pytest.raises(UserError, match="patch"):
-        check_net(UNetConfig(size=8, patch=patch))
+        UNetConfig(size=8, patch=patch).check()
 
 
 @pytest.mark.parametrize(
@@ -262,26 +270,26 @@ def test_attention_that_no_level_would_have_is_refused_with_the_resolutions_ther
     config = UNetConfig(**net)
     missing = next(size for size in config.attention if str(size) not in levels.split(", "))
     with pytest.raises(UserError, match=f"--attention {missing} .* have {levels};"):
-        check_net(config)
+        config.check()
 
 
 @pytest.mark.parametrize("size", [4, 8])
 def test_attention_that_is_let_pass_is_built(size):
     config = UNetConfig(size=8, width=8, multipliers=(1, 2), attention=(size,))
-    check_net(config)
+    config.check()
     assert any(isinstance(module, Attention) for module in UNet(config).modules())
 
 
 @pytest.mark.parametrize("multipliers", [(1,), (1, 2, 2)])
 def test_without_blocks_on_the_way_down_a_network_still_makes_images(multipliers):
     config = UNetConfig(size=8, width=8, multipliers=multipliers, blocks=0, attention=())
-    check_net(config)
+    config.check()
     assert UNet(config)(normal(0, 3, 1, 8, 8), ANGLES[:3].float()).shape == (3, 1, 8, 8)
 
 
 @pytest.mark.parametrize("data", PRESETS)
 def test_the_networks_of_the_presets_have_the_attention_that_they_name(data):
-    check_net(PRESETS[data].net)
+    PRESETS[data].net.check()
 
 
 BOUNDS = (-0.5, 1.0)
@@ -290,7 +298,7 @@ BOUNDS = (-0.5, 1.0)
 @pytest.mark.parametrize("training", [True, False])
 def test_with_bounds_x0_is_the_same_but_clamped(training):
     free = Denoiser(random_unet())
-    held = Denoiser(random_unet(bounds=BOUNDS)).train(training)
+    held = random_denoiser(bounds=BOUNDS).train(training)
     held.load_state_dict(free.state_dict())
     x_t = normal(0, 4, 1, 8, 8)
     x0 = free(x_t, ANGLES)
@@ -315,16 +323,19 @@ class Constant(torch.nn.Module):
     def __init__(self, x0: torch.Tensor):
         super().__init__()
         self.x0 = torch.nn.Parameter(x0)
-        self.config = UNetConfig(prediction="x0", bounds=BOUNDS)
 
-    def forward(self, x_t, t, label=None):
+    def forward(self, x_t, t, condition=None):
         return self.x0.expand(x_t.shape)
+
+
+def constant(x0: float) -> Denoiser:
+    return Denoiser(Constant(torch.tensor(x0)), config=DenoiserConfig("x0", bounds=BOUNDS))
 
 
 @pytest.mark.parametrize("start", [-3.0, 0.2, 3.0])
 def test_the_least_squares_of_a_clamped_x0_are_at_the_mean_from_wherever_they_start(start):
     data = torch.tensor([BOUNDS[0], BOUNDS[0], BOUNDS[1]])[:, None, None, None]
-    denoiser = Denoiser(Constant(torch.tensor(start)))
+    denoiser = constant(start)
     optimizer = torch.optim.SGD(denoiser.parameters(), lr=0.1)
     for _ in range(200):
         optimizer.zero_grad()
@@ -335,7 +346,7 @@ def test_the_least_squares_of_a_clamped_x0_are_at_the_mean_from_wherever_they_st
 
 
 def test_what_is_beyond_a_bound_where_the_image_is_at_it_is_left_there():
-    denoiser = Denoiser(Constant(torch.tensor(-0.7)))
+    denoiser = constant(-0.7)
     x0 = denoiser(torch.zeros(3, 1, 1, 1), torch.tensor(1.0))
     (x0 - BOUNDS[0]).square().mean().backward()
     assert denoiser.net.x0.grad == 0

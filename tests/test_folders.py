@@ -17,6 +17,7 @@ from diffusion import checkpoint, data, folders
 from diffusion.console import UserError
 from diffusion.folders import MARK, check_claim, check_home, claim, is_ours
 from diffusion.model import Model
+from diffusion.plan import Plan
 from distill import consistency, guidance, midtraining, progressive
 from eval import compare, human
 from students import generate, soup
@@ -158,8 +159,9 @@ def test_chains_and_lines_are_made_beside_runs_though_not_among_other_files(tmp_
 
 
 def save_model(path: Path) -> None:
-    spec = data.ImageSpec("digits", 1, 8, 10, 77.0, 90.0)
-    card = checkpoint.Card("teacher", "ddim", {1: [0.0, 1.5]}, ("ddim",), {}, asdict(spec))
+    codec, images = {"name": "scale", "mean": 77.0, "std": 90.0}, data.ImageSpec("digits", 1, 8)
+    plans, abilities = (Plan("ddim", (0.0, 1.5)),), ("denoise",)
+    card = checkpoint.Card("teacher", plans, abilities, {}, {}, {}, codec, asdict(images))
     checkpoint.save(path, {"w": torch.ones(2)}, card)
 
 

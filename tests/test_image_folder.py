@@ -251,9 +251,10 @@ def test_images_of_all_sizes_below_a_folder_become_one_size(tmp_path, capsys):
     plain((0, 250, 0), size=(5, 9)).save(tmp_path / "small.jpg")
     plain((0, 0, 250), size=(16, 16)).save(tmp_path / "whole.webp", lossless=True)
     dataset = data.load(str(tmp_path), form=Form(16))
-    assert dataset.train.shape == (3, 3, 16, 16)
-    assert dataset.train.float().mean((2, 3)).argmax(1).tolist() == [0, 1, 2]
-    assert dataset.train_labels is None
+    images = dataset.train.images
+    assert images.shape == (3, 3, 16, 16)
+    assert images.float().mean((2, 3)).argmax(1).tolist() == [0, 1, 2]
+    assert (dataset.train.condition, dataset.kinds) == ({}, {})
     said = capsys.readouterr().out
     assert said == f"{tmp_path}: 3 images found, 3 taken, 0 skipped\n"
 
@@ -261,7 +262,7 @@ def test_images_of_all_sizes_below_a_folder_become_one_size(tmp_path, capsys):
 def test_a_folder_can_be_read_in_grey(tmp_path):
     plain((255, 255, 255)).save(tmp_path / "a.png")
     plain((0, 0, 0)).save(tmp_path / "b.png")
-    images = data.load(str(tmp_path), form=Form(8, 1)).train
+    images = data.load(str(tmp_path), form=Form(8, 1)).train.images
     assert images[:, 0, 0, 0].tolist() == [255, 0]
     assert images.shape == (2, 1, 8, 8)
 
@@ -469,7 +470,7 @@ def test_a_png_with_long_texts_is_read(tmp_path):
     noise().save(tmp_path / "a.png", pnginfo=texts)
     with pytest.raises(ValueError, match="too large"):
         Image.open(tmp_path / "a.png").load()
-    assert data.load(str(tmp_path), form=Form(32)).train.equal(
+    assert data.load(str(tmp_path), form=Form(32)).train.images.equal(
         torch.from_numpy(np.array(noise())).permute(2, 0, 1)[None]
     )
 
@@ -518,7 +519,7 @@ def test_every_tenth_image_of_a_large_folder_is_held_out(tmp_path):
     for i in range(100):
         plain(i, "L", (8, 8)).save(tmp_path / f"{i:03d}.png")
     dataset = data.load(str(tmp_path), form=Form(8, 1))
-    assert dataset.test[:, 0, 0, 0].tolist() == list(range(9, 100, 10))
+    assert dataset.test.images[:, 0, 0, 0].tolist() == list(range(9, 100, 10))
     assert len(dataset.train) == 90
 
 
@@ -539,9 +540,9 @@ def test_files_that_stay_as_they_are_are_decoded_once(tmp_path, decoded, capsys)
     noise().save(tmp_path / "a.png")
     (tmp_path / "b.png").write_text("no image")
     load = partial(data.load, str(tmp_path))
-    first, said = load().train, capsys.readouterr().out
+    first, said = load().train.images, capsys.readouterr().out
     assert sorted(decoded) == ["a.png", "b.png"]
-    assert load().train.equal(first)
+    assert load().train.images.equal(first)
     assert (sorted(decoded), capsys.readouterr().out) == (["a.png", "b.png"], said)
     for form in (Form(16), Form(channels=1), Form(background="black")):
         decoded.clear()
@@ -553,7 +554,7 @@ def test_files_that_stay_as_they_are_are_decoded_once(tmp_path, decoded, capsys)
 def test_a_folder_that_changed_is_decoded_anew(tmp_path, decoded, change):
     for i, name in enumerate(("a.bmp", "b.bmp")):
         noise(i).save(tmp_path / name)
-    before = data.load(str(tmp_path)).train
+    before = data.load(str(tmp_path)).train.images
     decoded.clear()
     file = tmp_path / "a.bmp"
     times = file.stat()
@@ -571,7 +572,7 @@ def test_a_folder_that_changed_is_decoded_anew(tmp_path, decoded, change):
                 times.st_size,
                 times.st_mtime_ns,
             )
-    after = data.load(str(tmp_path)).train
+    after = data.load(str(tmp_path)).train.images
     assert decoded
     assert not (before.shape == after.shape and before.equal(after))
 
@@ -581,13 +582,13 @@ def test_a_damaged_cache_is_made_anew(tmp_path, decoded, monkeypatch, harm):
     monkeypatch.setattr(data, "CACHE", tmp_path / "cache")
     (tmp_path / "photos").mkdir()
     noise().save(tmp_path / "photos" / "a.png")
-    first = data.load(str(tmp_path / "photos")).train
+    first = data.load(str(tmp_path / "photos")).train.images
     (path,) = (tmp_path / "cache" / "images").iterdir()
     whole = path.read_bytes()
     path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]) if harm is None else harm)
-    assert data.load(str(tmp_path / "photos")).train.equal(first)
+    assert data.load(str(tmp_path / "photos")).train.images.equal(first)
     assert decoded == ["a.png"] * 2
-    assert data.load(str(tmp_path / "photos")).train.equal(first)
+    assert data.load(str(tmp_path / "photos")).train.images.equal(first)
     assert decoded == ["a.png"] * 2
 
 

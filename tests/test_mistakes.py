@@ -12,6 +12,7 @@ from PIL import Image
 
 from benchmarks import evaluation, frechet, overhead, step_cost
 from diffusion import checkpoint
+from diffusion.plan import Plan
 from distill import consistency, midtraining, progressive
 from eval import compare, human, report
 from students import generate, soup
@@ -190,8 +191,8 @@ def place(tmp_path_factory, teacher, student) -> Path:
     checkpoint.save(folder / "other.safetensors", weights, other)
     moved = replace(card, data=card.data | {"name": "/gone/photos"})
     checkpoint.save(folder / "moved.safetensors", weights, moved)
-    learned = replace(card, sampler="consistency", solvers=("consistency",))
-    learned = replace(learned, plans={1: [0.0, 1.5], 2: [0.0, 1.0, 1.5]})
+    plans = tuple(Plan("consistency", angles) for angles in ((0.0, 1.5), (0.0, 1.0, 1.5)))
+    learned = replace(card, plans=plans, abilities=("jump",))
     checkpoint.save(folder / "learned.safetensors", weights, learned)
     for name in ("empty", "pictures", "idx"):
         (folder / name).mkdir()

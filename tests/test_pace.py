@@ -11,7 +11,7 @@ from diffusion.console import UserError
 from diffusion.pace import with_warning
 from diffusion.runs import settings_before
 from diffusion.training import Progress
-from distill import consistency, progressive
+from distill import cd, progressive
 from teachers import ddpm
 from teachers.presets import folder_preset, preset
 
@@ -55,10 +55,9 @@ def test_a_trial_leaves_the_student_its_followers_and_its_target_alone(
     tmp_path, teacher, quick, monkeypatch
 ):
     def student(name: str, **fit) -> str:
-        options = consistency.Options(
-            teacher=teacher, out=tmp_path / name, num_angles=4, fit=replace(quick, **fit)
-        )
-        return consistency.distill(options).sha256
+        loss, config = cd.Loss(num_angles=4), replace(quick, **fit)
+        options = cd.Options(teacher=teacher, out=tmp_path / name, loss=loss, fit=config)
+        return cd.distill(options).sha256
 
     settings = load(teacher)[1].training["settings"]
     assert settings["minutes"] is None
@@ -121,10 +120,8 @@ def test_the_advice_names_a_network_that_is_faster_by_a_measurement():
 @pytest.mark.parametrize("size", [8, 12, 20, 28, 32, 33, 48, 64, 96, 100, 128])
 @pytest.mark.parametrize("gpu", [False, True])
 def test_a_folders_preset_fits_every_size(size, gpu):
-    from diffusion.model import build
-
     chosen = folder_preset(size, 3, gpu)
-    build(replace(chosen.net, width=8), "fp32")
+    replace(chosen.net, width=8).build(3, {})
     levels = [size // chosen.net.patch >> n for n in range(len(chosen.net.multipliers))]
     assert set(chosen.net.attention) <= set(levels)
     assert chosen.teacher.minutes

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -12,10 +13,12 @@ from diffusion import checkpoint
 from diffusion.batches import Batch
 from diffusion.checkpoint import load_tensors
 from diffusion.console import UserError
-from diffusion.model import build, load, this_device
-from diffusion.networks import UNet, check_net
+from diffusion.denoiser import DenoiserConfig
+from diffusion.machine import this_device
+from diffusion.model import build, load
+from diffusion.networks import UNet
 from diffusion.schedules import SCHEDULES, cosine
-from diffusion.training import Progress, fit
+from diffusion.training import Progress, fit, one_network
 from distill import consistency
 from teachers import ddpm
 from teachers.ddpm import OBJECTIVES, Denoising
@@ -111,7 +114,7 @@ def test_a_uniform_proposal_moves_no_level():
 class Steep:
     """A loss that grows a hundredfold over the levels, with a gradient: (a x0 - 1)^2 e^(5 level)."""
 
-    averages = ()
+    followers = MappingProxyType({})
 
     def __call__(self, student, batch: Batch, progress: float) -> Tensor:
         error = (student * batch.x0 - 1).square().flatten(1).mean(1)
@@ -166,11 +169,12 @@ def training(tmp_path, tiny, quick, digits):
     def begin(which: str, name: str) -> tuple[torch.nn.Module, object, Iterator[Progress]]:
         config = replace(quick, save_every=0.0, iterations=40)
         torch.manual_seed(0)
-        denoiser = build(tiny, config.precision)
+        denoiser = build(tiny, DenoiserConfig(), {}, config.precision)
         objective = OBJECTIVES[which](cosine(200).to(this_device()), "eps")
         if which == "importance":  # bins few enough to be filled in some 12 steps
             objective = replace(objective, history=LossHistory(20).to(this_device()))
-        return denoiser, objective, fit(denoiser, objective, digits, config, tmp_path / name)
+        method = one_network(denoiser, objective)
+        return denoiser, objective, fit(method, digits, config, tmp_path / name)
 
     return begin
 
@@ -201,7 +205,7 @@ def test_importance_sampling_trains_on_a_history_that_is_saved(training, tmp_pat
     _, objective, loop = training("importance", "state")
     list(loop)
     state = load_tensors(tmp_path / "state")[0]
-    seen = state["average1.seen"]
+    seen = state["follower.losses.seen"]
     assert torch.equal(seen, objective.history.seen.cpu())
     assert (seen >= 10).all()
     assert (seen <= 40).all()
@@ -227,7 +231,7 @@ def test_a_checkpoint_of_a_network_that_is_refused_today_still_loads(teacher, tm
         tiny, **{key: tuple(v) if isinstance(v, list) else v for key, v in net.items()}
     )
     with pytest.raises(UserError):
-        check_net(config)
+        config.check()
     weights = UNet(config).state_dict()
     checkpoint.save(tmp_path / "old.safetensors", weights, replace(card, net=card.net | net))
     model = load(tmp_path / "old.safetensors")
@@ -245,8 +249,8 @@ def test_with_clamp_a_teacher_and_its_students_know_the_range_of_the_images(
     assert command(consistency.main, *settings, *own).code == 0
     for run in ("teacher", "ect"):
         model = load(tmp_path / run)
-        expected = model.spec.bounds if flag == "--clamp" else None
-        assert model.denoiser.bounds == expected
+        expected = model.codec.bounds if flag == "--clamp" else None
+        assert model.denoiser.config.bounds == expected
         if expected:
             levels = torch.tensor([0, 255], dtype=torch.uint8)
-            close(model.spec.to_unit(levels), torch.tensor(expected))
+            close(model.codec.encode(levels), torch.tensor(expected))

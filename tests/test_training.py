@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -25,10 +26,11 @@ from diffusion.batches import Batch, Batches, batch_seed
 from diffusion.checkpoint import load_tensors
 from diffusion.console import Interrupted, UserError
 from diffusion.data import Dataset
-from diffusion.denoiser import Denoiser
-from diffusion.model import build, this_device
+from diffusion.denoiser import Denoiser, DenoiserConfig
+from diffusion.machine import this_device
+from diffusion.model import build
 from diffusion.schedules import cosine
-from diffusion.training import Average, Progress, fit, frozen_copy
+from diffusion.training import Average, Progress, fit, frozen_copy, one_network
 from distill import progressive
 from distill.discrete import DISTANCES, WEIGHTS, Consistency
 from distill.pairs import neighbours
@@ -57,7 +59,7 @@ def consistency(denoiser) -> Consistency:
         distance=DISTANCES["l2"],
         weight=WEIGHTS["one"],
         target=target,
-        averages=(Average(target, lambda done, progress: 0.9),),
+        followers={"target": Average(target, lambda done, progress: 0.9)},
     )
 
 
@@ -70,10 +72,9 @@ def training(tmp_path, tiny, quick, digits):
     ) -> tuple[torch.nn.Module, Iterator[Progress]]:
         config = replace(quick, **{"save_every": 0.0, **settings})
         torch.manual_seed(0)
-        denoiser = build(replace(tiny, dropout=0.1), config.precision)
-        denoiser = Denoiser(denoiser.net, config.precision, layout)
+        denoiser = Denoiser(replace(tiny, dropout=0.1).build(1, {}), config.precision, layout)
         state = tmp_path / f"{name}.safetensors"
-        return denoiser, fit(denoiser, make(denoiser), digits, config, state)
+        return denoiser, fit(one_network(denoiser, make(denoiser)), digits, config, state)
 
     return begin
 
@@ -160,7 +161,7 @@ def test_accelerates_variables_in_the_environment_change_no_bit(training, monkey
 
 def iterations_in(state: Path) -> int:
     """Iterations done before the state was saved, by Adam's own count."""
-    return int(load_tensors(state)[0]["optimizer.0.step"])
+    return int(load_tensors(state)[0]["optimizer.student.0.step"])
 
 
 @dataclass(frozen=True)
@@ -169,7 +170,7 @@ class Exploding:
 
     good: Denoising
     until: float
-    averages = ()
+    followers = MappingProxyType({})
 
     def __call__(self, student, batch, progress: float) -> Tensor:
         return self.good(student, batch, progress) * (1 if progress < self.until else math.nan)
@@ -270,7 +271,7 @@ def stopped_after(count: int):
 
 
 def test_a_run_on_images_of_another_scale_is_refused(tmp_path, train_tiny, digits):
-    darker = replace(digits, spec=replace(digits.spec, mean=3.0))
+    darker = replace(digits, codec=replace(digits.codec, mean=3.0))
     train_tiny(tmp_path / "run")
     with pytest.raises(UserError, match="other settings"):
         train_tiny(tmp_path / "run", dataset=darker)
@@ -428,7 +429,7 @@ def test_seeds_whose_low_32_bits_agree_begin_with_other_weights(tmp_path, comman
     first, second = stem(5), stem(5 + 2**32)
     assert (first - second).abs().max() > 0.01
     torch.manual_seed(5)
-    net = build(tiny, "fp32").net
+    net = build(tiny, DenoiserConfig(), {}, "fp32").net
     torch.testing.assert_close(first, net.stem.weight.detach(), rtol=0, atol=1e-6)
 
 

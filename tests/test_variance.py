@@ -10,22 +10,24 @@ from torch.distributions import Normal, kl_divergence
 
 from diffusion import checkpoint
 from diffusion.circle import add_noise
-from diffusion.data import ImageSpec
-from diffusion.denoiser import Denoiser
+from diffusion.codec import Scale
+from diffusion.denoiser import DenoiserConfig
 from diffusion.model import build, load
 from diffusion.networks import UNetConfig
-from diffusion.samplers import SAMPLERS
+from diffusion.samplers import SOLVERS
 from diffusion.schedules import SCHEDULES, cosine, even, linear_beta
-from diffusion.training import fit
-from distill import consistency, progressive
+from diffusion.training import fit, one_network
+from distill import progressive
+from distill.consistency import MODES
 from teachers import ddpm
 from teachers.ddpm import OBJECTIVES, Denoising
 from teachers.variance import VariationalBound, step_cost
-from tests.analytic import Gaussian, grid_batch, normal, random_unet
+from tests.analytic import Gaussian, grid_batch, normal, random_denoiser
 
 close = torch.testing.assert_close
 DOUBLE = torch.float64
-SPEC = ImageSpec("made-up", 1, 8, 0, mean=100.0, std=60.0)
+CODEC = Scale(mean=100.0, std=60.0)
+LEVELS = CODEC.grey_levels
 # t -> s: long, short, from pure noise, and nearly to data
 STEPS = [(1.2, 0.9), (0.7, 0.699), (math.pi / 2, 1.3), (math.pi / 2, 0.01), (0.02, 0.01)]
 
@@ -85,24 +87,24 @@ def test_the_last_step_costs_the_grey_levels_under_a_gaussian_of_clipped_varianc
     angles = linear_beta()
     beta, posterior = variances(angles[1:], angles[:-1])
     posterior[0] = posterior[1]
-    deviation = (share * beta[0].log() + (1 - share) * posterior[0].log()).div(2).exp() * SPEC.std
+    deviation = (share * beta[0].log() + (1 - share) * posterior[0].log()).div(2).exp() * CODEC.std
     images = torch.arange(256, dtype=torch.uint8).reshape(4, 1, 8, 8)
-    target = SPEC.to_unit(images)
+    target = CODEC.encode(images)
     centre = images.double() + normal(0, 4, 1, 8, 8)
-    x0 = ((centre - SPEC.mean) / SPEC.std).float()
+    x0 = ((centre - CODEC.mean) / CODEC.std).float()
     bins = Normal(centre, deviation)
     low = torch.where(images == 0, 0.0, bins.cdf(images - 0.5))
     mass = torch.where(images == 255, 1.0, bins.cdf(images + 0.5)) - low
-    found = VariationalBound(angles, SPEC).last_cost(x0, torch.full_like(x0, share), target)
+    found = VariationalBound(angles, LEVELS).last_cost(x0, torch.full_like(x0, share), target)
     likely = mass > 1e-6  # where the cdfs' difference has digits
     assert likely.double().mean() > 0.9
     close(found.double()[likely], -mass.log()[likely], rtol=1e-3, atol=1e-4)
 
 
 def test_the_bound_takes_each_angle_to_the_one_before_it_and_the_first_to_the_data():
-    angles, bound = cosine(8), VariationalBound(cosine(8), SPEC)
+    angles, bound = cosine(8), VariationalBound(cosine(8), LEVELS)
     x0, share = normal(0, 8, 1, 8, 8), normal(1, 8, 1, 8, 8)
-    target = SPEC.to_unit(SPEC.to_uint8(normal(2, 8, 1, 8, 8)))
+    target = CODEC.encode(CODEC.decode(normal(2, 8, 1, 8, 8)))
     found = bound(x0, share, target, angles[1:])
     steps = step_cost(x0[1:], share[1:], target[1:], angles[2:], angles[1:-1])
     close(found[1:], 8 * steps.mean((1, 2, 3)))
@@ -112,10 +114,10 @@ def test_the_bound_takes_each_angle_to_the_one_before_it_and_the_first_to_the_da
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_the_bound_and_its_gradient_are_finite_however_wrong_the_network_is(schedule):
     angles = SCHEDULES[schedule]()
-    target = SPEC.to_unit(torch.arange(256).repeat(250).reshape(1000, 1, 8, 8).to(torch.uint8))
+    target = CODEC.encode(torch.arange(256).repeat(250).reshape(1000, 1, 8, 8).to(torch.uint8))
     share = normal(0, 1000, 1, 8, 8).requires_grad_()
     x0 = target + 2 * normal(1, 1000, 1, 8, 8)
-    cost = VariationalBound(angles, SPEC)(x0, share, target, angles[1:])
+    cost = VariationalBound(angles, LEVELS)(x0, share, target, angles[1:])
     assert cost.isfinite().all()
     assert torch.autograd.grad(cost.sum(), share)[0].isfinite().all()
 
@@ -154,7 +156,7 @@ def test_the_best_share_of_short_steps_is_the_velocitys_squared_error_whatever_t
 
 def variance_sampled(scale: float, angles: Tensor, share) -> float:
     """Of x0, exactly: image k has noise k alone. share: (t, s) -> that of the step between."""
-    before = dict(zip(angles.tolist(), angles.roll(-1), strict=True))
+    before = dict(zip(angles.tolist(), angles.roll(1), strict=True))
 
     def denoise(x_t, t, variance=False):
         x0 = Gaussian(0.0, scale)(x_t, t)
@@ -162,7 +164,7 @@ def variance_sampled(scale: float, angles: Tensor, share) -> float:
 
     count = len(angles) - 1
     noise = torch.eye(count, dtype=DOUBLE).reshape(count, count, 1, 1, 1)
-    return SAMPLERS["ancestral-learned"](denoise, iter(noise), angles).square().sum().item()
+    return SOLVERS["ancestral-learned"].run(denoise, iter(noise), angles).square().sum().item()
 
 
 def fixed(share: float):
@@ -175,8 +177,8 @@ def test_the_best_share_gives_back_the_datas_variance_at_few_steps_and_no_fixed_
     scale, num_steps
 ):
     """Less what the last call leaves of it, which no step before can change."""
-    angles = even(cosine(), num_steps).flip(0)
-    exact = scale**2 - left(scale, angles[-2]).item()
+    angles = even(cosine(), num_steps)
+    exact = scale**2 - left(scale, angles[1]).item()
     best = variance_sampled(scale, angles, lambda t, s: best_share(scale, t, s))
     assert best == pytest.approx(exact, rel=1e-9)
     for share in (0.0, 1.0):
@@ -188,8 +190,8 @@ def test_doubling_the_steps_quarters_the_error_of_a_share_learnt_on_short_ones(s
     """And halves that of fixed variances."""
 
     def error(num_steps: int, share) -> float:
-        angles = even(cosine(), num_steps).flip(0)
-        exact = scale**2 - left(scale, angles[-2]).item()
+        angles = even(cosine(), num_steps)
+        exact = scale**2 - left(scale, angles[1]).item()
         return abs(variance_sampled(scale, angles, share) / exact - 1)
 
     def learnt(t, s):
@@ -201,8 +203,8 @@ def test_doubling_the_steps_quarters_the_error_of_a_share_learnt_on_short_ones(s
 
 def test_x0_learns_from_its_own_loss_alone():
     batch, angles = grid_batch(16, 1, 8, 8), cosine(8)
-    denoiser = Denoiser(random_unet(learned_variance=True))
-    bound = VariationalBound(angles, SPEC)
+    denoiser = random_denoiser(learned_variance=True)
+    bound = VariationalBound(angles, LEVELS)
     plain, hybrid = (
         torch.autograd.grad(
             Denoising(angles, bound=b)(denoiser, batch, 0.0).mean(),
@@ -221,12 +223,12 @@ def test_a_network_that_learns_its_variance_lowers_the_bound_below_that_of_fixed
     levels, tmp_path, tiny, quick, digits
 ):
     angles, config = cosine(16), replace(quick, iterations=150, ema=0.9)
-    bound = VariationalBound(angles, digits.spec)
+    bound = VariationalBound(angles, digits.codec.grey_levels)
     torch.manual_seed(0)
-    denoiser = build(replace(tiny, learned_variance=True), config.precision)
+    denoiser = build(tiny, DenoiserConfig(learned_variance=True), {}, config.precision)
     objective = OBJECTIVES[levels](angles, "v", bound=bound)
-    list(fit(denoiser, objective, digits, config, tmp_path / "state"))
-    x0 = digits.spec.to_unit(digits.test)
+    list(fit(one_network(denoiser, objective), digits, config, tmp_path / "state"))
+    x0 = digits.codec.encode(digits.test.images)
     t = angles[1 + torch.arange(len(x0)) % 16]
     with torch.no_grad():
         guess, share = denoiser(add_noise(x0, normal(0, *x0.shape), t), t, variance=True)
@@ -244,10 +246,11 @@ NET = "--width 8 --multipliers 1 --blocks 1 --attention --precision fp32 --batch
 def learning_teacher(tmp_path_factory):
     """A run of two steps' training."""
     run = tmp_path_factory.mktemp("runs") / "teacher"
-    net = UNetConfig(width=8, multipliers=(1,), blocks=1, attention=(), learned_variance=True)
+    net = UNetConfig(width=8, multipliers=(1,), blocks=1, attention=())
+    learned = DenoiserConfig(learned_variance=True)
     options = ddpm.Options.default("digits")
     config = replace(options.fit, iterations=2, batch_size=16, precision="fp32")
-    ddpm.train_teacher(replace(options, net=net, fit=config, out=run))
+    ddpm.train_teacher(replace(options, net=net, denoiser=learned, fit=config, out=run))
     return run
 
 
@@ -256,7 +259,7 @@ def test_a_teacher_told_to_learn_its_variance_samples_with_it(tmp_path, command)
     assert command(ddpm.main, *settings.split()).code == 0
     model = load(tmp_path / "run")
     assert model.card.sampler == "ancestral-learned"
-    assert list(model.card.plans) == [1000]
+    assert [plan.num_steps for plan in model.card.plans] == [1000]
     images = model.sample(model.plan(5, "ancestral-learned"), 0, torch.arange(3))
     assert images.shape == (3, 1, 8, 8)
     assert command(ddpm.main, *settings.replace("--learned-", "--no-learned-").split()).code != 0
@@ -268,8 +271,8 @@ def test_students_of_a_teacher_with_a_variance_keep_its_share_as_it_is(learning_
     students = progressive.distill(rounds)
     for mode in ("cd", "ect", "scm"):
         out = learning_teacher.parent / mode
-        options = consistency.Options(teacher=learning_teacher, mode=mode, out=out, fit=config)
-        students.append(consistency.distill(options))
+        options = MODES[mode].Options(teacher=learning_teacher, out=out, fit=config)
+        students.append(MODES[mode].distill(options))
     for student in students:
         before, after = (model.denoiser.net.head.weight for model in (teacher, student))
         assert torch.equal(after[1:], before[1:])
@@ -281,7 +284,7 @@ def test_students_of_a_teacher_with_a_variance_keep_its_share_as_it_is(learning_
 
 def test_cards_of_networks_that_learn_no_variance_say_so_and_older_ones_need_not(tmp_path, teacher):
     weights, card, _ = checkpoint.load(teacher)
-    older = {key: value for key, value in card.net.items() if key != "learned_variance"}
-    checkpoint.save(tmp_path / "older.safetensors", weights, replace(card, net=older))
-    assert not card.net["learned_variance"]
-    assert not load(tmp_path / "older.safetensors").denoiser.learned_variance
+    older = {key: value for key, value in card.denoiser.items() if key != "learned_variance"}
+    checkpoint.save(tmp_path / "older.safetensors", weights, replace(card, denoiser=older))
+    assert not card.denoiser["learned_variance"]
+    assert not load(tmp_path / "older.safetensors").denoiser.config.learned_variance
