@@ -85,10 +85,6 @@ def _megabytes(record: Record) -> float | None:
     return None if batch is None or batch.allocated is None else batch.allocated / 1e6
 
 
-def _joules(record: Record) -> float | None:
-    return record.batch.joules if record.batch else None
-
-
 NAMES: Columns = {
     "method": lambda line: Cell(line.name, line.name),
     "steps": lambda line: cell(line.record.steps, str),
@@ -115,7 +111,6 @@ SPEED: Columns = NAMES | {
     "best images/s": _best_cell,
     "50,000 images": lambda line: cell(_seconds_for(line.record, 50_000), duration),
     "peak MB": lambda line: cell(_megabytes(line.record)),
-    "J/image": lambda line: cell(_joules(line.record)),
 }
 
 

@@ -176,7 +176,6 @@ def _speed_caption(columns: Columns, first: Record) -> str:
         "best images/s": "best images/s: @ the batch size that has them",
         "50,000 images": "50,000 images: at the most images/s that were timed",
         "peak MB": "peak MB: beyond what was held before the call",
-        "J/image": "J/image: of the whole device",
     }
     words = [f"noise to uint8 on {machine(first)}, synchronised"]
     return "; ".join([*words, *(text for head, text in told.items() if head in columns)])
