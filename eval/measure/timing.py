@@ -3,62 +3,17 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from statistics import median, quantiles
 
 import torch
 from torch import Tensor
 
-FOR_P90 = 29  # as many samples have one beyond the 90th percentile with 95 %: 0.9^29 < 0.05
+from eval.results.records import FOR_P90, Timing
+
 MOST = 50  # repeats
 SHARP = 0.01  # of the median: the half-width of its notch at which repeats may stop
 LONG = 1.0  # seconds; a call beyond them is repeated twice, not three times
 IN_PASSING = 3.0  # seconds; a batch beyond them is timed while its images are made, and not again
 OUT_OF_MEMORY = "out of memory"
-
-
-@dataclass(frozen=True)
-class Timing:
-    """What a batch of that size takes from noise to uint8."""
-
-    batch_size: int
-    first: float | None = None
-    """Seconds of the first call of all: compilation and warm-up are in it."""
-    seconds: tuple[float, ...] = ()
-    """Seconds of each repeat; none where it failed."""
-    allocated: int | None = None
-    """Peak bytes that the call took beyond those that were held before; null on a CPU."""
-    reserved: int | None = None
-    """Peak bytes that the allocator held, with the weights of every model loaded; null on a CPU."""
-    failed: str | None = None
-    """Why there are no repeats, e.g. "out of memory"."""
-
-    @property
-    def over(self) -> bool:
-        """Whether it has repeats, or can have none."""
-        return bool(self.seconds or self.failed)
-
-    @property
-    def median(self) -> float:
-        return median(self.seconds)
-
-    @property
-    def iqr(self) -> tuple[float, float]:
-        """The quartiles of the repeats."""
-        if len(self.seconds) < 2:
-            return self.median, self.median
-        low, _, high = quantiles(self.seconds, n=4, method="inclusive")
-        return low, high
-
-    @property
-    def p90(self) -> float | None:
-        """The 90th percentile; None where the repeats are too few to claim one."""
-        if len(self.seconds) < FOR_P90:
-            return None
-        return quantiles(self.seconds, n=10, method="inclusive")[-1]
-
-    @property
-    def images_per_second(self) -> float:
-        return self.batch_size / self.median
 
 
 def timed(call: Callable[[], Tensor], device: torch.device) -> tuple[Tensor, float]:

@@ -4,8 +4,7 @@ from collections.abc import Callable
 from statistics import mean
 from typing import NamedTuple
 
-from eval.measure.timing import Timing
-from eval.results.records import Record
+from eval.results.records import Record, Timing
 from eval.show.lines import Line
 
 
@@ -146,7 +145,7 @@ def plain(line: Line, columns: Columns, times: bool) -> dict[str, object]:
     record = line.record
     found = {head: column(line).value for head, column in columns.items()}
     found |= {"method": line.title, "warnings": " ".join(line.warnings), "sampler": record.sampler}
-    found |= {"own": record.own, "spread": _spread(record), "floor": mean(record.floor)}
+    found |= {"own": record.own_plan, "spread": _spread(record), "floor": mean(record.floor)}
     if times:
         for head, timing, figure in (
             ("ms @1", record.single, _milliseconds),
