@@ -39,7 +39,7 @@ from distill import consistency, midtraining, progressive
 from distill.frechet import Frechet, sums
 from eval import compare
 from eval.measure import evaluate, features, inception, sets
-from eval.measure.machine import ENERGY, full_float32, nvml
+from eval.measure.machine import full_float32
 from eval.measure.metrics import Moments, frechet_distance
 from eval.measure.plans import Row
 from eval.measure.quality import Judge
@@ -82,7 +82,6 @@ BOUNDS = {
     "FD": (1e-6, "relative; the same features, sums and eigenvalues in float64"),
     "KID": (1e-4, "absolute; float32 products that cancel"),
     "sliced Wasserstein": (1e-6, "relative; float64 throughout"),
-    "power": (1.1, "of the GPU's limit, which its counter may pass a little for a second"),
     "a whole line": (100.0, "any finite figure: these trainings are too short for good ones"),
 }
 
@@ -543,21 +542,13 @@ def images(sheet: Sheet) -> None:
         for calls in (1, 2, 4):
             call = sampling(model, calls, size)
             *_, lap = race({calls: call}, size, device, budget=1.0)
-            before, begun = nvml(device, ENERGY), time.monotonic()
+            begun = time.monotonic()
             ((record,), refused) = evaluate.measure_rows(bench, [call.args[0]], store)
             assert not refused
-            took, after = time.monotonic() - begun, nvml(device, ENERGY)
+            took = time.monotonic() - begun
             cells = {"images": count, "made per second": lap.timing.images_per_second}
-            cells |= {"joules per image made": lap.timing.joules, "seconds with FD": took}
-            spent = None if before is None else (after - before) / 1000
-            cells |= {"joules with FD": spent, f"{own.name}, {own.dim} dims": record.score}
+            cells |= {"seconds with FD": took, f"{own.name}, {own.dim} dims": record.score}
             sheet.row("images", calls=calls, **cells)
-            limit, joules = nvml(device, "EnforcedPowerLimit"), lap.timing.joules
-            if limit and joules:
-                share = joules * lap.timing.images_per_second / (limit / 1000)
-                sheet.check("power", share, f"{calls} calls")
-            else:
-                sheet.skip("power", "NVML tells no energy, or no limit of power, of this device")
 
 
 STAGES: dict[str, tuple[Callable[[Sheet], None], float]] = {  # and its share of the time

@@ -27,7 +27,7 @@ from eval.measure.features import extractor
 from eval.measure.plans import Row, counts_of, find_runs, rows
 from eval.measure.quality import SHOWN, Judge
 from eval.measure.search import SEED, search_angles
-from eval.results import records
+from eval.results import jsonl, together
 from eval.results.records import Record
 from eval.results.store import Store, samples_of
 from eval.show import closing, plots, table
@@ -118,7 +118,7 @@ def compare(options: Options) -> list[Record]:
         silence()
     files = [path for path in options.runs if path.suffix == ".jsonl"]
     paths = tuple(path for path in options.runs if path not in files)
-    given = records.merge(map(records.read, files))
+    given = together.merge(map(jsonl.read, files))
     folder = options.out or home(paths)
     check_claim(folder, "comparison")
     store = Store.open(folder)
@@ -127,7 +127,7 @@ def compare(options: Options) -> list[Record]:
         wanted = planned(options, paths)
         bench = prepare(options, wanted[0].model)
         usual = next((row for row in wanted if not row.long), wanted[0])
-        records.require_comparable([*given, template(bench, usual)], options.times)
+        together.require_comparable([*given, template(bench, usual)], options.times)
         wanted += searched(options, wanted, bench)
         if alone:
             claim(folder, "comparison")
@@ -136,8 +136,8 @@ def compare(options: Options) -> list[Record]:
         if alone:
             with suppress(OSError):  # none was made, or a refused row's is still there
                 (folder / "partial").rmdir()
-    shown = records.merge([measured, given])
-    records.require_comparable(shown, options.times)
+    shown = together.merge([measured, given])
+    together.require_comparable(shown, options.times)
     if alone and shown:
         claim(folder, "comparison")
         store.put(*shown, images=reduce(or_, (samples_of(file.parent) for file in files), {}))
@@ -280,7 +280,7 @@ def write_results(
     if options.times:
         plots.time_plot(folder / "quality_ms.png", shown)
         written.append("quality_ms.png")
-    pictured = [r for r in shown if (r.own or r.sampler == "ddim") and r.tag in samples]
+    pictured = [r for r in shown if (r.own_plan or r.sampler == "ddim") and r.tag in samples]
     if pictured:
         plots.sample_rows(folder / "samples.png", pictured, samples)
         written.append("samples.png")

@@ -16,7 +16,7 @@ from scipy.stats import kendalltau
 from diffusion.checkpoint import write_atomic
 from diffusion.console import UserError, diverted, out, run, say
 from eval.report import latest, left_out
-from eval.results import records
+from eval.results import jsonl, together
 from eval.results.records import Record
 from eval.show import plots
 from eval.show.lines import lines
@@ -80,9 +80,17 @@ def pools(found: list[Record]) -> list[Pool]:
         record, same = line.record, line.trainings
         figures = {record.metric: [training.score for training in same]}
         figures |= {name: [training.further[name] for training in same] for name in names}
-        student = record.own and record.parent is not None
+        student = record.own_plan and record.parent is not None
         made.append(
-            Pool(line.title, record.nfe, record.own, student, _images(record), figures, line.ratio)
+            Pool(
+                line.title,
+                record.nfe,
+                record.own_plan,
+                student,
+                _images(record),
+                figures,
+                line.ratio,
+            )
         )
     return made
 
@@ -173,7 +181,7 @@ def summarise(options: Options) -> list[Pool]:
             raise UserError(
                 f"there is no file {path}: expected a results.jsonl that eval.compare wrote"
             )
-    given = records.merge(map(records.read, options.results))
+    given = together.merge(map(jsonl.read, options.results))
     found = latest(given, times=False)
     if not found:
         raise UserError(f"{options.results[0]} holds no rows: measure some with eval.compare")
@@ -181,7 +189,7 @@ def summarise(options: Options) -> list[Pool]:
         say(f"left out: {reason}")
     pooled = pools(found)
     seeds = max(len(next(iter(pool.figures.values()))) for pool in pooled)
-    first, ranked = records.fullest(found), rankings([pool for pool in pooled if pool.student])
+    first, ranked = together.fullest(found), rankings([pool for pool in pooled if pool.student])
     notes = [
         f"{first.metric} of {first.num_images} images (lower is better), the mean of noise seeds "
         f"{', '.join(map(str, first.seeds))}; mean ± spread over up to {seeds} training seeds; in "

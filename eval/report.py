@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diffusion.checkpoint import load_tensors, write_atomic
 from diffusion.console import UserError, run, say
-from eval.results import records
+from eval.results import jsonl, together
 from eval.results.records import Record
 from eval.show import closing, pages, table
 from eval.show.lines import lines
@@ -39,19 +39,21 @@ class Options:
 def latest(found: list[Record], times: bool = True) -> list[Record]:
     """Those measured as the last one was, the latest of each run's plans alone, teachers first."""
     setting, most = _last_setting(found, times) if found else ({}, 0)
-    same = [record for record in found if records.setting(record, times, most) == setting]
-    kept = {(r.run, r.method, r.sampler, r.steps, r.environment["device"]): r for r in same}
+    same = [record for record in found if together.setting(record, times, most) == setting]
+    kept = {
+        (r.run, r.title, r.guidance, r.sampler, r.steps, r.environment["device"]): r for r in same
+    }
     return sorted(kept.values(), key=lambda record: record.parent is not None)
 
 
 def newest(found: list[Record]) -> Record:
-    return max(reversed(found), key=records.date)
+    return max(reversed(found), key=lambda record: record.date)
 
 
 def _last_setting(found: list[Record], times: bool) -> tuple[dict[str, str], int]:
     """That of the newest row and its number of images; a long plan of fewer is no measure of others."""
     last = newest([record for record in found if not record.long] or found)
-    return records.setting(last, times), 0 if last.long else last.num_images
+    return together.setting(last, times), 0 if last.long else last.num_images
 
 
 def left_out(found: list[Record], kept: list[Record], times: bool) -> list[str]:
@@ -60,7 +62,7 @@ def left_out(found: list[Record], kept: list[Record], times: bool) -> list[str]:
     shown = {id(record) for record in kept}
     reasons: Counter[str] = Counter()
     for record in found:
-        own = records.setting(record, times, most)
+        own = together.setting(record, times, most)
         other = [
             f"{name} {own.get(name)}"
             for name in own | setting
@@ -78,7 +80,7 @@ def gather(
     rows, others, images = [], [], {}
     for path in paths:
         file = path / "results.jsonl" if path.is_dir() else path
-        found = records.read(file)
+        found = jsonl.read(file)
         if not found:
             raise UserError(
                 f"{file} holds no records: expected what eval.compare wrote; run it first"
@@ -87,8 +89,8 @@ def gather(
         others += left_out(found, rows[-1], times)
         samples = file.with_name("samples.safetensors")
         images |= load_tensors(samples)[0] if samples.exists() else {}
-    merged = records.merge(rows)
-    records.require_comparable(merged, times)
+    merged = together.merge(rows)
+    together.require_comparable(merged, times)
     return [record if times else replace(record, timings=[]) for record in merged], others, images
 
 

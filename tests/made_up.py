@@ -2,8 +2,7 @@
 
 import hashlib
 
-from eval.measure.timing import Timing
-from eval.results.records import Record
+from eval.results.records import Record, Timing
 
 # of scikit-learn's digits, the training images: a report shows those that are the measured ones
 DIGITS = "7e4a10b8ab64bd5e1e08f8815901758e7896368a221c648e7744cd1a16e4637a"
@@ -14,10 +13,10 @@ def sha256(text: str) -> str:
 
 
 def record(method="teacher", nfe=8, score=4.0, seconds=0.1, **changes) -> Record:
-    """A row: a teacher's own, unless it is given a parent or own=False."""
+    """A row: a teacher's own, unless it is given a parent or own_plan=False."""
     settings = {
         "run": f"runs/{method}/{nfe}", "method": method, "sha256": sha256(f"{method}-{nfe}"),
-        "parent": None, "sampler": "ddim", "steps": nfe, "own": True, "nfe": nfe,
+        "parent": None, "sampler": "ddim", "steps": nfe, "own_plan": True, "nfe": nfe,
         "angles": [1.5 * i / nfe for i in range(nfe + 1)], "parameters": 300_000,
         "training": {"iterations": 4321, "images": 276_544, "seconds": 98.6},
         "data": {"name": "digits", "split": "train", "images": 1438, "sha256": DIGITS},

@@ -1,4 +1,4 @@
-"""A machine whose clock, drift, memory and power are known."""
+"""A machine whose clock, drift and memory are known."""
 
 import sys
 from collections.abc import Callable
@@ -45,8 +45,8 @@ def simulate_clock(monkeypatch: pytest.MonkeyPatch) -> Machine:
 
 
 def simulate_gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """A GPU in name: its memory in bytes, and an NVML whose counter holds `millijoules()`."""
-    state = SimpleNamespace(held=0, peak=0, cached=0, uuid="12-34", millijoules=lambda: 0)
+    """A GPU in name: its memory in bytes, and an NVML that knows its clocks alone."""
+    state = SimpleNamespace(held=0, peak=0, cached=0, uuid="12-34")
 
     def fresh() -> None:
         state.cached = state.held
@@ -73,16 +73,11 @@ def simulate_gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
             raise NVMLError("not found")
         return "handle"
 
-    def energy(handle: str) -> int:
-        assert handle == "handle"
-        return state.millijoules()
-
     def clock_info(handle: str, which: int) -> int:
         return {1: 1980, 2: 2619}[which]
 
     pynvml = SimpleNamespace(NVMLError=NVMLError, nvmlInit=lambda: None)
     pynvml.nvmlDeviceGetHandleByUUID, pynvml.nvmlDeviceGetClockInfo = by_uuid, clock_info
-    pynvml.nvmlDeviceGetTotalEnergyConsumption = energy
     monkeypatch.setitem(sys.modules, "pynvml", pynvml)
     return state
 

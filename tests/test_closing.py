@@ -17,7 +17,7 @@ FOUR = record("progressive", 4, 4.4, 0.04, parent=TEACHER.sha256, run="runs/p/mo
 
 
 def solver(nfe: int, score: float):
-    return record("teacher", nfe, score, own=False, sampler="unipc", sha256=TEACHER.sha256)
+    return record("teacher", nfe, score, own_plan=False, sampler="unipc", sha256=TEACHER.sha256)
 
 
 def test_the_student_to_take_comes_with_what_it_costs_and_its_command():

@@ -19,7 +19,7 @@ from eval.compare import Options
 from eval.measure import evaluate, nfe, race, stream, timing
 from eval.measure.features import Extractor
 from eval.measure.plans import rows
-from eval.results import records
+from eval.results import jsonl, together
 from eval.results.records import Record
 from eval.show import lines, table
 
@@ -59,7 +59,7 @@ def compared(tmp_path_factory, teacher, student) -> tuple[Path, list[Record]]:
 
 def test_a_comparison_leaves_its_records_its_table_and_its_pictures(compared):
     folder, rows = compared
-    assert [(r.method, r.sampler, r.steps, r.own) for r in rows] == [
+    assert [(r.method, r.sampler, r.steps, r.own_plan) for r in rows] == [
         ("teacher", "ancestral", 8, True),
         ("teacher", "ddim", 1, False),
         ("teacher", "ddim", 2, False),
@@ -69,7 +69,7 @@ def test_a_comparison_leaves_its_records_its_table_and_its_pictures(compared):
         ("teacher", "dpm-solver++", 4, False),
         ("progressive", "ddim", 4, True),
     ]
-    assert records.read(folder / "results.jsonl") == rows
+    assert jsonl.read(folder / "results.jsonl") == rows
     assert (folder / "table.md").read_text() == table.markdown(rows)
     for name in ("quality_nfe.png", "quality_ms.png", "samples.png", "nearest.png"):
         assert Image.open(io.BytesIO((folder / name).read_bytes())).size > (300, 100)
@@ -113,7 +113,7 @@ def test_a_comparison_that_was_stopped_measures_only_what_is_left(
     monkeypatch.setattr(stream, "look", stopping)
     with pytest.raises(KeyboardInterrupt):
         compare.compare(options)
-    begun = records.read(tmp_path / "partial.jsonl")
+    begun = jsonl.read(tmp_path / "partial.jsonl")
     assert sorted(len(record.quality) for record in begun) == [0] * 5 + [1]
     first = list(looked)
     looked[:] = [None] * 6  # never again five
@@ -224,7 +224,7 @@ def test_rows_of_another_machine_join_the_table_only_without_times(compared, stu
         dataclasses.replace(row, environment=row.environment | {"device": "another"})
         for row in rows[:3]
     ]
-    records.write(tmp_path / "theirs.jsonl", there)
+    jsonl.write(tmp_path / "theirs.jsonl", there)
     given = (student, tmp_path / "theirs.jsonl")
     with pytest.raises(UserError, match=r"another.*--no-times"):
         compare.compare(Options(runs=given, out=tmp_path / "timed", **SETTINGS))
@@ -235,7 +235,7 @@ def test_rows_of_another_machine_join_the_table_only_without_times(compared, stu
     assert shown[-1].conditions["date"] > shown[0].conditions["date"]
     text = (tmp_path / "both" / "table.md").read_text()
     assert "images/s" not in text
-    assert records.merge([records.read(tmp_path / "both" / "results.jsonl")]) == shown
+    assert together.merge([jsonl.read(tmp_path / "both" / "results.jsonl")]) == shown
     alone = Options(runs=given[1:], out=tmp_path / "merged", **settings)
     assert compare.compare(alone) == there
 
@@ -250,7 +250,7 @@ def test_rows_of_another_machine_join_the_table_only_without_times(compared, stu
 )
 def test_a_table_refuses_to_mix(compared, student, tmp_path, changed, words):
     _, rows = compared
-    records.write(tmp_path / "theirs.jsonl", [dataclasses.replace(rows[0], **changed)])
+    jsonl.write(tmp_path / "theirs.jsonl", [dataclasses.replace(rows[0], **changed)])
     given = (student, tmp_path / "theirs.jsonl")
     with pytest.raises(UserError, match=words):
         compare.compare(Options(runs=given, out=tmp_path / "out", times=False, **SETTINGS))
@@ -269,7 +269,7 @@ def test_a_row_whose_images_are_none_is_left_out_with_the_reason(
     settings = SETTINGS | {"times": False}
     with pytest.raises(UserError, match=r"1 rows are left out: progressive 4 .*NaN"):
         compare.compare(Options(runs=(teacher.parent,), out=tmp_path, **settings))
-    assert [row.method for row in records.read(tmp_path / "results.jsonl")] == ["teacher"] * 7
+    assert [row.method for row in jsonl.read(tmp_path / "results.jsonl")] == ["teacher"] * 7
 
 
 def test_a_comparison_without_the_long_row_has_all_others(compared, teacher, tmp_path):
@@ -390,7 +390,7 @@ def test_a_comparison_stopped_within_its_long_row_still_ends_with_times(
     rows = compare.compare(options)
     assert calls.count((120, 64)) == 1  # the batch that was lost
     assert rows[0].batch.seconds == pytest.approx((6.0,))
-    assert records.read(tmp_path / "results.jsonl") == rows
+    assert jsonl.read(tmp_path / "results.jsonl") == rows
 
 
 def test_a_long_batch_says_how_far_it_is(slow, monkeypatch, capsys):

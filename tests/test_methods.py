@@ -8,7 +8,7 @@ import pytest
 
 from diffusion.console import UserError
 from eval.methods import Options, Pool, pools, rankings, summarise, told
-from eval.results import records
+from eval.results import jsonl
 from tests.made_up import record, sha256
 
 TEACHER = record(nfe=1000, score=2.0)
@@ -78,7 +78,7 @@ def test_rows_measured_otherwise_than_the_last_are_left_out_by_name(tmp_path, ca
         num_images=50,
         conditions={"date": "2024-01-02T03:04:05+00:00"},
     )
-    records.write(tmp_path / "results.jsonl", [old, TEACHER, *students("cd", [3.0])])
+    jsonl.write(tmp_path / "results.jsonl", [old, TEACHER, *students("cd", [3.0])])
     pooled = summarise(Options(results=(tmp_path / "results.jsonl",)))
     assert [pool.method for pool in pooled] == ["teacher", "cd"]
     assert "left out: 1 row with num images 50" in capsys.readouterr().out
@@ -118,7 +118,7 @@ def test_of_one_training_seed_no_pair_is_called_swapped():
 
 def test_the_command_leaves_a_table_figures_and_a_plot(tmp_path, capsys):
     rows = [TEACHER, *students("cd", [3.0, 5.0]), *students("cd", [2.0, 4.0], nfe=4)]
-    records.write(tmp_path / "results.jsonl", rows)
+    jsonl.write(tmp_path / "results.jsonl", rows)
     summarise(Options(results=(tmp_path / "results.jsonl",), table="markdown"))
     text = (tmp_path / "methods.md").read_text()
     assert "| cd | 276,544 | 4 ± 1.4 (2.00×) | 3 ± 1.4 (1.50×) | - |" in text
@@ -133,7 +133,7 @@ def test_what_stands_in_brackets_is_printed_as_it_is(tmp_path, capsys):
     mine = students("cd", [3.0], run="runs/mild/model.safetensors")
     rows = [TEACHER, *mine, record("cd", 2, parent=TEACHER.sha256, **other)]
     rows = [replace(row, others={RANDOM: [row.score, row.score]}) for row in rows]
-    records.write(tmp_path / "results.jsonl", rows)
+    jsonl.write(tmp_path / "results.jsonl", rows)
     summarise(Options(results=(tmp_path / "results.jsonl",)))
     printed = capsys.readouterr().out
     assert "cd [mild]" in printed

@@ -21,7 +21,7 @@ from diffusion.console import UserError
 from diffusion.image_file import Form
 from eval import report
 from eval.report import Options
-from eval.results import records
+from eval.results import jsonl
 from eval.results.records import Record
 from eval.show import table
 from eval.show.lines import lines
@@ -34,7 +34,7 @@ def browse(tmp_path) -> Callable[..., Opened]:
 
 
 TEACHER = record("teacher", 1000, 4.0, 8.0)
-SOLVER = record("teacher", 4, 6.0, 0.04, own=False, sampler="heun", sha256=TEACHER.sha256)
+SOLVER = record("teacher", 4, 6.0, 0.04, own_plan=False, sampler="heun", sha256=TEACHER.sha256)
 ROWS = [
     TEACHER,
     SOLVER,
@@ -45,7 +45,7 @@ ROWS = [
 
 
 def write_report(folder: Path, rows: list[Record], size: int = 8) -> Path:
-    records.write(folder / "results.jsonl", rows)
+    jsonl.write(folder / "results.jsonl", rows)
     random = torch.Generator().manual_seed(0)
     images = {r.tag: torch.randint(256, (16, 1, size, size), generator=random).byte() for r in rows}
     save_tensors(folder / "samples.safetensors", images, {})
@@ -236,7 +236,7 @@ def test_a_student_with_a_warning_does_not_ship_while_another_is_sound(tmp_path)
 
 def test_a_student_that_gains_nothing_over_a_solver_is_said_to():
     def words(score: float) -> str:
-        free = record("teacher", 4, score, own=False, sampler="unipc", sha256=TEACHER.sha256)
+        free = record("teacher", 4, score, own_plan=False, sampler="unipc", sha256=TEACHER.sha256)
         return verdict.verdict(lines([TEACHER, free, ROWS[2]]))
 
     assert "unipc at 4 calls</b> needs no training and is as good" in words(4.4)

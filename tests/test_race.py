@@ -10,7 +10,7 @@ import torch
 from eval.measure import race
 from eval.measure.race import Lap
 from eval.measure.timing import Timing
-from tests.simulated import CPU, GPU, IMAGE, Machine, fails, simulate_clock, simulate_gpu
+from tests.simulated import CPU, IMAGE, Machine, fails, simulate_clock, simulate_gpu
 
 
 @pytest.fixture
@@ -200,11 +200,3 @@ def test_sweep_races_the_rows_at_each_size_so_that_drift_favours_nobody(clock):
     for n in sizes:
         ratio = found["b", n].median / found["a", n].median
         assert ratio == pytest.approx(1, abs=0.01)
-
-
-def test_energy_is_measured_of_a_sweeps_best_size(gpu, clock):
-    gpu.millijoules = lambda: int(1000 * clock.now * 100)  # 100 watts
-    found = by_size(race.sweep({0: costing(clock, 0.1, 0.1)}, GPU))
-    measured = [n for n, t in found.items() if t.joules is not None]
-    assert measured == [max(found, key=lambda n: found[n].images_per_second)]
-    assert found[measured[0]].joules == pytest.approx(100 * 0.1, rel=0.05)

@@ -3,35 +3,36 @@
 import json
 import math
 import re
+import subprocess
+import sys
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jsonschema import Draft202012Validator
 from made_up import record, sha256
 
+from diffusion.checkpoint import load_tensors
 from diffusion.console import UserError
-from eval.measure.timing import Timing
-from eval.results import records, schema
-from eval.results.records import Record
+from eval.results import jsonl, records, together
+from eval.results.records import Record, Timing
 
-SCHEMA = json.loads(schema.SCHEMA.read_text("utf-8"))
+SCHEMA = records.schema()["$defs"]
 DOCS = Path(__file__).parents[1] / "docs" / "formats.md"
 FULL = record(
     "teacher", 3,
     others={"kid": [0.5, -1e-17]}, held_out={"kid": 0.1},
     likelihood={"variational-bound": 3.5, "variational-bound-error": 0.1, "images": 90},
     timings=[
-        Timing(1, 0.5, (0.25, 0.125), 2**40, 2**41, 0.75, None),
+        Timing(1, 0.5, (0.25, 0.125), 2**40, 2**41),
         Timing(4096, failed="out of memory"),
     ],
 )  # fmt: skip
 WRONG = [  # (where in a record, what is put there or None to remove it, the field that is named)
     (["nfe"], None, "nfe"),
-    (["timings"], None, "timings"),
-    (["timings", 0, "first"], None, "timings.0.first"),
+    (["sampler"], None, "sampler"),
+    (["timings", 0, "batch_size"], None, "timings.0.batch_size"),
     (["data", "split"], None, "data.split"),
     (["environment", "device"], None, "environment.device"),
     (["nfe"], -1, "nfe"),
@@ -39,7 +40,9 @@ WRONG = [  # (where in a record, what is put there or None to remove it, the fie
     (["nfe"], 2.5, "nfe"),
     (["nfe"], True, "nfe"),
     (["steps"], "8", "steps"),
-    (["own"], 1, "own"),
+    (["own_plan"], 1, "own_plan"),
+    (["guidance"], "2", "guidance"),
+    (["note"], 3, "note"),
     (["seeds"], [], "seeds"),
     (["seeds"], [1, 1], "seeds"),
     (["seeds", 1], "1", "seeds.1"),
@@ -60,65 +63,48 @@ WRONG = [  # (where in a record, what is put there or None to remove it, the fie
     (["likelihood", "bits"], 3.0, "likelihood.bits"),
     (["timings", 0, "seconds", 1], 0, "timings.0.seconds.1"),
     (["timings", 1, "failed"], 1, "timings.1.failed"),
-    (["timings", 0, "median"], 1, "timings.0.median"),
+    (["timings", 0, "joules"], 1, "timings.0.joules"),
     (["conditions", "date"], "yesterday", "conditions.date"),
     (["training", "hours"], 3, "training.hours"),
     (["qualty"], [1.0], "qualty"),
 ]
 
 
-def changed(place: list, value: object) -> str:
-    line = json.loads(json.dumps(asdict(FULL)))
+def two_lines(record: Record) -> list[dict]:
+    """The head and the row that a record is written as."""
+    return [json.loads(line) for line in jsonl.lines([record]).splitlines()]
+
+
+def changed(place: list, value: object) -> tuple[str, int]:
+    """FULL's two lines with one field changed, and the number of the line that it is in."""
+    written = two_lines(FULL)
+    number = 0 if place[0] in jsonl.SHARED else 1
     *path, last = place
-    inside = line
+    inside = written[number]
     for key in path:
         inside = inside[key]
     if value is None:
         del inside[last]
     else:
         inside[last] = value
-    return json.dumps(line)
-
-
-def properties(node: object) -> set[str]:
-    """Every name that the schema gives a property, at any depth."""
-    if isinstance(node, list):
-        return set().union(*map(properties, node))
-    if not isinstance(node, dict):
-        return set()
-    own = node.get("properties", {})
-    return {*own} | set().union(*map(properties, node.values()))
-
-
-def test_the_schema_has_the_fields_of_a_record_and_of_a_timing():
-    Draft202012Validator.check_schema(SCHEMA)
-    names = {each.name for each in fields(Record)}
-    assert {*SCHEMA["properties"]} == {*SCHEMA["required"]} == names
-    timing = SCHEMA["$defs"]["timing"]
-    assert {*timing["properties"]} == {*timing["required"]} == {x.name for x in fields(Timing)}
-    assert SCHEMA["properties"]["format"]["const"] == records.FORMAT
+    return "".join(json.dumps(line) + "\n" for line in written), number + 1
 
 
 def test_every_property_of_the_schema_is_documented_and_described():
     text = DOCS.read_text("utf-8")
-    assert [name for name in sorted(properties(SCHEMA)) if f"`{name}`" not in text] == []
+    properties = {
+        name: value for kind in SCHEMA.values() for name, value in kind["properties"].items()
+    }
+    assert {each.name for each in fields(Record)} < {*properties}
+    assert [name for name in sorted(properties) if f"`{name}`" not in text] == []
+    assert [name for name, value in properties.items() if "description" not in value] == []
     assert f"format {records.FORMAT}" in text
-    described = [*SCHEMA["properties"].values(), *SCHEMA["$defs"]["timing"]["properties"].values()]
-    assert [each for each in described if "description" not in each] == []
 
 
-def test_every_rule_of_the_schema_has_words_for_who_breaks_it():
-    def rules(node: object) -> set[str]:
-        if isinstance(node, list):
-            return set().union(*map(rules, node))
-        if not isinstance(node, dict):
-            return set()
-        inside = [*node.get("properties", {}).values(), *node.get("$defs", {}).values()]
-        inside += [node[key] for key in ("items", "additionalProperties") if key in node]
-        return {*node} | set().union(*map(rules, inside))
-
-    silent = {"$schema", "$defs", "$ref", "title", "description", "properties", "items"}
-    assert rules(SCHEMA) - silent == {*schema.RULES, "required", "additionalProperties"}
+def test_the_schema_of_a_line_can_be_printed():
+    command = [sys.executable, "-m", "eval.results.records"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert json.loads(printed) == records.schema()
 
 
 @given(
@@ -136,19 +122,19 @@ def test_what_is_written_is_read_back(tmp_path_factory, score, seconds, run, see
         FULL, quality=[score] * len(seeds), seeds=seeds, run=run, parent=parent, timings=timings,
         others={run: [score]},
     )  # fmt: skip
-    records.write(path, [made, FULL])
-    assert records.read(path) == [made, FULL]
-    assert [x.key for x in records.read(path)] == [made.key, FULL.key]
+    jsonl.write(path, [made, FULL])
+    assert jsonl.read(path) == [made, FULL]
+    assert [x.key for x in jsonl.read(path)] == [made.key, FULL.key]
 
 
 def test_where_there_is_no_file_there_are_no_records(tmp_path):
-    assert records.read(tmp_path / "results.jsonl") == []
+    assert jsonl.read(tmp_path / "results.jsonl") == []
 
 
 def test_a_row_that_is_begun_is_read_back_too(tmp_path):
     begun = replace(FULL, quality=[], others={}, timings=[], conditions={})
-    records.write(tmp_path / "partial.jsonl", [begun])
-    assert records.read(tmp_path / "partial.jsonl") == [begun]
+    jsonl.write(tmp_path / "partial.jsonl", [begun])
+    assert jsonl.read(tmp_path / "partial.jsonl") == [begun]
 
 
 @pytest.mark.parametrize(("place", "value", "named"), WRONG, ids=lambda x: str(x))
@@ -156,11 +142,12 @@ def test_a_line_that_is_wrong_is_refused_with_its_number_and_the_field(
     tmp_path, place, value, named
 ):
     path = tmp_path / "results.jsonl"
-    path.write_text(json.dumps(asdict(FULL)) + "\n" + changed(place, value) + "\n")
+    text, number = changed(place, value)
+    path.write_text(text)
     with pytest.raises(UserError) as error:
-        records.read(path)
+        jsonl.read(path)
     message = str(error.value)
-    assert message.startswith(f"{path}, line 2: {named}: ")
+    assert message.startswith(f"{path}, line {number}: {named}: ")
     assert "\n" not in message
     assert len(message) < 200 + len(str(path))
     if value is not None:
@@ -174,42 +161,109 @@ def test_a_line_that_is_no_record_at_all_is_a_users_mistake(tmp_path, text):
     path = tmp_path / "results.jsonl"
     path.write_bytes(text.encode("latin-1") + b"\n")
     with pytest.raises(UserError, match=re.escape(f"{path}, line 1: ")):
-        records.read(path)
+        jsonl.read(path)
 
 
 @pytest.mark.parametrize(
-    ("version", "words"), [(1, "format 1, expected 2: measure again"), (3, "format 3")]
+    ("version", "words"), [(1, "format 1, expected 3: measure again"), (4, "format 4")]
 )
 def test_another_version_of_the_format_says_so(tmp_path, version, words):
     path = tmp_path / "results.jsonl"
     path.write_text(json.dumps({"format": version, "batch_seconds": [1.0]}) + "\n")
     with pytest.raises(UserError, match=words):
-        records.read(path)
+        jsonl.read(path)
 
 
 @pytest.mark.parametrize("figure", ["1e999", "-1e999", "NaN", "Infinity"])
 def test_a_figure_that_overflows_is_refused(tmp_path, figure):
     path = tmp_path / "results.jsonl"
-    line = json.dumps(asdict(replace(FULL, floor=[123456.5]))).replace("123456.5", figure)
-    path.write_text(line + "\n")
-    with pytest.raises(UserError, match=r"floor\.0: expected number, got -?(NaN|Infinity)"):
-        records.read(path)
+    path.write_text(jsonl.lines([replace(FULL, floor=[123456.5])]).replace("123456.5", figure))
+    with pytest.raises(UserError, match=r"floor\.0: expected .* finite .*, got -?(NaN|Infinity)"):
+        jsonl.read(path)
 
 
 @pytest.mark.parametrize("figure", [math.nan, math.inf, -math.inf])
 def test_a_figure_that_is_not_finite_is_never_written(tmp_path, figure):
     path = tmp_path / "results.jsonl"
-    records.write(path, [FULL])
+    jsonl.write(path, [FULL])
     with pytest.raises(UserError, match=r"teacher.* 3 steps: others\.kid\.1: "):
-        records.write(path, [FULL, replace(FULL, others={"kid": [0.1, figure]})])
-    assert records.read(path) == [FULL]
+        jsonl.write(path, [FULL, replace(FULL, others={"kid": [0.1, figure]})])
+    assert jsonl.read(path) == [FULL]
+
+
+# --- the file
+
+
+def test_what_rows_share_is_said_once_and_what_is_empty_not_at_all(tmp_path):
+    few = replace(FULL, num_images=50, floor=[9.0])
+    text = jsonl.lines([few, FULL, replace(FULL, sampler="heun"), few])
+    kinds = ["head" if "format" in json.loads(line) else "row" for line in text.splitlines()]
+    assert kinds == ["head", "row", "head", "row", "row", "head", "row"]
+    assert "parent" not in text
+    assert "null" not in text
+    (tmp_path / "results.jsonl").write_text(text)
+    assert jsonl.read(tmp_path / "results.jsonl")[1:3] == [FULL, replace(FULL, sampler="heun")]
+
+
+def test_a_row_without_a_head_is_refused(tmp_path):
+    (tmp_path / "results.jsonl").write_text(json.dumps(two_lines(FULL)[1]))
+    with pytest.raises(UserError, match="line 1: expected a head line"):
+        jsonl.read(tmp_path / "results.jsonl")
+
+
+def format_2(record: Record, **changes) -> str:
+    """A line as it was written before format 3."""
+    values = json.loads(json.dumps(asdict(record)))
+    values |= {"format": 2, "own": values.pop("own_plan")}
+    values = {k: v for k, v in values.items() if k not in ("guidance", "note")}
+    timings = [each | {"joules": None} for each in values["timings"]]
+    return json.dumps(values | {"timings": timings} | changes) + "\n"
+
+
+def test_format_2_is_read_as_what_it_said(tmp_path):
+    path = tmp_path / "results.jsonl"
+    student = record("student", 1, parent=FULL.sha256, own_plan=True)
+    path.write_text(format_2(FULL) + format_2(student))
+    assert jsonl.read(path) == [FULL, student]
+    path.write_text(format_2(FULL, method="teacher shift 2.5"))
+    (shifted,) = jsonl.read(path)
+    assert (shifted.method, shifted.note) == ("teacher", "shift 2.5")
+    assert shifted.title == "teacher shift 2.5"
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"), [({"own": 1}, "own_plan"), ({"timings": 3}, "timings"), ({"x": 1}, "x")]
+)
+def test_a_line_of_format_2_that_is_wrong_is_refused_too(tmp_path, changes, named):
+    path = tmp_path / "results.jsonl"
+    path.write_text(format_2(FULL) + format_2(FULL, **changes))
+    with pytest.raises(UserError, match=rf"line 2: {named}: "):
+        jsonl.read(path)
+
+
+# --- what makes a measurement the same
+
+
+def test_rows_that_differ_in_their_guidance_alone_are_two_measurements():
+    weak, strong = replace(FULL, guidance=1.0), replace(FULL, guidance=2.0)
+    assert len({FULL.key, weak.key, strong.key}) == len({FULL.tag, weak.tag, strong.tag}) == 3
+    assert together.merge([[FULL, weak], [strong, weak]]) == [FULL, weak, strong]
+    named = together.titles([weak, strong])
+    assert named == ["teacher [guidance 1]", "teacher [guidance 2]"]
+
+
+def test_sample_images_of_earlier_comparisons_keep_their_names():
+    folder = Path(__file__).parents[1] / "results" / "fashion-mnist"
+    images, _ = load_tensors(folder / "samples.safetensors")
+    tags = {each.tag for each in jsonl.read(folder / "results.jsonl")}
+    assert {*images} - {"real"} <= tags
 
 
 # --- what may share a table
 
 
 def test_rows_alike_may_share_a_table():
-    records.require_comparable([FULL, record("student", 1, parent=FULL.sha256), record()])
+    together.require_comparable([FULL, record("student", 1, parent=FULL.sha256), record()])
 
 
 OTHERS = [  # what differs, what the message names, whether it matters without times
@@ -231,7 +285,7 @@ OTHERS = [  # what differs, what the message names, whether it matters without t
 def test_rows_that_differ_are_named_with_what_they_differ_in(change, words, always):
     rows = [record("teacher", n) for n in (16, 8, 4, 2, 1)] + [record("student", 1, **change)]
     with pytest.raises(UserError) as error:
-        records.require_comparable(rows)
+        together.require_comparable(rows)
     message = str(error.value)
     assert f"{words} in student 1: " in message
     assert "in teacher 16, teacher 8, teacher 4 and 2 more; " in message
@@ -239,15 +293,15 @@ def test_rows_that_differ_are_named_with_what_they_differ_in(change, words, alwa
     assert ("--no-times" in message) != always
     if always:
         with pytest.raises(UserError, match="cannot share a table"):
-            records.require_comparable(rows, times=False)
+            together.require_comparable(rows, times=False)
     else:
-        records.require_comparable(rows, times=False)
+        together.require_comparable(rows, times=False)
 
 
 def test_many_kinds_of_rows_still_make_one_short_line():
     rows = [record("student", 1, num_images=n, sha256=sha256(str(n))) for n in range(1, 200)]
     with pytest.raises(UserError) as error:
-        records.require_comparable(rows)
+        together.require_comparable(rows)
     assert len(str(error.value)) < 300
     assert "and 196 more" in str(error.value)
 
@@ -255,23 +309,23 @@ def test_many_kinds_of_rows_still_make_one_short_line():
 def test_a_folder_of_images_may_lie_elsewhere_on_another_machine():
     here = {"name": "/home/a/photos", "split": "train", "images": 90, "sha256": sha256("photos")}
     rows = [record(data=here), record("student", data=here | {"name": "/mnt/photos"})]
-    records.require_comparable(rows)
+    together.require_comparable(rows)
     other = record("student", data=here | {"sha256": sha256("other photos")})
     with pytest.raises(UserError, match="real images"):
-        records.require_comparable([rows[0], other])
+        together.require_comparable([rows[0], other])
 
 
 def test_a_teachers_long_plan_alone_may_have_fewer_images_than_the_rest():
     rest = [record("student", n, parent=sha256("teacher")) for n in (1, 2)]
     few = record("teacher", 1000, num_images=50)
-    records.require_comparable([few, *rest])
-    records.require_comparable([record("teacher", 1000), few, *rest])
+    together.require_comparable([few, *rest])
+    together.require_comparable([record("teacher", 1000), few, *rest])
     short = record("teacher", records.LONG, num_images=50)
-    solver = record("teacher", 1000, own=False, num_images=50)
+    solver = record("teacher", 1000, own_plan=False, num_images=50)
     student = record("student", 1000, parent=sha256("teacher"), num_images=50)
     for other in (short, solver, student, replace(few, num_images=200), replace(few, seeds=[7])):
         with pytest.raises(UserError, match=r"num images|seeds 7"):
-            records.require_comparable([other, *rest])
+            together.require_comparable([other, *rest])
 
 
 def test_titles_tell_apart_what_would_be_mixed_up_and_nothing_else():
@@ -281,15 +335,15 @@ def test_titles_tell_apart_what_would_be_mixed_up_and_nothing_else():
         return record("progressive", steps, run=run, sha256=weights, parent=FULL.sha256, **changes)
 
     one = [progressive("runs/digits", n) for n in (4, 2, 1)]
-    assert records.titles([FULL, *one]) == ["teacher", *["progressive"] * 3]
+    assert together.titles([FULL, *one]) == ["teacher", *["progressive"] * 3]
     two = [progressive("runs/long", n) for n in (2, 1)]
-    found = records.titles([FULL, *one, *two])
+    found = together.titles([FULL, *one, *two])
     assert found == ["teacher", *["progressive [digits]"] * 3, *["progressive [long]"] * 2]
     machine = {"device": "another", "precision": "fp32", "torch": "2.6", "threads": 1}
     moved = [replace(row, environment=machine) for row in one]
-    assert {*records.titles([*one, *moved])} == {"progressive [a device]", "progressive [another]"}
+    assert {*together.titles([*one, *moved])} == {"progressive [a device]", "progressive [another]"}
     again = replace(one[0], sha256=sha256("again"))
-    assert len({*records.titles([one[0], again])}) == 2
+    assert len({*together.titles([one[0], again])}) == 2
 
 
 def test_merging_keeps_each_measurement_once_and_of_equals_the_latest():
@@ -298,17 +352,17 @@ def test_merging_keeps_each_measurement_once_and_of_equals_the_latest():
 
     other = replace(FULL, batch_size=7)
     old, new = at("2025-01-02T00:00:00+00:00", 1.0), at("2025-10-01T00:00:00+00:00", 2.0)
-    assert records.merge([[old, other], [new]]) == [new, other]
-    assert records.merge([[new, other], [old]]) == [new, other]
-    assert records.merge([[at(None, 3.0)], [old]]) == [old]
-    assert records.merge([[old], [at(None, 3.0)]]) == [old]
-    assert records.merge([]) == []
+    assert together.merge([[old, other], [new]]) == [new, other]
+    assert together.merge([[new, other], [old]]) == [new, other]
+    assert together.merge([[at(None, 3.0)], [old]]) == [old]
+    assert together.merge([[old], [at(None, 3.0)]]) == [old]
+    assert together.merge([]) == []
     copied = replace(new, run="elsewhere")
-    assert records.merge([[new], [copied]]) == [new]
+    assert together.merge([[new], [copied]]) == [new]
 
 
 def test_what_is_merged_in_another_order_is_the_same_set():
     rows = [replace(FULL, num_images=n) for n in (100, 200, 300)]
-    ways = [records.merge([rows[:2], rows[1:]]), records.merge([rows[1:], rows[:2]])]
+    ways = [together.merge([rows[:2], rows[1:]]), together.merge([rows[1:], rows[:2]])]
     assert ways[0] == rows
     assert {x.key for x in ways[0]} == {x.key for x in ways[1]}

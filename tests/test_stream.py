@@ -18,7 +18,8 @@ from eval import compare
 from eval.compare import Options
 from eval.measure import features, stream
 from eval.measure.quality import Judge, Seen
-from eval.results import records
+from eval.results import jsonl
+from eval.results.records import Record
 from tests.test_processes import ENVIRONMENT, LAUNCH_TWO
 
 CPU = torch.device("cpu")
@@ -168,19 +169,19 @@ compare.main()
 ARGUMENTS = "--no-times --precision fp32 --features random --seeds 0 1 --steps 4 --num-images 300"
 
 
-def compare_alone(out: Path, student: Path) -> list[records.Record]:
+def compare_alone(out: Path, student: Path) -> list[Record]:
     settings = {"times": False, "precision": "fp32", "features": "random", "steps": "4"}
     settings |= {"seeds": (0, 1)}
     return compare.compare(Options((student,), num_images=300, batch_size=7, out=out, **settings))
 
 
 @pytest.fixture(scope="module")
-def alone(student, tmp_path_factory) -> list[records.Record]:
+def alone(student, tmp_path_factory) -> list[Record]:
     return compare_alone(tmp_path_factory.mktemp("alone"), student)
 
 
-def require_same_figures(folder: Path, alone: list[records.Record]) -> None:
-    (one,), (record,) = alone, records.read(folder / "results.jsonl")
+def require_same_figures(folder: Path, alone: list[Record]) -> None:
+    (one,), (record,) = alone, jsonl.read(folder / "results.jsonl")
     assert record.quality == pytest.approx(one.quality, rel=1e-4)
     assert record.further == pytest.approx(one.further, rel=1e-3, abs=1e-5)
     assert not (folder / "partial.jsonl").exists()
@@ -205,7 +206,7 @@ def test_two_processes_share_the_images_and_a_killed_pair_is_resumed_by_one(
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         both.communicate()
-    assert len(records.read(out / "results.jsonl")) == 0
+    assert len(jsonl.read(out / "results.jsonl")) == 0
     compare_alone(out, student)
     require_same_figures(out, alone)
     shutil.rmtree(out)

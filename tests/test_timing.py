@@ -14,7 +14,7 @@ import torch
 
 from eval.measure import machine, race
 from eval.measure.timing import Timing, settled
-from tests.simulated import CPU, GPU, IMAGE, Machine, fails, simulate_clock, simulate_gpu
+from tests.simulated import CPU, GPU, Machine, fails, simulate_clock, simulate_gpu
 
 
 @pytest.fixture
@@ -95,7 +95,7 @@ def test_first_call_and_warm_up_are_apart(clock):
     assert found == Timing(8, first=20.0, seconds=pytest.approx((0.5,) * 4))
 
 
-# Memory and energy
+# Memory
 
 
 def test_peak_is_of_the_call_alone_and_not_of_its_compilation(gpu, clock):
@@ -112,54 +112,6 @@ def test_peak_is_of_the_call_alone_and_not_of_its_compilation(gpu, clock):
     assert (found.allocated, found.reserved) == (300, 1300)
     found = alone(call, 1, CPU)
     assert (found.allocated, found.reserved) == (None, None)
-
-
-def test_joules_are_the_counters_difference_by_images(gpu, clock):
-    run, spent = clock.call("a", 0.02), 0
-
-    def call() -> torch.Tensor:
-        nonlocal spent
-        spent += 3500
-        return run()
-
-    gpu.millijoules = lambda: spent
-    assert alone(call, 7, GPU).joules == pytest.approx(0.5)
-
-
-@pytest.mark.parametrize("cost", [0.003, 0.07, 2.0])
-def test_joules_are_right_though_the_counter_moves_ten_times_a_second(gpu, clock, cost):
-    idle, busy, spans = 75.0, 500.0, []  # watts; when it was busy
-
-    def call() -> torch.Tensor:
-        spans.append((clock.now, clock.now + cost))
-        clock.now += cost
-        return IMAGE
-
-    def millijoules() -> int:
-        step = int(clock.now * 10) / 10
-        active = sum(min(end, step) - start for start, end in spans if start < step)
-        return int(1000 * (idle * step + (busy - idle) * active))
-
-    gpu.millijoules = millijoules
-    found = alone(call, 8, GPU)
-    assert found.joules == pytest.approx(busy * cost / 8, rel=0.02)
-
-
-@pytest.mark.parametrize("missing", ["module", "device", "counter", "steps", "gpu"])
-def test_energy_is_null_where_nvml_does_not_give_it(gpu, clock, monkeypatch, missing):
-    gpu.millijoules = lambda: int(1000 * clock.now)
-    device = CPU if missing == "gpu" else GPU
-    if missing == "module":
-        monkeypatch.setitem(sys.modules, "pynvml", None)
-    elif missing == "device":
-        gpu.uuid = "a slice of it"
-    elif missing == "counter":
-        gpu.millijoules = partial(fails, sys.modules["pynvml"].NVMLError("not supported"))
-    elif missing == "steps":
-        gpu.millijoules = lambda: 0
-    found = alone(clock.call("a", 0.5), 1, device)
-    assert found.joules is None
-    assert len(found.seconds) == 4
 
 
 @pytest.mark.parametrize("fatal", [1, 2, 3])
@@ -202,6 +154,15 @@ def test_conditions_of_a_gpu_are_its_clocks_and_null_where_nvml_gives_none(gpu):
     assert (found["clock_mhz"], found["memory_clock_mhz"]) == (1980, 2619)
     assert found["watts"] is found["celsius"] is None
     assert json.loads(json.dumps(found)) == found
+
+
+@pytest.mark.parametrize("missing", ["module", "device"])
+def test_clocks_are_null_where_nvml_does_not_give_them(gpu, monkeypatch, missing):
+    if missing == "module":
+        monkeypatch.setitem(sys.modules, "pynvml", None)
+    else:
+        gpu.uuid = "a slice of it"
+    assert machine.conditions(GPU)["clock_mhz"] is None
 
 
 def test_conditions_of_a_cpu_are_the_mean_clock_of_its_cores_or_null(monkeypatch):

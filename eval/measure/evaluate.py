@@ -74,7 +74,7 @@ def template(bench: Bench, row: Row) -> Record:
         parent=card.parent,
         sampler=row.sampler,
         steps=len(row.angles) - 1,
-        own=row.own,
+        own_plan=row.own,
         angles=row.angles.tolist(),
         parameters=sum(p.numel() for p in row.model.denoiser.parameters()),
         training=training,

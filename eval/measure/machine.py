@@ -12,7 +12,6 @@ from statistics import mean
 import torch
 from accelerate import PartialState
 
-ENERGY = "TotalEnergyConsumption"  # millijoules since the driver was loaded
 SM_CLOCK, MEMORY_CLOCK, CORE_TEMPERATURE = 1, 2, 0  # NVML's numbers of them
 
 

@@ -1,15 +1,14 @@
 """Many calls timed against one another, in turn: at one batch size, or at ever larger ones."""
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-from eval.measure.machine import ENERGY, nvml
-from eval.measure.timing import STRETCH, Timing, again, begin, joules, settled
+from eval.measure.timing import Timing, again, begin, settled
 
 GROWTH = 1.05  # in images/s, less than which a larger batch is not worth it
 
@@ -40,13 +39,12 @@ def race(
     """Time calls of that batch size against one another, `budget` seconds of repeats each.
 
     Each call's first run is apart and its second warms it up; then all are repeated in turn, the
-    order reversed from round to round, so that a machine that drifts slows them all alike. Energy
-    comes after, call by call. A call that runs out of memory is marked, and the others go on.
+    order reversed from round to round, so that a machine that drifts slows them all alike. A call
+    that runs out of memory is marked, and the others go on.
 
         timings = {lap.key: lap.timing for lap in track(race(...), "speed", Lap.progress)}
     """
-    energy = STRETCH if nvml(device, ENERGY) is not None else 0
-    total = int(len(calls) * (budget + energy))
+    total = int(len(calls) * budget)
     timings: dict[K, Timing] = {}
     spent: dict[K, float] = {}
     for key, timing in _rounds(calls, batch_size, device, budget):
@@ -54,11 +52,6 @@ def race(
         spent[key] = budget if settled(timing, budget) else min(sum(timing.seconds), budget)
         begun = f", {len(timings)} calls begun" if len(timings) < len(calls) else ""
         yield Lap(key, timing, int(sum(spent.values())), total, f"s of repeats{begun}")
-    for number, (key, timing) in enumerate(timings.items() if energy else (), 1):
-        if timing.seconds:
-            timing = replace(timing, joules=joules(calls[key], batch_size, device))
-        done = int(len(calls) * budget + number * energy)
-        yield Lap(key, timing, done, total, "s of repeats and energy")
 
 
 def sweep(
@@ -71,8 +64,8 @@ def sweep(
     """Time calls of a batch size at 1, 2, 4, ...: each a race of those whose images/s still grow.
 
     A call drops out when it runs out of memory, when two doublings have not brought 5 %, or when
-    the next may take longer than the limit of seconds (twice the last), marked "over 30 s". Its
-    best size is then measured for energy. known: by batch size, what is not measured again.
+    the next may take longer than the limit of seconds (twice the last), marked "over 30 s".
+    known: by batch size, what is not measured again.
 
         for lap in track(sweep(calls, device, known), "batch sizes", Lap.progress):
             timings[lap.key][lap.timing.batch_size] = lap.timing
@@ -97,12 +90,7 @@ def sweep(
         for key in [key for key in going if not _grows(list(found[key].values()))]:
             going.remove(key)
             ended += 1
-            whole = [timing for timing in found[key].values() if timing.seconds]
-            best = max(whole, key=lambda t: t.images_per_second, default=found[key][size])
-            if whole and best.joules is None:
-                call = partial(calls[key], best.batch_size)
-                best = replace(best, joules=joules(call, best.batch_size, device))
-            yield Lap(key, best, ended, len(calls), words)
+            yield Lap(key, found[key][size], ended, len(calls), words)
         size *= 2
 
 

@@ -1,69 +1,19 @@
-"""Seconds, memory and energy of one call: its first run apart, then synchronised repeats."""
+"""Seconds and memory of one call: its first run apart, then synchronised repeats."""
 
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from statistics import median, quantiles
 
 import torch
 from torch import Tensor
 
-from eval.measure.machine import ENERGY, nvml
+from eval.results.records import FOR_P90, Timing
 
-FOR_P90 = 29  # as many samples have one beyond the 90th percentile with 95 %: 0.9^29 < 0.05
 MOST = 50  # repeats
 SHARP = 0.01  # of the median: the half-width of its notch at which repeats may stop
 LONG = 1.0  # seconds; a call beyond them is repeated twice, not three times
 IN_PASSING = 3.0  # seconds; a batch beyond them is timed while its images are made, and not again
-STRETCH = 1.0  # seconds of calls over which energy is measured
 OUT_OF_MEMORY = "out of memory"
-
-
-@dataclass(frozen=True)
-class Timing:
-    """What a batch of that size takes from noise to uint8."""
-
-    batch_size: int
-    first: float | None = None
-    """Seconds of the first call of all: compilation and warm-up are in it."""
-    seconds: tuple[float, ...] = ()
-    """Seconds of each repeat; none where it failed."""
-    allocated: int | None = None
-    """Peak bytes that the call took beyond those that were held before; null on a CPU."""
-    reserved: int | None = None
-    """Peak bytes that the allocator held, with the weights of every model loaded; null on a CPU."""
-    joules: float | None = None
-    """Per image, by NVML's counter of the whole device; null without one."""
-    failed: str | None = None
-    """Why there are no repeats, e.g. "out of memory"."""
-
-    @property
-    def over(self) -> bool:
-        """Whether it has repeats, or can have none."""
-        return bool(self.seconds or self.failed)
-
-    @property
-    def median(self) -> float:
-        return median(self.seconds)
-
-    @property
-    def iqr(self) -> tuple[float, float]:
-        """The quartiles of the repeats."""
-        if len(self.seconds) < 2:
-            return self.median, self.median
-        low, _, high = quantiles(self.seconds, n=4, method="inclusive")
-        return low, high
-
-    @property
-    def p90(self) -> float | None:
-        """The 90th percentile; None where the repeats are too few to claim one."""
-        if len(self.seconds) < FOR_P90:
-            return None
-        return quantiles(self.seconds, n=10, method="inclusive")[-1]
-
-    @property
-    def images_per_second(self) -> float:
-        return self.batch_size / self.median
 
 
 def timed(call: Callable[[], Tensor], device: torch.device) -> tuple[Tensor, float]:
@@ -147,15 +97,12 @@ class InPassing:
         short = self.timing and self.timing.seconds and self.timing.median <= IN_PASSING
         if size != self.batch_size or short:
             return call()
-        held, before = _fresh(self.device), nvml(self.device, ENERGY)
+        held = _fresh(self.device)
         result, took = timed(call, self.device)
         if self.timing is None:
             self.timing = Timing(size, first=took)
             return result
-        spent = nvml(self.device, ENERGY)
         timing = replace(self.timing, seconds=(*self.timing.seconds, took))
-        if spent is not None and before is not None:  # of the last batch: 3 s are steps enough
-            timing = replace(timing, joules=(spent - before) / 1000 / size)
         if held is not None:
             allocated = torch.cuda.max_memory_allocated(self.device) - held
             reserved = torch.cuda.max_memory_reserved(self.device)
@@ -178,27 +125,6 @@ class InPassing:
         return timing if long else Timing(timing.batch_size, first=timing.first)
 
 
-def joules(call: Callable[[], Tensor], batch_size: int, device: torch.device) -> float | None:
-    """Energy per image, of calls back to back for a second or more; None without a moving counter.
-
-    NVML's counter moves in steps of 20 to 100 ms, so both ends wait for one: what is not the
-    calls' is the rest of the last step, spent idle.
-    """
-    start = _next_step(device)
-    if start is None:
-        return None
-    spent, count = 0.0, 0
-    while spent < STRETCH:
-        took = _attempt(call, device)
-        if took is None:
-            return None
-        spent, count = spent + took, count + 1
-    end = _next_step(device)
-    if end is None or end <= start:
-        return None
-    return (end - start) / 1000 / (count * batch_size)
-
-
 def _attempt(call: Callable[[], Tensor], device: torch.device) -> float | None:
     """Its seconds; None where it ran out of memory."""
     try:
@@ -217,16 +143,6 @@ def _fresh(device: torch.device) -> int | None:
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
     return torch.cuda.memory_allocated(device)
-
-
-def _next_step(device: torch.device) -> int | None:
-    """NVML's millijoules when they have just moved, or have not for half a second."""
-    before = now = nvml(device, ENERGY)
-    deadline = time.perf_counter() + 0.5
-    while now is not None and now == before and time.perf_counter() < deadline:
-        time.sleep(0.001)
-        now = nvml(device, ENERGY)
-    return now
 
 
 def _synchronise(device: torch.device) -> None:

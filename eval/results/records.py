@@ -1,76 +1,275 @@
-"""One record per row of the table: what was measured, of what, on what; JSON lines on disk."""
+"""What was measured, as types: they are the schema of results.jsonl and its validation at once.
+
+A record is one row of a table. What the rows of a comparison share stands in its `Head`, the rest
+in its `Row`; the file has a head once and the rows that it holds for below it (see file.py).
+`python -m eval.results.records` prints the JSON schema of a line.
+"""
 
 import hashlib
 import json
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from statistics import mean, stdev
+from dataclasses import dataclass, field
+from statistics import mean, median, quantiles, stdev
+from typing import Annotated, Literal, NotRequired
 
-from diffusion.checkpoint import write_atomic
-from diffusion.console import UserError
-from eval.measure.timing import Timing
-from eval.results import schema
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, with_config
+from typing_extensions import TypedDict
 
-FORMAT = 2
-LONG = (
-    100  # steps; a teacher's own plan of more may be judged on fewer images than its table's rest
-)
+FORMAT = 3
+LONG = 100  # steps; a teacher's own plan of more may be judged on fewer images than other rows
 ENOUGH = 16  # steps; a teacher's row of as many can then stand in for that plan
+FOR_P90 = 29  # as many samples have one beyond the 90th percentile with 95 %: 0.9^29 < 0.05
 
 
+def _distinct(seeds: list[int]) -> list[int]:
+    if len({*seeds}) < len(seeds):
+        raise ValueError("List should have no two alike")
+    return seeds
+
+
+Text = Annotated[str, Field(min_length=1)]
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1)]
+Amount = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Seconds = Annotated[float, Field(gt=0)]
+Angle = Annotated[float, Field(ge=0, le=1.5708)]
+Date = Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d")]
+Seeds = Annotated[list[int], Field(min_length=1), AfterValidator(_distinct)]
+Fact = str | int | float | bool | None
+
+OPEN = ConfigDict(strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
+CLOSED = OPEN | ConfigDict(extra="forbid", validate_default=True)
+
+
+@with_config(CLOSED)
+class Training(TypedDict, total=False):
+    """The training of the checkpoint itself, not of its parents; as much as its card says."""
+
+    iterations: Count
+    """Steps of the optimizer."""
+    images: Count
+    """Images seen, each as often as it was seen."""
+    total_images: Count
+    """Those, and the images that the students it goes on from saw."""
+    recipe: Annotated[str, Field(pattern="^[0-9a-f]{8}$")]
+    """Identity of its settings but the seed: equal for runs that differ in it alone."""
+    seconds: Amount
+    """Seconds of the training loop."""
+
+
+@with_config(CLOSED)
+class Data(TypedDict):
+    """The real images that all is measured against."""
+
+    name: Text
+    """The dataset's name, or its folder."""
+    split: Text
+    """Which part of it, e.g. train."""
+    images: Positive
+    """How many they are."""
+    sha256: NotRequired[Sha256]
+    """Identity of their uint8 pixels."""
+    background: NotRequired[str]
+    """The colour behind what is transparent in a folder's images, if not white."""
+
+
+@with_config(CLOSED)
+class Extractor(TypedDict):
+    """What the features are made by."""
+
+    sha256: Sha256
+    """Identity of its weights."""
+    accuracy: NotRequired[Share | None]
+    """A classifier's share of held-out images that it names rightly."""
+
+
+@with_config(OPEN)
+class Environment(TypedDict, extra_items=Fact):
+    """What a time depends on; rows that differ in it share no table of times."""
+
+    device: Text
+    """The processor's or the GPU's name."""
+    type: NotRequired[str]
+    """cpu or cuda."""
+    precision: Text
+    """Number format of the network: fp32 or bf16."""
+    compile: NotRequired[bool]
+    """Whether the network is compiled."""
+    threads: NotRequired[Positive]
+    """Threads that torch uses."""
+    cores: NotRequired[Positive | None]
+    """Cores of the machine."""
+    python: NotRequired[str]
+    """Its version."""
+    torch: NotRequired[str]
+    """Its version."""
+
+
+@with_config(OPEN)
+class Conditions(TypedDict, total=False, extra_items=Fact):
+    """When a row was measured and what else might be of use; makes no row another."""
+
+    date: Date
+    """UTC, ISO 8601. Of two measurements of the same, the later is kept."""
+    processes: Positive
+    """Processes that shared the work."""
+    clock_mhz: float | None
+    """The device's clock."""
+    memory_clock_mhz: float | None
+    """Clock of a GPU's memory."""
+    celsius: float | None
+    """A GPU's heat."""
+    watts: float | None
+    """What a GPU draws."""
+
+
+Bits = Annotated[float, Field(description="Bits per dimension of held-out images.")]
+Error = Annotated[float, Field(ge=0, description="Its standard error.")]
+Likelihood = with_config(CLOSED)(
+    TypedDict(
+        "Likelihood",
+        {
+            "variational-bound": Bits,
+            "variational-bound-error": Error,
+            "probability-flow": Bits,
+            "probability-flow-error": Error,
+            "images": Annotated[int, Field(ge=1, description="How many they are the mean over.")],
+        },
+        total=False,
+    )
+)
+
+
+@with_config(CLOSED)
 @dataclass(frozen=True)
-class Record:
-    """A measured row; lists hold one figure per seed."""
+class Timing:
+    """What a batch of that size takes from noise to uint8."""
 
-    run: str
-    method: str
-    sha256: str
-    """Identity of the checkpoint's weights."""
-    parent: str | None
-    sampler: str
-    steps: int
-    """Steps of the sampler."""
-    own: bool
-    """Whether it is the checkpoint's own plan, not a solver's on the teacher."""
-    angles: list[float]
-    parameters: int
-    training: dict
-    """Iterations, images seen and seconds of the checkpoint's own training."""
-    data: dict
-    """The real images: name, split and number of those that all is measured against."""
-    metric: str
-    extractor: dict
-    """sha256, and the accuracy of a classifier."""
-    num_images: int
-    seeds: list[int]
-    floor: list[float]
+    batch_size: Positive
+    """Images in a call."""
+    first: Amount | None = None
+    """Seconds of the first call of all: compilation and warm-up are in it."""
+    seconds: tuple[Seconds, ...] = ()
+    """Seconds of each repeat, synchronised; none where it failed."""
+    allocated: Count | None = None
+    """Peak bytes that the call took beyond those that were held before; none on a CPU."""
+    reserved: Count | None = None
+    """Peak bytes that the allocator held, with the weights of every model loaded; none on a CPU."""
+    failed: str | None = None
+    """Why there are no repeats, e.g. "out of memory"."""
+
+    @property
+    def over(self) -> bool:
+        """Whether it has repeats, or can have none."""
+        return bool(self.seconds or self.failed)
+
+    @property
+    def median(self) -> float:
+        return median(self.seconds)
+
+    @property
+    def iqr(self) -> tuple[float, float]:
+        """The quartiles of the repeats."""
+        if len(self.seconds) < 2:
+            return self.median, self.median
+        low, _, high = quantiles(self.seconds, n=4, method="inclusive")
+        return low, high
+
+    @property
+    def p90(self) -> float | None:
+        """The 90th percentile; None where the repeats are too few to claim one."""
+        if len(self.seconds) < FOR_P90:
+            return None
+        return quantiles(self.seconds, n=10, method="inclusive")[-1]
+
+    @property
+    def images_per_second(self) -> float:
+        return self.batch_size / self.median
+
+
+@with_config(CLOSED)
+@dataclass(frozen=True, kw_only=True)
+class Head:
+    """What rows share: what they are measured on, against what, and where."""
+
+    format: Literal[3] = FORMAT
+    """The version of this schema."""
+    data: Data
+    """The real images that all is measured against."""
+    metric: Text
+    """fid for clean-fid's Inception in mode clean alone; any other names its extractor."""
+    extractor: Extractor
+    """What the features are made by."""
+    num_images: Positive
+    """Generated images per seed."""
+    seeds: Seeds
+    """Seeds of the noise."""
+    floor: Annotated[list[float], Field(min_length=1)]
     """The metric of as many real images, over repeated draws."""
-    held_out: dict[str, float]
+    held_out: dict[str, float] = field(default_factory=dict)
     """The further figures of held-out real images: what a good model should come near to."""
-    batch_size: int
+    batch_size: Positive
     """Batch size of the table's images/s."""
-    environment: dict
+    environment: Environment
     """Device, precision, threads and versions: what a time depends on."""
-    nfe: int = 0
-    """Network calls per image, counted."""
+
+
+@with_config(CLOSED)
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One checkpoint sampled in one way, and what that costs; lists hold one figure per seed."""
+
+    run: Text
+    """Where the checkpoint lay when it was measured."""
+    method: Text
+    """What made the checkpoint, by its card."""
+    sha256: Sha256
+    """Identity of the checkpoint's weights: names, shapes and bytes."""
+    parent: Sha256 | None = None
+    """sha256 of the weights that it was distilled from; none for a teacher."""
+    parameters: Count
+    """Numbers that the network learns."""
+    training: Training
+    """Iterations, images seen and seconds of the checkpoint's own training."""
+    sampler: Text
+    """Its name, as in diffusion/samplers.py."""
+    steps: Positive
+    """Steps of the sampler."""
+    own_plan: bool
+    """True for the checkpoint's own plan, false for a solver that needs no training."""
+    angles: Annotated[list[Angle], Field(min_length=2)]
+    """Noise levels in radians, ascending from 0: one more than steps."""
+    guidance: float | None = None
+    """The weight of classifier-free guidance; none without it."""
+    note: str = ""
+    """How the angles were chosen, where they are not those of the card."""
+    nfe: Positive = 0
+    """Network calls per image, counted; 0 before they are, which no file holds."""
     quality: list[float] = field(default_factory=list)
+    """The metric of each seed's images; of fewer seeds while the row is being measured."""
     others: dict[str, list[float]] = field(default_factory=dict)
-    """Further figures by name."""
-    likelihood: dict[str, float] = field(default_factory=dict)
+    """Further figures by name, each of each seed."""
+    likelihood: Likelihood = field(default_factory=dict)
     """A teacher's bits per dimension of held-out images."""
     timings: list[Timing] = field(default_factory=list)
     """At batch 1, at batch_size, and of a sweep over batch sizes."""
-    conditions: dict = field(default_factory=dict)
+    conditions: Conditions = field(default_factory=dict)
     """When it was measured, and at which clocks."""
-    format: int = FORMAT
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record(Row, Head):
+    """A row with the head that it stands under."""
 
     @property
     def key(self) -> tuple:
         """What makes a measurement the same: measured again, it is skipped."""
         place = json.dumps([self.environment, self.data], sort_keys=True)
-        what = (self.sha256, self.sampler, tuple(self.angles), self.metric, self.num_images)
-        return *what, tuple(self.seeds), self.batch_size, place
+        plan = (self.sha256, self.sampler, tuple(self.angles), self.metric, self.num_images)
+        # an unguided row keeps the key, and so the tag, that it had before rows knew of guidance
+        guided = () if self.guidance is None else (self.guidance,)
+        return *plan, tuple(self.seeds), self.batch_size, place, *guided
 
     @property
     def tag(self) -> str:
@@ -79,13 +278,24 @@ class Record:
 
     @property
     def title(self) -> str:
-        """What made it, and the solver that is not its own."""
-        return self.method if self.own else f"{self.method}, {self.sampler}"
+        """What made it, how its angles were chosen, and the solver that is not the checkpoint's."""
+        method = f"{self.method} {self.note}".strip()
+        return method if self.own_plan else f"{method}, {self.sampler}"
+
+    @property
+    def date(self) -> str:
+        """ISO 8601 in UTC; "" where it is not known."""
+        return self.conditions.get("date", "")
+
+    @property
+    def student(self) -> bool:
+        """Whether it is a student by its own plan."""
+        return self.own_plan and self.parent is not None
 
     @property
     def long(self) -> bool:
         """Whether it is a teacher's own plan of very many steps."""
-        return self.own and self.parent is None and self.steps > LONG
+        return self.own_plan and self.parent is None and self.steps > LONG
 
     @property
     def further(self) -> dict[str, float]:
@@ -102,8 +312,8 @@ class Record:
 
     def timing(self, batch_size: int) -> Timing | None:
         """The repeats at that batch size, where there are any."""
-        found = (t for t in self.timings if t.batch_size == batch_size and t.seconds)
-        return next(found, None)
+        timings = (t for t in self.timings if t.batch_size == batch_size and t.seconds)
+        return next(timings, None)
 
     @property
     def single(self) -> Timing | None:
@@ -120,145 +330,10 @@ class Record:
         return max(whole, key=lambda timing: timing.images_per_second, default=None)
 
 
-def setting(record: Record, times: bool = True, most: int = 0) -> dict[str, str]:
-    """What two rows of one table must have in common, by name. times: whether it shows times.
-
-    most: images of the table's other rows; a long plan of fewer counts as one of as many.
-    """
-    images = max(record.num_images, most) if record.long else record.num_images
-    extractor, real = record.extractor["sha256"][:8], record.data
-    pixels = f" {real['sha256'][:8]}" if "sha256" in real else ""
-    found = {
-        "metric": record.metric if extractor in record.metric else f"{record.metric} {extractor}",
-        "real images": f"{real['images']} of {Path(real['name']).name} {real['split']}{pixels}",
-        "num images": str(images),
-        "seeds": " ".join(map(str, record.seeds)),
-    }
-    if times:
-        found["batch size"] = str(record.batch_size)
-        found |= {name: str(value) for name, value in sorted(record.environment.items())}
-    return found
+def schema() -> dict:
+    """The JSON schema of a line of results.jsonl: a head, or a row below it."""
+    return TypeAdapter(Head | Row).json_schema()
 
 
-def most_images(records: list[Record]) -> int:
-    """The most images that a row is judged on, long plans apart; 0 where there are no other rows."""
-    return max((record.num_images for record in records if not record.long), default=0)
-
-
-def fullest(records: list[Record]) -> Record:
-    """The first row that is judged on as many images as any."""
-    return max(records, key=lambda record: record.num_images)
-
-
-def require_comparable(records: list[Record], times: bool = True) -> None:
-    """UserError where rows cannot share a table, with the rows and what they differ in."""
-    names = [f"{title} {r.steps}" for title, r in zip(titles(records), records, strict=True)]
-    found = [setting(record, times, most_images(records)) for record in records]
-    differ = [name for name in _keys(found) if len({each.get(name) for each in found}) > 1]
-    if not differ:
-        return
-    groups: dict[str, list[str]] = {}
-    for name, each in zip(names, found, strict=True):
-        what = _some([f"{key} {each.get(key, 'unknown')}" for key in differ])
-        groups.setdefault(what, []).append(name)
-    kinds = [f"{what} in {_some(rows)}" for what, rows in groups.items()]
-    mend = "measure them alike"
-    if times and not {*differ} & {*setting(records[0], times=False)}:
-        mend += ", or leave the times out with --no-times"
-    raise UserError(f"these rows cannot share a table: {_some(kinds, '; ')}: {mend}")
-
-
-def titles(records: list[Record]) -> list[str]:
-    """A name for each row's method; where two of one title and steps would be mixed up, with what
-    tells them apart: a folder, the machine, or in the end the weights' sha256, in brackets."""
-    apart: dict[str, list[str]] = {}
-    places = [_place(record) for record in records]
-    for title in {record.title for record in records}:
-        same = [i for i, record in enumerate(records) if record.title == title]
-
-        def kinds(keys: list[str], same=same) -> int:
-            return len({(records[i].steps, *(places[i].get(k) for k in keys)) for i in same})
-
-        keys: list[str] = []
-        for key in _keys([places[i] for i in same]):
-            if kinds([*keys, key]) > kinds(keys):
-                keys.append(key)
-        apart[title] = keys
-    found = []
-    for record, place in zip(records, places, strict=True):
-        words = [place[key] for key in apart[record.title] if key in place]
-        found.append(record.title + (f" [{', '.join(words)}]" if words else ""))
-    return found
-
-
-def _place(record: Record) -> dict[str, str]:
-    """Where and on what it was measured, the parts of its path from the last to the first."""
-    path = {f"part {i}": part for i, part in enumerate(reversed(Path(record.run).parts))}
-    first = {"device": record.environment["device"], "precision": record.environment["precision"]}
-    sizes = {"batch": f"batch {record.batch_size}", "sha256": record.sha256[:8]}
-    return (
-        path
-        | first
-        | {k: f"{k} {v}" for k, v in record.environment.items() if k not in first}
-        | sizes
-    )
-
-
-def _keys(found: list[dict]) -> list[str]:
-    return list(dict.fromkeys(key for each in found for key in each))
-
-
-def _some(words: list[str], between: str = ", ", most: int = 3) -> str:
-    more = [f"and {len(words) - most} more"] if len(words) > most else []
-    return between.join(words[:most]) + "".join(f" {word}" for word in more)
-
-
-def merge(lists: Iterable[list[Record]]) -> list[Record]:
-    """Every measurement once, of equals the latest; teachers first, else in their order."""
-    found: dict[tuple, Record] = {}
-    for record in (record for records in lists for record in records):
-        before = found.setdefault(record.key, record)
-        if date(record) > date(before):
-            found[record.key] = record
-    return sorted(found.values(), key=lambda record: record.parent is not None)
-
-
-def date(record: Record) -> str:
-    """ISO 8601 in UTC; "" where it is not known."""
-    return record.conditions.get("date", "")
-
-
-def read(path: Path) -> list[Record]:
-    """The records of a results file; none where there is no file. UserError names a bad line."""
-    found = path.read_bytes().splitlines() if path.exists() else []
-    return [_parsed(line, f"{path}, line {number}") for number, line in enumerate(found, 1)]
-
-
-def write(path: Path, records: list[Record]) -> None:
-    write_atomic(path, lines(records))
-
-
-def lines(records: list[Record]) -> str:
-    """JSON lines, as `read` takes them. UserError names a figure that is not finite."""
-    found = [json.dumps(asdict(record)) for record in records]
-    for record, line in zip(records, found, strict=True):
-        _parsed(line, f"the record of {record.run}, {record.sampler} in {record.steps} steps")
-    return "".join(line + "\n" for line in found)
-
-
-def _parsed(line: bytes | str, place: str) -> Record:
-    try:
-        fields = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{place}: expected a JSON object, got {line[:40]!r} ({error})") from error
-    version = fields.get("format") if isinstance(fields, dict) else FORMAT
-    if version != FORMAT:
-        raise UserError(f"{place}: format {version!r:.40}, expected {FORMAT}: measure again")
-    if mistake := schema.mistake(fields):
-        raise UserError(f"{place}: {mistake}")
-    timings = [Timing(**each | {"seconds": tuple(each["seconds"])}) for each in fields["timings"]]
-    record = Record(**fields | {"timings": timings})
-    for name, figures in {"quality": record.quality, **record.others}.items():
-        if len(figures) > len(record.seeds):
-            raise UserError(f"{place}: {name}: expected one a seed, got {len(figures)}")
-    return record
+if __name__ == "__main__":
+    print(json.dumps(schema(), indent=1))

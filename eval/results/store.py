@@ -7,7 +7,7 @@ from accelerate import PartialState
 from torch import Tensor
 
 from diffusion.checkpoint import load_tensors, save_tensors
-from eval.results import records
+from eval.results import jsonl
 from eval.results.records import Record
 
 
@@ -21,10 +21,10 @@ class Store:
 
     @staticmethod
     def open(folder: Path) -> "Store":
-        begun, whole = (records.read(folder / name) for name in ("partial.jsonl", "results.jsonl"))
-        found = Store(folder, {r.key: r for r in [*begun, *whole]}, samples_of(folder))
+        begun, whole = (jsonl.read(folder / name) for name in ("partial.jsonl", "results.jsonl"))
+        store = Store(folder, {r.key: r for r in [*begun, *whole]}, samples_of(folder))
         PartialState().wait_for_everyone()  # all have read before the first writes
-        return found
+        return store
 
     def put(self, *changed: Record, images: dict[str, Tensor] | None = None) -> None:
         self.records |= {record.key: record for record in changed}
@@ -35,8 +35,8 @@ class Store:
             save_tensors(self.folder / "samples.safetensors", self.samples, {})
         whole = [r for r in self.records.values() if len(r.quality) == len(r.seeds)]
         begun = [r for r in self.records.values() if len(r.quality) < len(r.seeds)]
-        records.write(self.folder / "results.jsonl", whole)  # first: no record is ever in neither
-        records.write(self.folder / "partial.jsonl", begun)
+        jsonl.write(self.folder / "results.jsonl", whole)  # first: no record is ever in neither
+        jsonl.write(self.folder / "partial.jsonl", begun)
         if not begun:
             (self.folder / "partial.jsonl").unlink()
 

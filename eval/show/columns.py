@@ -4,8 +4,7 @@ from collections.abc import Callable
 from statistics import mean
 from typing import NamedTuple
 
-from eval.measure.timing import Timing
-from eval.results.records import Record
+from eval.results.records import Record, Timing
 from eval.show.lines import Line
 
 
@@ -85,10 +84,6 @@ def _megabytes(record: Record) -> float | None:
     return None if batch is None or batch.allocated is None else batch.allocated / 1e6
 
 
-def _joules(record: Record) -> float | None:
-    return record.batch.joules if record.batch else None
-
-
 NAMES: Columns = {
     "method": lambda line: Cell(line.name, line.name),
     "steps": lambda line: cell(line.record.steps, str),
@@ -115,7 +110,6 @@ SPEED: Columns = NAMES | {
     "best images/s": _best_cell,
     "50,000 images": lambda line: cell(_seconds_for(line.record, 50_000), duration),
     "peak MB": lambda line: cell(_megabytes(line.record)),
-    "J/image": lambda line: cell(_joules(line.record)),
 }
 
 
@@ -151,7 +145,7 @@ def plain(line: Line, columns: Columns, times: bool) -> dict[str, object]:
     record = line.record
     found = {head: column(line).value for head, column in columns.items()}
     found |= {"method": line.title, "warnings": " ".join(line.warnings), "sampler": record.sampler}
-    found |= {"own": record.own, "spread": _spread(record), "floor": mean(record.floor)}
+    found |= {"own": record.own_plan, "spread": _spread(record), "floor": mean(record.floor)}
     if times:
         for head, timing, figure in (
             ("ms @1", record.single, _milliseconds),

@@ -6,8 +6,8 @@ from statistics import mean
 
 from diffusion.console import UserError
 from eval.measure import quality
-from eval.measure.timing import Timing
-from eval.results.records import ENOUGH, Record, most_images, setting, titles
+from eval.results.records import ENOUGH, Record, Timing
+from eval.results.together import most_images, setting, titles
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def _kind(record: Record, teacher: Record | None) -> tuple:
     """What trainings of one line have in common; one of unknown recipe has it with no other."""
     recipe = record.training.get("recipe", record.sha256)
     origin = teacher.sha256 if teacher else None
-    plan = record.title, record.steps, record.nfe
+    plan = record.title, record.guidance, record.steps, record.nfe
     return recipe, origin, *plan, record.training.get("total_images"), *setting(record).values()
 
 
@@ -142,7 +142,7 @@ def _ancestors(records: list[Record]) -> list[list[Record]]:
 
 def teacher_of(records: list[Record]) -> Record | None:
     """The table's: of first ancestors' own plans the longest."""
-    roots = [record for record in records if record.own and record.parent is None]
+    roots = [record for record in records if record.own_plan and record.parent is None]
     return max(roots, key=lambda record: record.nfe, default=None)
 
 

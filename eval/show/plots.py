@@ -11,7 +11,8 @@ from torch import Tensor
 from diffusion.checkpoint import write_atomic
 from diffusion.pictures import grid
 from eval.measure import sets
-from eval.results.records import Record, fullest
+from eval.results.records import Record
+from eval.results.together import fullest
 from eval.show.lines import Line, lines
 
 matplotlib.use("Agg")
@@ -37,7 +38,7 @@ def cost_plot(
     if not found:
         return
     points = [
-        (line.title, line.record.own, cost(line), line.record.score, line.record.spread)
+        (line.title, line.record.own_plan, cost(line), line.record.score, line.record.spread)
         for line in found
     ]
     curves(path, points, fullest([line.record for line in found]), label)

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from diffusion.console import out
 from eval.measure import quality
-from eval.results import records as results
+from eval.results import jsonl, together
 from eval.results.records import Record
 from eval.show.columns import (
     LIKELIHOOD,
@@ -65,7 +65,7 @@ def tables(records: list[Record], times: bool = True) -> list[Table]:
 
     UserError where the rows are not comparable.
     """
-    results.require_comparable(records, times)
+    together.require_comparable(records, times)
     found, times = lines(records), times and any(record.timings for record in records)
     made = [Table("Quality and cost", _costs(found, times), found, caption(found, times))]
     if times:
@@ -75,7 +75,7 @@ def tables(records: list[Record], times: bool = True) -> list[Table]:
         images = likely[0].record.likelihood.get("images", "the")
         words = f"of {images} held-out images: the variational bound, and by the probability flow"
         made.append(Table("Likelihood", _filled(LIKELIHOOD, likely), likely, words))
-    columns, real = further(records), results.fullest(records).held_out
+    columns, real = further(records), together.fullest(records).held_out
     if len(columns) > 2:
         foot = [Cell("held-out images"), Cell("")]
         foot += [cell(real.get(head), "{:.3g}".format) for head in [*columns][2:]]
@@ -104,7 +104,7 @@ def _filled(columns: Columns, found: list[Line]) -> Columns:
 
 def caption(found: list[Line], times: bool) -> str:
     """What the figures of the first table are."""
-    first = results.fullest([line.record for line in found])
+    first = together.fullest([line.record for line in found])
     accuracy = first.extractor.get("accuracy")
     several = max(len(line.trainings) for line in found) > 1
     parts = [
@@ -176,7 +176,6 @@ def _speed_caption(columns: Columns, first: Record) -> str:
         "best images/s": "best images/s: @ the batch size that has them",
         "50,000 images": "50,000 images: at the most images/s that were timed",
         "peak MB": "peak MB: beyond what was held before the call",
-        "J/image": "J/image: of the whole device",
     }
     words = [f"noise to uint8 on {machine(first)}, synchronised"]
     return "; ".join([*words, *(text for head, text in told.items() if head in columns)])
@@ -255,7 +254,7 @@ def latex(records: list[Record], times: bool = True) -> str:
 
 def comma_separated(records: list[Record], times: bool = True) -> str:
     """One wide table of plain numbers, in full; nothing between two commas where there is none."""
-    results.require_comparable(records, times)
+    together.require_comparable(records, times)
     columns = {head: column for head, column in QUALITY.items() if times or head not in TIMES}
     columns |= (SPEED if times else {}) | LIKELIHOOD | further(records)
     rows = [plain(line, columns, times) for line in lines(records)]
@@ -268,7 +267,7 @@ def comma_separated(records: list[Record], times: bool = True) -> str:
 
 def json_lines(records: list[Record], times: bool = True) -> str:
     """As results.jsonl, the whole of each record."""
-    return results.lines(records)
+    return jsonl.lines(records)
 
 
 FORMATS: dict[str, Callable[[list[Record], bool], RenderableType]] = {

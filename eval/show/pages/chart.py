@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from html import escape
 from itertools import cycle
 
-from eval.results.records import fullest
+from eval.results.together import fullest
 from eval.show.columns import short
 from eval.show.lines import Line
 
@@ -47,7 +47,7 @@ def looks(found: list[Line]) -> dict[str, Look]:
     made, shapes = {}, {True: cycle(SHAPES[1:]), False: cycle(SHAPES)}
     colours = cycle(f"c{i}" for i in range(1, COLOURS))
     for line in found:
-        own, parent = line.record.own, line.record.parent
+        own, parent = line.record.own_plan, line.record.parent
         if line.title not in made:
             grey = "muted" if not own else "c0" if parent is None else None
             shape = SHAPES[0] if grey == "c0" else next(shapes[own])

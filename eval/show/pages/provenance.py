@@ -4,7 +4,7 @@ from html import escape
 from pathlib import Path
 from statistics import mean
 
-from eval.results import records
+from eval.results import together
 from eval.results.records import Record
 from eval.show.columns import short
 from eval.show.lines import Line
@@ -14,10 +14,10 @@ from eval.show.table import drawn, over
 
 def facts(rows: list[Record], not_shown: list[str], several: bool) -> str:
     """not_shown: what else the files hold; several: whether any row has several trainings."""
-    first = records.fullest(rows)
+    first = together.fullest(rows)
     real = first.data
     accuracy = first.extractor.get("accuracy")
-    dates = [_when(date) for date in sorted(filter(None, map(records.date, rows)))]
+    dates = [_when(date) for date in sorted(filter(None, (record.date for record in rows)))]
     pixels = f", sha256 <code>{escape(real['sha256'])}</code>" if "sha256" in real else ""
     pairs = {
         "quality": f"{escape(first.metric)}, lower is better, of {first.num_images:,} images: "
@@ -79,7 +79,7 @@ def measured(found: list[Line]) -> str:
                 record.steps,
                 sampler,
                 *cells,
-                _when(records.date(record)),
+                _when(record.date),
                 _words(others) or "-",
             )
         )

@@ -11,7 +11,7 @@ LIMITS = (1.2, 2.0)  # how much worse than the teacher a student that ships may 
 
 
 def students(found: list[Line]) -> list[Line]:
-    return [line for line in found if line.record.own and line.record.parent is not None]
+    return [line for line in found if line.record.own_plan and line.record.parent is not None]
 
 
 def cheapest(found: list[Line], limit: float) -> Line | None:
@@ -37,7 +37,7 @@ def rival(found: list[Line], line: Line) -> Line | None:
     """The best row without training, at no more calls and of the same teacher, where it is as good:
     of a score no greater, or at the floor as the line is."""
     same = (x for x in found if x.yardstick is line.yardstick and x.record.nfe <= line.record.nfe)
-    free = best([x for x in same if not x.record.own and not x.warnings])
+    free = best([x for x in same if not x.record.own_plan and not x.warnings])
     floor = mean(line.record.floor)
     if free is None or max(free.record.score, floor) > max(line.record.score, floor):
         return None
@@ -83,7 +83,7 @@ def verdict(found: list[Line]) -> str:
         words += f", and within {LIMITS[1]:g}×"
     else:
         more.append(f"If {LIMITS[1]:g}× will do: {named(far)} ({figures(far)}).")
-    free = cheapest([line for line in found if not line.record.own], LIMITS[0])
+    free = cheapest([line for line in found if not line.record.own_plan], LIMITS[0])
     more.append(
         f"Without any training, the cheapest within {LIMITS[0]:g}× is {named(free)}."
         if free
@@ -112,7 +112,7 @@ def _best_per_count(found: list[Line], ship: Line) -> str:
     body = []
     for nfe in sorted({line.record.nfe for line in students(found)}):
         first = best([line for line in students(found) if line.record.nfe == nfe])
-        free = [line for line in found if not line.record.own and line.record.nfe <= nfe]
+        free = [line for line in found if not line.record.own_plan and line.record.nfe <= nfe]
         rival = best(free)
         other = f"{ratio(rival)} by {escape(rival.record.sampler)}" if rival else "-"
         body.append(("ship" * (first is ship), nfe, escape(first.name), ratio(first), other))

@@ -1,0 +1,116 @@
+"""results.jsonl: JSON lines, a head wherever what rows share changes, and its rows below it."""
+
+import json
+import re
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+from diffusion.checkpoint import write_atomic
+from diffusion.console import UserError
+from eval.results.records import FORMAT, Head, Record, Row
+
+T = TypeVar("T")
+HEAD, ROW = TypeAdapter(Head), TypeAdapter(Row)
+SHARED = {each.name for each in fields(Head)}
+
+
+def read(path: Path) -> list[Record]:
+    """The records of a results file; none where there is no file. UserError names a bad line."""
+    records: list[Record] = []
+    head = None
+    for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else [], 1):
+        place = f"{path}, line {number}"
+        values = _object(line, place)
+        version = values.get("format")
+        if version == 2:
+            shared, row = _split(upgraded(values))
+            head = _checked(HEAD, shared, place)
+            records.append(_record(head, row, place))
+        elif version is not None:
+            if version != FORMAT:
+                raise UserError(
+                    f"{place}: format {version!r:.40}, expected {FORMAT}: measure again"
+                )
+            head = _checked(HEAD, values, place)
+        elif head is None:
+            raise UserError(f'{place}: expected a head line, with "format": {FORMAT}, before rows')
+        else:
+            records.append(_record(head, values, place))
+    return records
+
+
+def write(path: Path, records: list[Record]) -> None:
+    write_atomic(path, lines(records))
+
+
+def lines(records: list[Record]) -> str:
+    """JSON lines, as `read` takes them. UserError names a figure that is not finite."""
+    made: list[dict] = []
+    head = None
+    for record in records:
+        place = f"the record of {record.run}, {record.sampler} in {record.steps} steps"
+        shared, row = _split(asdict(record, dict_factory=_without_what_is_empty))
+        _record(_checked(HEAD, shared, place), row, place)
+        made += [row] if shared == head else [shared, row]
+        head = shared
+    return "".join(json.dumps(line) + "\n" for line in made)
+
+
+def upgraded(values: dict) -> dict:
+    """The fields of a line of format 2, head and row in one, under their names of today."""
+
+    def renamed(node: dict) -> dict:
+        return {"own_plan" if k == "own" else k: v for k, v in node.items() if k != "joules"}
+
+    values = json.loads(json.dumps(values | {"format": FORMAT}), object_hook=renamed)
+    noted = re.fullmatch(r"(.+) (searched|shift [\d.e+-]+)", str(values.get("method")))
+    return values | {"method": noted[1], "note": noted[2]} if noted else values
+
+
+def _without_what_is_empty(pairs: list[tuple[str, object]]) -> dict:
+    return {name: value for name, value in pairs if value not in (None, "", (), [], {})}
+
+
+def _split(values: dict) -> tuple[dict, dict]:
+    """The head's fields, and the row's."""
+    shared = {name: value for name, value in values.items() if name in SHARED}
+    return shared, {name: value for name, value in values.items() if name not in SHARED}
+
+
+def _object(line: bytes, place: str) -> dict:
+    try:
+        values = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{place}: expected a JSON object, got {line[:40]!r} ({error})") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{place}: expected a JSON object, got {line[:40]!r}")
+    return values
+
+
+def _record(head: Head, values: dict, place: str) -> Record:
+    row = _checked(ROW, values, place)
+    for name, figures in {"quality": row.quality, **row.others}.items():
+        if len(figures) > len(head.seeds):
+            raise UserError(f"{place}: {name}: expected one a seed, got {len(figures)}")
+    return Record(**vars(head), **vars(row))
+
+
+def _checked(kind: TypeAdapter[T], values: dict, place: str) -> T:
+    """The typed value; UserError in one line: the field, what was expected, what came."""
+    try:
+        return kind.validate_json(json.dumps(values))
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+    field = ".".join(map(str, first["loc"])) or "the line"
+    if first["type"] == "missing":
+        fault = "expected, but missing"
+    elif first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        fault = "no such field is known"
+    else:
+        expected = re.sub(r"^(Value error, )?\w+ should", "expected it to", first["msg"])
+        came = json.dumps(first["input"])
+        fault = f"{expected}, got {came if len(came) <= 40 else came[:37] + '...'}"
+    raise UserError(f"{place}: {field}: {fault}")
