@@ -20,12 +20,14 @@ from diffusion.console import UserError, at_least, diverted, run, say, silence
 from diffusion.folders import check_claim, claim
 from diffusion.model import Model, load, require_same_images, this_device
 from diffusion.noise import check_seed
+from diffusion.plan import plan
 from diffusion.samplers import SOLVERS
 from diffusion.schedules import check_shift
 from eval.measure.evaluate import Bench, measure_rows, template
 from eval.measure.features import extractor
 from eval.measure.plans import Row, counts_of, find_runs, rows
 from eval.measure.quality import SHOWN, Judge
+from eval.measure.real import Real
 from eval.measure.search import SEED, search_angles
 from eval.results import jsonl, together
 from eval.results.records import Record
@@ -193,7 +195,7 @@ def planned(options: Options, paths: tuple[Path, ...]) -> list[Row]:
 
 def students(wanted: list[Row]) -> dict[Path, Model]:
     """The consistency students among them."""
-    return {row.path: row.model for row in wanted if row.sampler == "consistency" and row.own}
+    return {row.path: row.model for row in wanted if row.plan.sampler == "consistency" and row.own}
 
 
 def searched(options: Options, wanted: list[Row], bench: Bench) -> list[Row]:
@@ -205,7 +207,8 @@ def searched(options: Options, wanted: list[Row], bench: Bench) -> list[Row]:
             size = min(few, bench.num_images), bench.batch_size
             angles = [search_angles(bench.judge, model, steps, *size)]
             (angles,) = broadcast_object_list(angles)  # the first process's, to the bit
-            found.append(Row(path, model, "consistency", angles, own=True, note="searched"))
+            chosen = plan("consistency", angles, model.card.guidance, note="searched")
+            found.append(Row(path, model, chosen, own=True))
     return found
 
 
@@ -216,14 +219,14 @@ def prepare(options: Options, model: Model) -> Bench:
     with PartialState().main_process_first():
         dataset = datasets.reload(spec, options.data, options.data_dir)
         # by the name that it was trained under: what was measured before a move stays measured
-        dataset = replace(dataset, spec=replace(dataset.spec, name=spec.name))
+        real = Real.sample(replace(dataset, spec=replace(dataset.spec, name=spec.name)))
         if len(dataset.train) < 2:
             raise UserError(
                 f"{spec.name} has {len(dataset.train)} image: expected 2 or more to judge by"
             )
-        own = extractor(choice, dataset, device, options.inception)
+        own = extractor(choice, real, device, options.inception)
         num_images, long_images = sizes(options, own.dim)
-        judge = Judge.of(dataset, own, extractor("random", dataset, device), device)
+        judge = Judge.of(real, own, extractor("random", real, device), device)
     return Bench(
         judge=judge,
         num_images=num_images,

@@ -24,6 +24,7 @@ from diffusion.checkpoint import write_atomic
 from diffusion.console import UserError, at_least, out, run, say
 from diffusion.folders import check_file
 from diffusion.image_file import Form, reason
+from diffusion.images import some
 from diffusion.noise import check_seed, seed32
 from eval.show import pages
 from students import generate
@@ -105,7 +106,7 @@ def images_of(source: str, options: Make, shape: tuple | None) -> Tensor:
         size, channels = (shape[-1], shape[0]) if shape else (32, 3)
         form = Form(size, channels, background_of(options))
         dataset = datasets.load(source.removeprefix(REAL), options.data_dir, form)
-        images = _some(dataset.train, options.seed)
+        images = _some(some(dataset.train).images, options.seed)
     elif path.suffix == ".npz":
         images = _npz(path)
     elif _holds_images(path):

@@ -69,13 +69,15 @@ def template(bench: Bench, row: Row) -> Record:
         training["recipe"] = recipe(card.training["settings"])
     return Record(
         run=str(row.path),
-        method=row.method,
+        method=card.method,
         sha256=row.model.sha256,
         parent=card.parent,
-        sampler=row.sampler,
-        steps=len(row.angles) - 1,
+        sampler=row.plan.sampler,
+        steps=row.plan.num_steps,
         own_plan=row.own,
-        angles=row.angles.tolist(),
+        angles=list(row.plan.angles),
+        guidance=row.plan.guidance,
+        note=row.plan.note,
         parameters=sum(p.numel() for p in row.model.denoiser.parameters()),
         training=training,
         data=judge.data,
@@ -122,7 +124,7 @@ def time_rows(bench: Bench, rows: dict[Row, Record]) -> dict[Row, Record]:
 
 
 def sample(row: Row, size: int) -> Tensor:
-    return row.model.sample(row.plan, 0, *stream.indices(row.model, 0, size))
+    return row.model.sample(row.plan, 0, stream.indices(row.model, 0, size))
 
 
 def judge_rows(
@@ -171,7 +173,7 @@ def judge_rows(
 @contextmanager
 def heard(row: Row, every: float = 30.0) -> Iterator[None]:
     """A line every so many seconds while a long plan's batch is made: how far it is."""
-    calls = SOLVERS[row.sampler].calls(len(row.angles) - 1)
+    calls = SOLVERS[row.plan.sampler].calls(row.plan.num_steps)
     done, begun, said = 0, 0.0, 0.0
 
     def tell(*_) -> None:
@@ -212,19 +214,18 @@ def with_seed(record: Record, quality: float, others: dict[str, float]) -> Recor
 
 def likelihood_of(bench: Bench, row: Row, record: Record) -> Record:
     """With bits per dimension, where the row is a teacher's own."""
-    test, labels = bench.judge.dataset.test, bench.judge.dataset.test_labels
-    teacher = row.own and record.parent is None and "ddim" in row.model.card.solvers
-    some = slice(0, bench.likelihood)
-    if record.likelihood or not teacher or len(test[some]) < 2:
+    real, some = bench.judge.dataset, slice(0, bench.likelihood)
+    teacher = row.own and record.parent is None and "denoise" in row.model.card.abilities
+    measurable = teacher and row.model.codec.grey_levels and len(real.test[some]) >= 2
+    if record.likelihood or not measurable:
         return record
-    conditional = row.model.card.net["num_classes"] > 0
     exact = copy(row.model.denoiser)
     exact.precision = "fp32"
     model = replace(row.model, denoiser=exact)
     # compiled was the other precision, and "fp32" alone leaves convolutions in TF32 on a GPU
     with torch.compiler.set_stance("force_eager"), machine.full_float32():
-        label = labels[some] if conditional else None
-        bits = likelihood.bits_per_dim(model, test[some], label, batch_size=64)
+        known = {name: real.test_condition[name][some] for name in model.kinds}
+        bits = likelihood.bits_per_dim(model, real.test[some], known or None, batch_size=64)
     return replace(record, likelihood=bits)
 
 

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from diffusion.checkpoint import load_tensors, save_tensors, weights_sha256
 from diffusion.console import UserError, say, track
-from diffusion.data import CACHE, Dataset
+from diffusion.data import CACHE
 from eval.measure import inception as clean_fid
 from eval.measure import own
 from eval.measure.machine import full_float32
+from eval.measure.real import Real
 
 STEPS = 1500  # of the classifier's training
 
@@ -42,7 +43,7 @@ class Extractor:
 
 def extractor(
     choice: str,
-    dataset: Dataset,
+    dataset: Real,
     device: torch.device,
     inception: Path | None = None,
     cache: Path = CACHE,
@@ -57,7 +58,7 @@ def extractor(
 
 
 def _extractor(
-    choice: str, dataset: Dataset, device: torch.device, inception: Path | None, cache: Path
+    choice: str, dataset: Real, device: torch.device, inception: Path | None, cache: Path
 ) -> Extractor:
     if choice == "inception":
         file = clean_fid.weights(inception, cache)
@@ -119,7 +120,7 @@ def _pool(h: Tensor, size: int) -> Tensor:
     return windows.T @ h @ windows
 
 
-def classifier(dataset: Dataset, device: torch.device, cache: Path = CACHE) -> Extractor:
+def classifier(dataset: Real, device: torch.device, cache: Path = CACHE) -> Extractor:
     """The dataset's own classifier: trained once with a fixed seed, then read from the cache."""
     name = _slug(dataset.spec.name)
     if dataset.train_labels is None:
@@ -129,7 +130,7 @@ def classifier(dataset: Dataset, device: torch.device, cache: Path = CACHE) -> E
     seen = weights_sha256({"images": dataset.train, "labels": dataset.train_labels})
     path = cache / "features" / f"cnn-{name}-{seen[:8]}-{STEPS}.safetensors"
     with _repeatable(device):
-        model = Classifier(dataset.spec.channels, dataset.spec.num_classes)
+        model = Classifier(dataset.spec.channels, dataset.num_classes)
         if not path.exists():
             say(f"features: training the classifier of {name}, once for all")
             trained = {"accuracy": json.dumps(_train(model, dataset, device))}
@@ -155,7 +156,7 @@ def classifier(dataset: Dataset, device: torch.device, cache: Path = CACHE) -> E
     )
 
 
-def _train(model: Classifier, dataset: Dataset, device: torch.device) -> float:
+def _train(model: Classifier, dataset: Real, device: torch.device) -> float:
     """Accuracy on the test images after STEPS steps of AdamW; the same weights every time."""
     images, labels = dataset.train.to(device), dataset.train_labels.to(device)
     model.to(device).train()
@@ -213,14 +214,14 @@ class RandomNetwork(nn.Module):
         return h.mean((2, 3))
 
 
-def random_network(dataset: Dataset, device: torch.device) -> Extractor:
+def random_network(dataset: Real, device: torch.device) -> Extractor:
     """Features of an untrained network: a cross-check that no training can favour."""
     model = RandomNetwork(dataset.spec.channels).to(device).eval().requires_grad_(False)
     sha256 = weights_sha256(model.state_dict())
     return Extractor(f"fd-random-{_slug(dataset.spec.name)}-{sha256[:8]}", sha256, 64, model)
 
 
-def users_own(path: Path, dataset: Dataset, device: torch.device) -> Extractor:
+def users_own(path: Path, dataset: Real, device: torch.device) -> Extractor:
     """The network in a TorchScript (.pt) or torch.export (.pt2) file: see own.network."""
     network = own.network(path, device)
     dim = own.probe(path, network, dataset.train[:3].to(device))

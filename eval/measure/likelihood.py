@@ -25,8 +25,9 @@ import torch
 from torch import Tensor
 
 from diffusion.circle import FROM_X0, add_noise
+from diffusion.codec import Codec
+from diffusion.condition import Condition, take
 from diffusion.console import UserError, track
-from diffusion.data import ImageSpec
 from diffusion.grey_levels import log_levels
 from diffusion.model import Model
 from diffusion.noise import Noise
@@ -39,19 +40,27 @@ GOLDEN = (math.sqrt(5) - 1) / 2
 
 @torch.no_grad()
 def bits_per_dim(
-    model: Model, images: Tensor, labels: Tensor | None, seed: int = 0, batch_size: int = 256
+    model: Model,
+    images: Tensor,
+    condition: Condition | None,
+    seed: int = 0,
+    batch_size: int = 256,
 ) -> dict[str, float]:
     """Both bounds in bits per channel value: means over the images, and their standard errors.
 
     Image i's noise is a function of (seed, i): the batch size changes only the rounding, and two
-    models meet the same noise. images: (N, C, H, W) uint8, N >= 2. labels: (N,) classes that are
-    given away, so that the bits are those of P(x0 | label); None for none.
+    models meet the same noise. images: (N, C, H, W) uint8, N >= 2. condition: (N, ...) each, what
+    is given away, so that the bits are those of P(x0 | condition); None for nothing.
     """
     spec, device, angles = model.spec, model.device, model.schedule.to(model.device)
     if images.dtype != torch.uint8 or images.shape[1:] != spec.shape or len(images) < 2:
         raise UserError(
             f"bits per dimension need 2 or more uint8 images of the model's shape {spec.shape}, "
             f"got {images.dtype} of shape {tuple(images.shape)}: load the images it was trained on"
+        )
+    if not model.codec.grey_levels:
+        raise UserError(
+            "bits per dimension need a model of grey levels: --likelihood 0 leaves them"
         )
     if len(angles) < 3:
         raise UserError(
@@ -60,11 +69,12 @@ def bits_per_dim(
     nats = []
     parts = torch.arange(len(images)).split(batch_size)
     for indices in track(parts, "likelihood", lambda part: (int(part[0]), len(images), "images")):
-        label = None if labels is None else labels[indices].to(device)
+        told = take(condition, indices)
+        told = told and {name: rows.to(device) for name, rows in told.items()}
         indices, part = indices.to(device), images[indices].to(device)
         noise, share = Noise(seed, indices, spec.shape), offsets(seed, indices)
-        denoise = partial(model.denoiser, label=label)
-        nats.append(bounds(denoise, part, spec, angles, noise, share))
+        denoise = partial(model.denoiser, condition=told)
+        nats.append(bounds(denoise, part, model.codec, angles, noise, share))
     bits = torch.cat(nats, dim=1) / (math.prod(spec.shape) * math.log(2))
     variational, flow = bits.mean(1).tolist()
     variational_error, flow_error = (bits.std(1) / math.sqrt(len(images))).tolist()
@@ -80,7 +90,7 @@ def bits_per_dim(
 def bounds(
     denoise: Denoise,
     images: Tensor,
-    spec: ImageSpec,
+    codec: Codec,
     angles: Tensor,
     noise: Iterator[Tensor],
     offset: Tensor,
@@ -90,12 +100,13 @@ def bounds(
     The shared encoding has one draw of noise for both. images: (B, C, H, W) uint8; angles:
     ascending from 0; offset: see `diffusion_cost`.
     """
-    first, x0, eps = angles[1], spec.to_unit(images), next(noise)
+    first, x0, eps = angles[1], codec.encode(images), next(noise)
+    mean, std = codec.grey_levels
     z = add_noise(x0, eps, first)
     # sin t_1: Ho et al. 2020, eq. 13 with sigma_1^2 = beta_1. Around D it takes 0.1 bits less on
     # digits than the grey levels' posterior around z alone does (Kingma et al. 2021).
-    x0_levels = denoise(z, first).double() * spec.std + spec.mean
-    decoder = -log_levels(images, x0_levels, first.sin() * spec.std).flatten(1).sum(1)
+    x0_levels = denoise(z, first).double() * std + mean
+    decoder = -log_levels(images, x0_levels, first.sin() * std).flatten(1).sum(1)
     # sampled, not its mean, which is known: the same eps is in the other terms, and cancels
     encoder = log_normal(eps) - x0[0].numel() * first.sin().log()
     steps = flow_angles(first, angles[-1], FLOW_STEPS)

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from diffusion.console import UserError
 from diffusion.model import Model
+from diffusion.plan import Plan
 from diffusion.samplers import SOLVERS
 from eval.measure.stream import indices
 
@@ -21,20 +22,19 @@ class Counted(nn.Module):
         return self.net(x_t, *others)
 
 
-def count_calls(model: Model, plan: tuple[str, Tensor]) -> int:
+def count_calls(model: Model, plan: Plan) -> int:
     """Network calls per image, in an eager pass that nobody times, by a wrapper of the network."""
-    sampler, angles = plan
     counted = Counted(model.denoiser.net)
     model.denoiser.net = counted
     try:
         with torch.compiler.set_stance("force_eager"):
-            model.sample(plan, 0, *indices(model, 0, 1))
+            model.sample(plan, 0, indices(model, 0, 1))
     finally:
         model.denoiser.net = counted.net
-    claimed = SOLVERS[sampler].calls(len(angles) - 1) * model.calls_per_step()
+    claimed = SOLVERS[plan.sampler].calls(plan.num_steps) * model.calls_per_step(plan)
     if counted.calls != claimed:
         raise UserError(
-            f"{sampler} claims {claimed} network calls in {len(angles) - 1} steps, "
+            f"{plan.sampler} claims {claimed} network calls in {plan.num_steps} steps, "
             f"but made {counted.calls}"
         )
     return counted.calls

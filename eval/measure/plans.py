@@ -4,10 +4,9 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-from torch import Tensor
-
 from diffusion.console import UserError
 from diffusion.model import Model
+from diffusion.plan import Plan
 from diffusion.samplers import SOLVERS
 from eval.results.records import ENOUGH, LONG
 
@@ -20,34 +19,22 @@ class Row:
 
     path: Path
     model: Model
-    sampler: str
-    angles: Tensor
-    """(N + 1,) ascending from 0."""
+    plan: Plan
     own: bool
     """Whether it is the checkpoint's own plan, not a solver's."""
-    note: str = ""
-    """How the angles were found, where they are not those of the card."""
-
-    @property
-    def method(self) -> str:
-        return f"{self.model.card.method} {self.note}".strip()
-
-    @property
-    def plan(self) -> tuple[str, Tensor]:
-        return self.sampler, self.angles
 
     @property
     def long(self) -> bool:
         """Whether it is a teacher's own plan of very many steps, for which solvers can stand in."""
-        card = self.model.card
-        many = len(self.angles) - 1 > LONG
-        return self.own and many and card.parent is None and bool(card.solvers)
+        many, teacher = self.plan.num_steps > LONG, self.model.card.parent is None
+        return self.own and many and teacher and bool(self.model.solvers)
 
     @property
     def title(self) -> str:
         """As the table has it."""
-        method = self.method if self.own else f"{self.method}, {self.sampler}"
-        return f"{method} {len(self.angles) - 1}"
+        method = f"{self.model.card.method} {self.plan.note}".strip()
+        method += "" if self.own else f", {self.plan.sampler}"
+        return f"{method} {self.plan.num_steps}"
 
 
 def find_runs(paths: tuple[Path, ...]) -> list[Path]:
@@ -92,22 +79,22 @@ def rows(
     """
     card = model.card
     made = []
-    for steps in card.plans:
-        wanted = counts is None or steps in counts or len(card.plans) == 1
+    for plan in card.plans:
+        steps = plan.num_steps
+        asked = counts is None or steps in counts or len(card.plans) == 1
         skipped = not long and card.parent is None and steps not in (counts or ())
-        if wanted and not skipped:
-            made.append(Row(path, model, *model.plan(steps), own=True))
-    free = [solver for solver in solvers if solver in card.solvers]
-    ways = list(product(shifts or (None,), free or card.solvers[-1:]))
+        if asked and not skipped:
+            made.append(Row(path, model, plan, own=True))
+    free = [solver for solver in solvers if solver in model.solvers]
+    ways = list(product(shifts or (None,), free or model.solvers[-1:]))
     plans = [(*way, nfe) for way in ways if free for nfe in counts or (1, 2, 4, 8, 16, 32)]
     stands_in = any(SOLVERS[solver].steps(nfe) >= ENOUGH for _, solver, nfe in plans)
     if long and any(row.long for row in made) and not stands_in:
         plans.append((*ways[-1], STAND_IN))
     for shift, solver, nfe in plans:
-        note = "" if shift is None else f"shift {shift:g}"
         steps = SOLVERS[solver].steps(nfe)
-        if solver == card.sampler and steps in card.plans:
+        if solver == card.sampler and card.plan(steps):
             continue  # its own
         if steps > 1 or (shift, solver) == ways[0]:  # in one step all are the same
-            made.append(Row(path, model, *model.plan(nfe, solver, shift), own=False, note=note))
+            made.append(Row(path, model, model.plan(nfe, solver, shift), own=False))
     return made

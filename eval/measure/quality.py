@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from diffusion.checkpoint import load_tensors, save_tensors
+from diffusion.codec import Codec
 from diffusion.console import UserError, track
-from diffusion.data import CACHE, Dataset, fingerprint
 from diffusion.image_file import Form
+from diffusion.machine import CACHE
 from eval.measure import sets
 from eval.measure.features import Extractor
 from eval.measure.metrics import Moments, frechet_distance
+from eval.measure.real import Real, fingerprint
 
 SLICES = 64
 NEIGHBOURS = 5  # in the balls of precision, recall, density and coverage
@@ -94,7 +96,7 @@ class Seen:
 class Judge:
     """The extractors, and what they make of the real images."""
 
-    dataset: Dataset
+    dataset: Real
     extractor: Extractor
     cross: Extractor
     """An untrained network's features: a cross-check that no training can favour."""
@@ -114,9 +116,7 @@ class Judge:
     known_balls: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     @staticmethod
-    def of(
-        dataset: Dataset, extractor: Extractor, cross: Extractor, device: torch.device
-    ) -> "Judge":
+    def of(dataset: Real, extractor: Extractor, cross: Extractor, device: torch.device) -> "Judge":
         train = reference(dataset.train, extractor, device)
         crossed = reference(dataset.train, cross, device)
         test = reference(dataset.test, extractor, device)
@@ -125,6 +125,8 @@ class Judge:
         real = {"own": Moments.of(train), "cross": Moments.of(crossed)}
         data = {"name": dataset.spec.name, "split": "train", "images": len(train)}
         data |= {"sha256": fingerprint(dataset.train)}
+        if dataset.of > len(train):
+            data["of"] = dataset.of
         if dataset.spec.background not in ("", Form.background):
             data |= {"background": dataset.spec.background}
         return Judge(dataset, extractor, cross, device, train, test, real, bank, near, data)
@@ -147,16 +149,18 @@ class Judge:
             self.known_balls[count] = some, sets.radius(some, NEIGHBOURS)
         return self.known_balls[count]
 
-    def see(self, x0: Tensor, start: int) -> Seen:
+    def see(self, x0: Tensor, start: int, codec: Codec) -> Seen:
         """Look at generated images, number `start` onwards: x0 (B, C, H, W), as sampled."""
-        spec = self.dataset.spec
-        levels = x0.flatten(1) * spec.std + spec.mean
-        outside = ((levels < -FAR) | (levels > 255 + FAR)).double().mean(1)
-        images = spec.to_uint8(x0)
+        values, outside = x0.flatten(1), torch.zeros(len(x0), device=x0.device).double()
+        if codec.grey_levels:
+            mean, std = codec.grey_levels
+            levels = values * std + mean
+            outside = ((levels < -FAR) | (levels > 255 + FAR)).double().mean(1)
+        images = codec.decode(x0)
         pixels = images.flatten(1)
         odd = [
             torch.ones_like(outside),
-            ~levels.isfinite().all(1),
+            ~values.isfinite().all(1),
             pixels.amax(1) == pixels.amin(1),
         ]
         found = self.see_images(images, start)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from diffusion.console import say, track
 from diffusion.model import Model
+from diffusion.plan import plan
 from diffusion.schedules import even
 from eval.measure.metrics import Moments, frechet_distance
 from eval.measure.quality import Judge
@@ -30,8 +31,9 @@ def search_angles(
     def distance(angles: Tensor) -> float:
         parts = []
         for start in range(0, num_images, batch_size):
-            numbers, labels = indices(model, start, min(start + batch_size, num_images))
-            images = model.sample(("consistency", angles), SEED, numbers, labels)
+            numbers = indices(model, start, min(start + batch_size, num_images))
+            tried = plan("consistency", angles, model.card.guidance)
+            images = model.sample(tried, SEED, numbers)
             parts.append(Moments.of(judge.extractor.extract(images)))
         return frechet_distance(sum(parts[1:], parts[0]), judge.real["own"])
 

@@ -14,24 +14,22 @@ from torch import Tensor
 from diffusion.checkpoint import load_tensors, save_tensors
 from diffusion.console import UserError
 from diffusion.model import Model
-from diffusion.runs import some_labels
+from diffusion.plan import Plan
 from eval.measure.quality import Judge, Seen
 from eval.measure.timing import out_of_memory
 
 SAVE_EVERY = 30.0  # seconds
 
 
-def indices(model: Model, start: int, end: int) -> tuple[Tensor, Tensor | None]:
-    """The numbers of images start to end, and their labels: every class in turn."""
-    labels = some_labels(model, end)
-    numbers = torch.arange(start, end, device=model.device)
-    return numbers, None if labels is None else labels[start:]
+def indices(model: Model, start: int, end: int) -> Tensor:
+    """The numbers of images start to end, on the model's device."""
+    return torch.arange(start, end, device=model.device)
 
 
 def look(
     judge: Judge,
     model: Model,
-    plan: tuple,
+    plan: Plan,
     seed: int,
     num_images: int,
     batch_size: int,
@@ -54,10 +52,10 @@ def look(
     left = [start for start in range(0, num_images, batch_size) if start not in done]
     images, saved, trouble = _count(found), time.monotonic(), ""
     for start in left[rank::count]:
-        numbers, labels = indices(model, start, min(start + batch_size, num_images))
+        numbers = indices(model, start, min(start + batch_size, num_images))
         try:
-            call = partial(model.x0, plan, seed, numbers, labels)
-            found += judge.see(watch(call, len(numbers)), start)
+            call = partial(model.x0, plan, seed, numbers)
+            found += judge.see(watch(call, len(numbers)), start, model.codec)
         except (MemoryError, RuntimeError) as error:
             if not out_of_memory(error):
                 raise

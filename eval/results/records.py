@@ -72,6 +72,8 @@ class Data(TypedDict):
     """Identity of their uint8 pixels."""
     background: NotRequired[str]
     """The colour behind what is transparent in a folder's images, if not white."""
+    of: NotRequired[Positive]
+    """Images of the source, where they are more than those that all is measured against."""
 
 
 @with_config(CLOSED)
