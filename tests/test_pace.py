@@ -11,7 +11,7 @@ from diffusion.console import UserError
 from diffusion.pace import with_warning
 from diffusion.runs import settings_before
 from diffusion.training import Progress
-from distill import consistency, progressive
+from distill import cd, progressive
 from teachers import ddpm
 from teachers.presets import folder_preset, preset
 
@@ -55,10 +55,9 @@ def test_a_trial_leaves_the_student_its_followers_and_its_target_alone(
     tmp_path, teacher, quick, monkeypatch
 ):
     def student(name: str, **fit) -> str:
-        options = consistency.Options(
-            teacher=teacher, out=tmp_path / name, num_angles=4, fit=replace(quick, **fit)
-        )
-        return consistency.distill(options).sha256
+        loss, out = cd.Loss(num_angles=4), tmp_path / name
+        options = cd.Options(teacher=teacher, out=out, loss=loss, fit=replace(quick, **fit))
+        return cd.distill(options).sha256
 
     settings = load(teacher)[1].training["settings"]
     assert settings["minutes"] is None

@@ -17,7 +17,7 @@ from diffusion.networks import UNetConfig
 from diffusion.samplers import SAMPLERS
 from diffusion.schedules import SCHEDULES, cosine, even, linear_beta
 from diffusion.training import fit
-from distill import consistency, progressive
+from distill import cd, ect, progressive, scm
 from teachers import ddpm
 from teachers.ddpm import OBJECTIVES, Denoising
 from teachers.variance import VariationalBound, step_cost
@@ -266,10 +266,10 @@ def test_students_of_a_teacher_with_a_variance_keep_its_share_as_it_is(learning_
     config, teacher = replace(quick, iterations=2), load(learning_teacher)
     rounds = progressive.Options(teacher=learning_teacher, start_steps=4, end_steps=2, fit=config)
     students = progressive.distill(rounds)
-    for mode in ("cd", "ect", "scm"):
-        out = learning_teacher.parent / mode
-        options = consistency.Options(teacher=learning_teacher, mode=mode, out=out, fit=config)
-        students.append(consistency.distill(options))
+    for mode in (cd, ect, scm):
+        out = learning_teacher.parent / mode.__name__
+        options = mode.Options(teacher=learning_teacher, out=out, fit=config)
+        students.append(mode.distill(options))
     for student in students:
         before, after = (model.denoiser.net.head.weight for model in (teacher, student))
         assert torch.equal(after[1:], before[1:])
