@@ -37,7 +37,7 @@ from diffusion.training import Average, fit
 from distill import cd, midtraining, progressive, scm
 from distill.frechet import Frechet, sums, with_frechet
 from distill.scm import derivative
-from distill.student import angles_of
+from distill.shared import angles_of
 from eval import compare
 from eval.measure import evaluate, features, inception, sets
 from eval.measure.machine import ENERGY, full_float32, nvml

@@ -24,8 +24,8 @@ from diffusion.training import Objective
 from distill.consistency import MODES
 from distill.progressive import Halving, steps_table
 from distill.scm import derivative
+from distill.shared import angles_of
 from distill.steps import euler_step
-from distill.student import angles_of
 from teachers.ddpm import Denoising
 
 

@@ -1,4 +1,4 @@
-"""Simplified consistency in continuous time (sCM, Lu & Song 2024): --mode scm of distill.consistency.
+"""Consistency in continuous time (Lu & Song 2024): `python -m distill.consistency --mode scm`.
 
 f does not change along the ODE. Their TrigFlow is the circle at sigma_data = 1, their F the
 velocity, and f the denoiser: f(x_t, t) = cos(t) x_t - sin(t) F(x_t, t).
@@ -20,9 +20,9 @@ from diffusion.circle import FROM_X0, add_noise, broadcast, x0_loss
 from diffusion.config import FitConfig
 from diffusion.model import Model
 from diffusion.training import Average
+from distill import shared
 from distill.pairs import Angles, LogNormal
 from distill.steps import Denoise
-from distill.student import ConsistencyOptions, train
 
 # The paper's P_mean = -1 and P_std at its sigma_data = 1/2: tan t is twice its sigma.
 NOISE = LogNormal(mean=-0.3, std=1.4)
@@ -40,7 +40,7 @@ class Loss:
 
 
 @dataclass(frozen=True)
-class Options(ConsistencyOptions):
+class Options(shared.ConsistencyOptions):
     """scm: learn the way from any noise level straight to an image from the teacher in continuous
     time (Lu & Song 2024)."""
 
@@ -177,7 +177,7 @@ TOWARDS = {
 def objective(
     loss: Loss, teacher: Denoise, student: nn.Module, angles: Angles
 ) -> ContinuousConsistency:
-    """df/dt = 0 at log-normal angles, each weighted by what a further part of the student learns."""
+    """df/dt = 0 at log-normal angles, with a weight of each that is learnt with the student."""
     top = float(angles(1)[-1])
     student.log_weight = LogWeight().to(angles(1).device)  # trained with the student
     return ContinuousConsistency(
@@ -191,4 +191,4 @@ def objective(
 
 def distill(options: Options) -> Model:
     """The student of these options: loaded where it is finished, else trained."""
-    return train("scm", options, objective)
+    return shared.train("scm", options, objective)

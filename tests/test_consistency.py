@@ -36,8 +36,8 @@ from distill.pairs import (
     target_decay,
     tightening,
 )
+from distill.shared import check_loss
 from distill.steps import data_step, euler_step, heun_step
-from distill.student import check_loss
 from teachers.presets import for_data
 from tests.analytic import (
     BIMODAL,
