@@ -35,8 +35,10 @@ from diffusion.noise import Noise
 from diffusion.samplers import SOLVERS
 from diffusion.schedules import even
 from diffusion.training import Average, fit
-from distill import consistency, midtraining, progressive
-from distill.frechet import Frechet, sums
+from distill import cd, midtraining, progressive, scm
+from distill.frechet import Frechet, sums, with_frechet
+from distill.scm import derivative
+from distill.shared import angles_of
 from eval import compare
 from eval.measure import evaluate, features, inception, sets
 from eval.measure.machine import full_float32
@@ -353,12 +355,9 @@ def frechet(sheet: Sheet) -> None:
     sheet.check("Frechet distance", far(made[1].distance, made[0].distance))
     model, calls = sheet.model(), {}
     for name, weight in (("without", 0.0), ("with", 0.1)):
-        told = consistency.Options(mode="cd", frechet=weight)
-        told = replace(told, **consistency.settings(told))
         student = on(model, device, sheet.fast).denoiser.requires_grad_(True).train()
-        aim = consistency.MODES["cd"].objective(told, model, student)
-        if weight:
-            aim = consistency.with_frechet(aim, told, model, sheet.dataset)
+        aim = cd.objective(cd.Loss(), model.denoiser, student, angles_of(model))
+        aim = with_frechet(aim, weight, model, sheet.dataset, FitConfig())
         batch = sheet.batch(device, sheet.job.batch_size)
 
         def steps(student=student, aim=aim, batch=batch) -> None:
@@ -444,10 +443,8 @@ def line(sheet: Sheet) -> None:
         told = {"teacher": home / "teacher", "fit": config}
         progressive.distill(progressive.Options(**told, start_steps=8, rounds=(4, 1)))
         midtraining.distill(midtraining.Options(**told, solver_steps=4))
-        for name, options in (("cd", {"frechet": 0.1}), ("scm", {})):
-            consistency.distill(
-                consistency.Options(**told, mode=name, out=home / f"consistency-{name}", **options)
-            )
+        cd.distill(cd.Options(**told, out=home / "consistency-cd", loss=cd.Loss(frechet=0.1)))
+        scm.distill(scm.Options(**told, out=home / "consistency-scm"))
         many = 300 if sheet.job.small else 1024
         asked = compare.Options((home,), steps="1", long=False, num_images=many, seeds=(0,))
         asked = replace(asked, features="random", precision=sheet.fast, likelihood=2, times=False)

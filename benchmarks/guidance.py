@@ -60,11 +60,11 @@ class Figure:
 
 
 def models(out: Path, share: float) -> dict[str, Sampled]:
-    chosen = preset("digits")
+    chosen, halving_preset = preset("digits"), progressive.PRESETS["digits"]
     net = replace(chosen.net, num_classes=10)
     training, distillation, halving = (
         replace(fit, iterations=round(share * fit.iterations))
-        for fit in (chosen.teacher, chosen.consistency, chosen.halving)
+        for fit in (chosen.teacher, guidance.PRESETS["digits"].fit, halving_preset.fit)
     )
     teacher = ddpm.train_teacher(ddpm.Options(net=net, fit=training, out=out / "teacher"))
     guided = guidance.distill(
@@ -74,7 +74,7 @@ def models(out: Path, share: float) -> dict[str, Sampled]:
         progressive.Options(
             teacher=out / "guided",
             out=out / "guided-progressive",
-            start_steps=chosen.start_steps,
+            start_steps=halving_preset.start_steps,
             end_steps=4,
             fit=halving,
         )

@@ -9,8 +9,9 @@ import os
 import tempfile
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType
 from typing import Literal
 
 import torch
@@ -21,10 +22,9 @@ from diffusion.config import FitConfig
 from diffusion.console import out, run
 from diffusion.data import Dataset, ImageSpec
 from diffusion.denoiser import Denoiser
-from diffusion.schedules import cosine
+from diffusion.schedules import cosine, even
 from diffusion.training import fit
-from distill.consistency import MODES, settings
-from distill.consistency import Options as Settings
+from distill import cd, ct, ect, ict, scm
 from tests.analytic import DATA, NOISE, Mixture
 
 TEACHER = Mixture(weights=(0.4, 0.6), means=(-0.9, 0.6), scales=(0.5, 0.4))
@@ -35,8 +35,10 @@ FIT = FitConfig(
 
 @dataclass(frozen=True)
 class Method:
-    told: dict
-    """Options of distill.consistency, where its defaults will not do."""
+    mode: ModuleType
+    """The file of distill/ that has the objective."""
+    loss: object
+    """The settings of the mode's loss."""
     fit: FitConfig = FIT
     start: "Method | None" = None
     """The method whose student it starts from; None for untrained weights."""
@@ -49,17 +51,18 @@ class Method:
 # data takes the square and plain tangents. So few iterations call, in continuous time, for a start
 # near the map.
 SCM = replace(FIT, iterations=4000, learning_rate=1e-3)
-ECT = Method({"mode": "ect", "stages": 8, "distance": "squared"})
+ECT = Method(ect, ect.Loss(stages=8, distance="squared"))
 NEAR = replace(ECT, fit=replace(FIT, iterations=3000))
 METHODS = {
-    "cd": Method({"mode": "cd", "num_angles": 32}),
-    "ct": Method({"mode": "ct", "distance": "squared"}),
-    "ict": Method({"mode": "ict", "distance": "squared"}),
+    "cd": Method(cd, cd.Loss(num_angles=32)),
+    "ct": Method(ct, ct.Loss(distance="squared")),
+    "ict": Method(ict, ict.Loss(distance="squared")),
     "ect": ECT,
-    "ect, teacher's step": Method({"mode": "ect", "stages": 8, "solver": "heun"}),
-    "scm": Method({"mode": "scm", "tangent_warmup": 0.0}, SCM, NEAR),
+    "ect, teacher's step": Method(ect, ect.Loss(stages=8, solver="heun")),
+    "scm": Method(scm, scm.Loss(tangent_warmup=0.0), SCM, NEAR),
     "scm, training": Method(
-        {"mode": "scm", "solver": "data", "tangent_warmup": 0.0},
+        scm,
+        scm.Loss(solver="data", tangent_warmup=0.0),
         replace(SCM, iterations=2500, batch_size=1024),
         NEAR,
         normalised=False,
@@ -104,13 +107,9 @@ def samples(count: int, dimensions: int) -> Dataset:
 def train(method: Method, dimensions: int, share: float = 1.0) -> Denoiser:
     """A student of the mixture, by this method in that share of its iterations."""
     config = replace(method.fit, iterations=round(method.fit.iterations * share))
-    options = Settings(fit=config, **method.told)
-    options = replace(options, **settings(options))
-    teacher = SimpleNamespace(denoiser=TEACHER, schedule=cosine(), device=torch.device("cpu"))
-    teacher.card = SimpleNamespace(shift=1.0)
     torch.manual_seed(config.seed)
     student = train(method.start, dimensions, share) if method.start else Denoiser(Mlp(dimensions))
-    objective = MODES[options.mode].objective(options, teacher, student)
+    objective = method.mode.objective(method.loss, TEACHER, student, partial(even, cosine()))
     if not method.normalised:
         objective = replace(objective, normalise=lambda g: g)
     with tempfile.TemporaryDirectory() as folder:

@@ -7,7 +7,7 @@ turn, many times, so that a drifting machine favours neither.
 
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -22,9 +22,10 @@ from diffusion.console import at_least, out, run
 from diffusion.model import Model, load
 from diffusion.schedules import halve, respace
 from diffusion.training import Objective
-from distill.consistency import MODES, settings
-from distill.consistency import Options as Settings
+from distill.consistency import MODES
 from distill.progressive import Halving, steps_table
+from distill.scm import derivative
+from distill.shared import angles_of
 from distill.steps import euler_step
 from teachers.ddpm import Denoising
 
@@ -54,10 +55,9 @@ class Row:
 def rows(teacher: Model, student) -> Iterator[Row]:
     """Each made when it is asked for: scm's gives the student a parameter more."""
 
-    def consistency(mode: str, **told) -> Objective:
-        options = Settings(mode=mode, **told)
-        options = replace(options, **settings(options))
-        return MODES[mode].objective(options, teacher, student)
+    def consistency(mode: str, **settings) -> Objective:
+        loss = MODES[mode].Loss(**settings)
+        return MODES[mode].objective(loss, teacher.denoiser, student, angles_of(teacher))
 
     schedule = teacher.schedule.to(teacher.device)
     angles = respace(teacher.schedule, 32)

@@ -6,20 +6,20 @@ from torch import nn
 
 from diffusion.config import FitConfig
 from diffusion.model import Model
+from distill import shared
 from distill.discrete import Consistency, matching
 from distill.pairs import CURRICULA, Angles, growing
 from distill.steps import Denoise
-from distill.student import ConsistencyOptions, Distance, NeighbourLoss, Solver, Weight, train
 
 
 @dataclass(frozen=True)
-class Loss(NeighbourLoss):
+class Loss(shared.NeighbourLoss):
     """How the student is compared with its target, between neighbours of a list of noise levels."""
 
-    solver: Solver = "heun"
+    solver: shared.Solver = "heun"
     target_ema: float = 0.95
-    distance: Distance = "l2"
-    weight: Weight = "one"
+    distance: shared.Distance = "l2"
+    weight: shared.Weight = "one"
     frechet: float = 0.0
     """Weight of a second loss that makes images sharper, the Fréchet distance of the student's
     images from real ones in features of the teacher's network (Mathiasen & Hvilshøj 2020). 0:
@@ -27,7 +27,7 @@ class Loss(NeighbourLoss):
 
 
 @dataclass(frozen=True)
-class Options(ConsistencyOptions):
+class Options(shared.ConsistencyOptions):
     """cd: learn the way from any noise level straight to an image from the teacher's steps (Song et
     al. 2023)."""
 
@@ -35,16 +35,9 @@ class Options(ConsistencyOptions):
     fit: FitConfig = field(default_factory=FitConfig)
 
 
-FITS = {
-    # from the teacher's step few large batches beat many small ones at as many images
-    "digits": FitConfig(iterations=300, batch_size=512, learning_rate=3e-3, warmup=20, ema=0.99),
-    "fashion-mnist": FitConfig(iterations=20_000, learning_rate=2e-4, warmup=200, ema=0.999),
-    "cifar10": FitConfig(
-        iterations=200_000, batch_size=128, learning_rate=1e-4, warmup=1000, ema=0.9999, flip=True
-    ),
-    "folder": FitConfig(minutes=15, batch_size=64, learning_rate=5e-4, ema=0.99),
-    "folder, GPU": FitConfig(minutes=60, batch_size=128, learning_rate=2e-4, ema=0.99),
-}
+# from the teacher's step few large batches beat many small ones at as many images
+DIGITS = FitConfig(iterations=300, batch_size=512, learning_rate=3e-3, warmup=20, ema=0.99)
+FITS = shared.FITS | {"digits": DIGITS}
 PRESETS = {data: Options(fit=fit) for data, fit in FITS.items()}
 
 
@@ -60,4 +53,4 @@ def objective(loss: Loss, teacher: Denoise, student: nn.Module, angles: Angles) 
 
 def distill(options: Options) -> Model:
     """The student of these options: loaded where it is finished, else trained."""
-    return train("cd", options, objective)
+    return shared.train("cd", options, objective)

@@ -15,13 +15,13 @@ from students.start import StudentOptions, parse
 
 MODES = {"cd": cd, "ct": ct, "ict": ict, "ect": ect, "scm": scm}
 
-DESCRIPTION = """Make a student that goes from any noise level straight to an image, in one call or a
-few. --mode NAME says how it learns, and --mode NAME --help shows the mode's options. These are the
-default mode's, cd's."""
+DESCRIPTION = """Make a student that goes from any noise level straight to an image, in one call or
+a few. --mode NAME says how it learns, and --mode NAME --help shows the mode's options. These are
+the default mode's, cd's."""
 
 
 def read_command() -> tuple[ModuleType, StudentOptions]:
-    """The mode that the command line names, and its options. UserError for another mode's option."""
+    """The mode that the command line names, and its options. UserError for those of another."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--mode")
     given, arguments = parser.parse_known_args(sys.argv[1:])

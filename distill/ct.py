@@ -6,36 +6,28 @@ from torch import nn
 
 from diffusion.config import FitConfig
 from diffusion.model import Model
+from distill import shared
 from distill.discrete import Consistency, matching
 from distill.pairs import CURRICULA, Angles, growing
 from distill.steps import Denoise
-from distill.student import (
-    ConsistencyOptions,
-    Distance,
-    Growth,
-    NeighbourLoss,
-    Solver,
-    Weight,
-    train,
-)
 
 
 @dataclass(frozen=True)
-class Loss(NeighbourLoss):
+class Loss(shared.NeighbourLoss):
     """How the student is compared with its target, between neighbours of a list of noise levels."""
 
-    solver: Solver = "data"
-    curriculum: Growth = "root"
+    solver: shared.Solver = "data"
+    curriculum: shared.Growth = "root"
     # The paper's 150 and 0.9 are for 800,000 iterations: in the thousands of here its targets are
     # too slow to carry the data from the first pair to the last.
     num_angles: int = 80
     target_ema: float = 0.1
-    distance: Distance = "l2"
-    weight: Weight = "one"
+    distance: shared.Distance = "l2"
+    weight: shared.Weight = "one"
 
 
 @dataclass(frozen=True)
-class Options(ConsistencyOptions):
+class Options(shared.ConsistencyOptions):
     """ct: learn the way from any noise level straight to an image from the data alone, from random
     weights on (Song et al. 2023)."""
 
@@ -43,16 +35,7 @@ class Options(ConsistencyOptions):
     fit: FitConfig = field(default_factory=FitConfig)
 
 
-FITS = {
-    "digits": FitConfig(iterations=1000, learning_rate=2e-3, warmup=20, ema=0.99),
-    "fashion-mnist": FitConfig(iterations=20_000, learning_rate=2e-4, warmup=200, ema=0.999),
-    "cifar10": FitConfig(
-        iterations=200_000, batch_size=128, learning_rate=1e-4, warmup=1000, ema=0.9999, flip=True
-    ),
-    "folder": FitConfig(minutes=15, batch_size=64, learning_rate=5e-4, ema=0.99),
-    "folder, GPU": FitConfig(minutes=60, batch_size=128, learning_rate=2e-4, ema=0.99),
-}
-PRESETS = {data: Options(fit=fit) for data, fit in FITS.items()}
+PRESETS = {data: Options(fit=fit) for data, fit in shared.FITS.items()}
 
 
 def objective(loss: Loss, teacher: Denoise, student: nn.Module, angles: Angles) -> Consistency:
@@ -68,4 +51,4 @@ def objective(loss: Loss, teacher: Denoise, student: nn.Module, angles: Angles) 
 
 def distill(options: Options) -> Model:
     """The student of these options: loaded where it is finished, else trained."""
-    return train("ct", options, objective, from_teacher=False)
+    return shared.train("ct", options, objective, from_teacher=False)

@@ -73,7 +73,7 @@ def join(x0: Tensor, f: Tensor, t: Tensor, s: Tensor, a: Tensor) -> Tensor:
 
 
 def _pseudo_huber(difference: Tensor) -> Tensor:
-    """sqrt(|d|^2 + c^2) - c with c = 0.00054 sqrt(dimensions) (Song & Dhariwal 2023, section 3.3)."""
+    """sqrt(|d|^2 + c^2) - c with c = 0.00054 sqrt(dimensions) (Song & Dhariwal 2023, 3.3)."""
     flat = difference.flatten(1)
     c = 0.00054 * math.sqrt(flat.shape[1])
     return (flat.square().sum(1) + c * c).sqrt() - c
@@ -90,8 +90,8 @@ WEIGHTS = {
     "gap": lambda t, s: 1 / (t - s),  # Song & Dhariwal 2023, section 3.1, in angles
     # theirs. On equal angles it falls as cos^2 t, and is 6e-17 for the pair that ends at pure noise
     "sigma-gap": lambda t, s: 1 / (t.tan() - s.tan()),
-    # theirs as it falls on their own list, Karras' of rho = 7, whatever list is trained: sigma^(-6/7),
-    # of the pair's middle, for pure noise has no finite tan t
+    # theirs as it falls on their own list, Karras' of rho = 7, whatever list is trained:
+    # sigma^(-6/7), of the pair's middle, for pure noise has no finite tan t
     "karras": lambda t, s: ((t + s) / 2).tan() ** (-6 / 7),
 }
 

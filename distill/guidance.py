@@ -24,7 +24,8 @@ from diffusion.model import Model, build
 from diffusion.noise import seed32
 from diffusion.runs import train_model
 from diffusion.training import Follower, one_network
-from students.start import StudentOptions, find_teacher, parse, settle, student_card
+from distill import shared
+from students.start import StudentOptions, begin, parse, student_card
 from teachers.levels import uniform
 
 
@@ -45,16 +46,7 @@ class Options(StudentOptions):
     fit: FitConfig = field(default_factory=FitConfig)
 
 
-FITS = {
-    "digits": FitConfig(iterations=1000, learning_rate=2e-3, warmup=20, ema=0.99),
-    "fashion-mnist": FitConfig(iterations=20_000, learning_rate=2e-4, warmup=200, ema=0.999),
-    "cifar10": FitConfig(
-        iterations=200_000, batch_size=128, learning_rate=1e-4, warmup=1000, ema=0.9999, flip=True
-    ),
-    "folder": FitConfig(minutes=15, batch_size=64, learning_rate=5e-4, ema=0.99),
-    "folder, GPU": FitConfig(minutes=60, batch_size=128, learning_rate=2e-4, ema=0.99),
-}
-PRESETS = {data: Options(fit=fit) for data, fit in FITS.items()}
+PRESETS = {data: Options(fit=fit) for data, fit in shared.FITS.items()}
 
 
 @dataclass(frozen=True)
@@ -103,11 +95,11 @@ def distill(options: Options) -> Model:
             f"--own-guidance must be in --guidance's range {low:g} to {high:g}, "
             f"got {options.own_guidance:g}"
         )
-    options = settle(options, "guided")
-    teacher, dataset, out = find_teacher(options, "guided")
+    options, teacher, dataset, out = begin(options, "guided")
     if not teacher.kinds:
         raise UserError(
-            f"{options.teacher} knows no classes to guide towards: train a teacher with --num-classes"
+            f"{options.teacher} knows no classes to guide towards: train a teacher with "
+            "--num-classes"
         )
     if "guidance" in teacher.kinds:
         raise UserError(

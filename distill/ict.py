@@ -6,37 +6,29 @@ from torch import nn
 
 from diffusion.config import FitConfig
 from diffusion.model import Model
+from distill import shared
 from distill.discrete import Consistency, matching
 from distill.pairs import CURRICULA, Angles, LogNormal, growing
 from distill.steps import Denoise
-from distill.student import (
-    ConsistencyOptions,
-    Distance,
-    Growth,
-    NeighbourLoss,
-    Solver,
-    Weight,
-    train,
-)
 
 # The paper's P_mean = -1.1 and P_std at its sigma_data = 1/2: tan t is twice its sigma.
 NOISE = LogNormal(mean=-0.4, std=2.0)
 
 
 @dataclass(frozen=True)
-class Loss(NeighbourLoss):
+class Loss(shared.NeighbourLoss):
     """How the student is compared with its target, between neighbours of a list of noise levels."""
 
-    solver: Solver = "data"
-    curriculum: Growth = "doubling"
+    solver: shared.Solver = "data"
+    curriculum: shared.Growth = "doubling"
     num_angles: int = 160  # the paper's 1280 is for 400,000 iterations
     target_ema: float = 0.0
-    distance: Distance = "pseudo-huber"
-    weight: Weight = "karras"
+    distance: shared.Distance = "pseudo-huber"
+    weight: shared.Weight = "karras"
 
 
 @dataclass(frozen=True)
-class Options(ConsistencyOptions):
+class Options(shared.ConsistencyOptions):
     """ict: learn as ct does, with what made that better: no averaged target, a smooth distance,
     stages (Song & Dhariwal 2023)."""
 
@@ -44,16 +36,7 @@ class Options(ConsistencyOptions):
     fit: FitConfig = field(default_factory=FitConfig)
 
 
-FITS = {
-    "digits": FitConfig(iterations=1000, learning_rate=2e-3, warmup=20, ema=0.99),
-    "fashion-mnist": FitConfig(iterations=20_000, learning_rate=2e-4, warmup=200, ema=0.999),
-    "cifar10": FitConfig(
-        iterations=200_000, batch_size=128, learning_rate=1e-4, warmup=1000, ema=0.9999, flip=True
-    ),
-    "folder": FitConfig(minutes=15, batch_size=64, learning_rate=5e-4, ema=0.99),
-    "folder, GPU": FitConfig(minutes=60, batch_size=128, learning_rate=2e-4, ema=0.99),
-}
-PRESETS = {data: Options(fit=fit) for data, fit in FITS.items()}
+PRESETS = {data: Options(fit=fit) for data, fit in shared.FITS.items()}
 
 
 def objective(loss: Loss, teacher: Denoise, student: nn.Module, angles: Angles) -> Consistency:
@@ -69,4 +52,4 @@ def objective(loss: Loss, teacher: Denoise, student: nn.Module, angles: Angles) 
 
 def distill(options: Options) -> Model:
     """The student of these options: loaded where it is finished, else trained."""
-    return train("ict", options, objective, from_teacher=False)
+    return shared.train("ict", options, objective, from_teacher=False)

@@ -21,7 +21,8 @@ from diffusion.runs import train_model
 from diffusion.samplers import sample
 from diffusion.schedules import even, respace
 from diffusion.training import Follower, one_network
-from students.start import StudentOptions, find_teacher, parse, settle, student_card
+from distill import progressive
+from students.start import StudentOptions, begin, parse, student_card
 
 SOLVER = "dpm-solver++"
 
@@ -41,27 +42,8 @@ class Options(StudentOptions):
     fit: FitConfig = field(default_factory=FitConfig)
 
 
-FITS = {
-    "digits": FitConfig(
-        iterations=500, batch_size=128, learning_rate=1e-3, warmup=20, anneal="linear", ema=0.98
-    ),
-    "fashion-mnist": FitConfig(
-        iterations=2500, learning_rate=2e-4, warmup=50, anneal="linear", ema=0.99
-    ),
-    "cifar10": FitConfig(
-        iterations=25_000,
-        batch_size=128,
-        learning_rate=1e-4,
-        warmup=500,
-        anneal="linear",
-        flip=True,
-    ),
-    "folder": FitConfig(minutes=20, batch_size=64, learning_rate=5e-4, anneal="linear", ema=0.99),
-    "folder, GPU": FitConfig(
-        minutes=60, batch_size=128, learning_rate=2e-4, anneal="linear", ema=0.99
-    ),
-}
-PRESETS = {data: Options(fit=fit) for data, fit in FITS.items()}
+# for as long as a round of halving
+PRESETS = {data: Options(fit=preset.fit) for data, preset in progressive.PRESETS.items()}
 
 
 @dataclass(frozen=True)
@@ -110,8 +92,7 @@ def trajectory(
 def distill(options: Options) -> Model:
     """The mid-trained student of these options: loaded where it is finished, else trained."""
     at_least(2, options, "solver_steps")
-    options = settle(options, "midtraining")
-    teacher, dataset, out = find_teacher(options, "midtraining")
+    options, teacher, dataset, out = begin(options, "midtraining")
     angles = even(teacher.schedule, options.solver_steps, teacher.card.shift)
     card = Card(
         method="midtraining",

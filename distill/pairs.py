@@ -22,7 +22,7 @@ def fixed(num_steps: int) -> Curriculum:
 def root(num_steps: int, first: int = 1) -> Curriculum:
     """Song et al. 2023, appendix C: steps grow as the root of the training done.
 
-    Their N(k) counts angles: sqrt(k/K ((s1 + 1)^2 - s0^2) + s0^2) - 1 steps, s0 = 2 angles at first.
+    Their N(k) counts angles, s0 = 2 at first: sqrt(k/K ((s1 + 1)^2 - s0^2) + s0^2) - 1 steps.
     """
     low, high = (first + 1) ** 2, (num_steps + 1) ** 2
     return lambda progress: math.ceil(math.sqrt(progress * (high - low) + low) - 1)

@@ -26,10 +26,9 @@ from diffusion.training import Average, Follower, frozen_copy, one_network
 from distill.steps import STEPS, Step
 from students.start import (
     StudentOptions,
-    find_teacher,
+    begin,
     images_spent,
     parse,
-    settle,
     student_card,
 )
 from teachers.presets import for_data
@@ -109,7 +108,7 @@ ROUNDS = {
 
 @dataclass(frozen=True)
 class Halving:
-    """The student's one rotation over some steps of the teacher's list = the teacher's rotations."""
+    """The student's one rotation over some steps of the teacher's list = the teacher's own."""
 
     step: Step
     """The teacher's, from one angle of its list to the next."""
@@ -131,7 +130,7 @@ class Halving:
 
 
 def merged_target(step: Step, batch: Batch, x_t: Tensor, angles: list[Tensor]) -> Tensor:
-    """The x0 with which one rotation angles[0] -> angles[-1] arrives where the teacher's steps do."""
+    """The x0 whose rotation angles[0] -> angles[-1] arrives where the teacher's steps do."""
     predictions = []
     for t, s in pairwise(angles):
         predictions.append(step(batch, x_t, t, s))
@@ -230,8 +229,7 @@ def round_fits(
 def distill(options: Options) -> list[Model]:
     """One student per round, each in its own folder and usable on its own."""
     counts(options)  # a mistake is an error before a teacher is trained
-    options = settle(options, "progressive")
-    teacher, dataset, out = find_teacher(options, "progressive", check_home)
+    options, teacher, dataset, out = begin(options, "progressive", check_home)
     usual = for_data(ROUNDS, teacher.spec.name)
     rounds = counts(options, [*usual])
     for num_steps in rounds:

@@ -1,4 +1,4 @@
-"""Simplified consistency in continuous time (sCM, Lu & Song 2024): --mode scm of distill.consistency.
+"""Consistency in continuous time (Lu & Song 2024): `python -m distill.consistency --mode scm`.
 
 f does not change along the ODE. Their TrigFlow is the circle at sigma_data = 1, their F the
 velocity, and f the denoiser: f(x_t, t) = cos(t) x_t - sin(t) F(x_t, t).
@@ -21,9 +21,9 @@ from diffusion.circle import FROM_X0, add_noise, broadcast, x0_loss
 from diffusion.config import FitConfig
 from diffusion.model import Model
 from diffusion.training import Follower, Method, Nets, Player, Turn
+from distill import shared
 from distill.pairs import Angles, LogNormal
 from distill.steps import Denoise
-from distill.student import ConsistencyOptions, train
 
 # The paper's P_mean = -1 and P_std at its sigma_data = 1/2: tan t is twice its sigma.
 NOISE = LogNormal(mean=-0.3, std=1.4)
@@ -41,7 +41,7 @@ class Loss:
 
 
 @dataclass(frozen=True)
-class Options(ConsistencyOptions):
+class Options(shared.ConsistencyOptions):
     """scm: learn the way from any noise level straight to an image from the teacher in continuous
     time (Lu & Song 2024)."""
 
@@ -204,4 +204,4 @@ def method(student: nn.Module, objective: ContinuousConsistency) -> Method:
 
 def distill(options: Options) -> Model:
     """The student of these options: loaded where it is finished, else trained."""
-    return train("scm", options, objective, method=method)
+    return shared.train("scm", options, objective, method=method)

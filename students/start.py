@@ -49,23 +49,17 @@ def parse(
     return ddpm.parse(for_data(presets, data), prog, arguments, description)
 
 
-def settle(options: Options, method: str) -> Options:
-    """The options with what `--precision auto` and `--minutes` of their `fit` stand for here."""
-    out = run_folder(options, method)
-    return replace(options, fit=settled(options.fit, out, *sorted(out.glob("*/"))))
+def begin(
+    options: Options, method: str, check_out: Callable[[Path], None] = check_claim
+) -> tuple[Options, Model, Dataset, Path]:
+    """The options, the teacher on its device, its data, and the run's folder.
 
-
-def run_folder(options: StudentOptions, method: str) -> Path:
-    """The folder that the student's run, or those of its rounds, are left in."""
+    The options' `fit` has what `--precision auto` and `--minutes` stand for on this machine.
+    check_out: raises UserError for a folder that the run must not be left in.
+    """
     home = options.teacher.parent if options.teacher.is_file() else options.teacher
-    return options.out or home.parent / method
-
-
-def find_teacher(
-    options: StudentOptions, method: str, check_out: Callable[[Path], None] = check_claim
-) -> tuple[Model, Dataset, Path]:
-    """The teacher on its device, its data, and the folder for the run, which check_out lets pass."""
-    fit, out = options.fit, run_folder(options, method)
+    out = options.out or home.parent / method
+    fit = settled(options.fit, out, *sorted(out.glob("*/")))
     check_out(out)
     if not _trained(options.teacher) and options.teacher == StudentOptions.teacher:
         ddpm.train_teacher(ddpm.Options.default("digits"))
@@ -88,11 +82,11 @@ def find_teacher(
     dataset = replace(dataset, spec=spec, codec=teacher.codec)  # the teacher's scale
     if teacher.spec.sha256:  # its students' cards say where its images are now
         teacher = replace(teacher, card=replace(teacher.card, data=asdict(dataset.spec)))
-    return teacher, dataset, out
+    return replace(options, fit=fit), teacher, dataset, out
 
 
 def images_spent(model: Model) -> int:
-    """Images that this student, and those that it goes on from, took gradients of; 0 of a teacher."""
+    """Images that this student and those before it took gradients of; 0 for a teacher."""
     training = model.card.training
     return training.get("total_images", training.get("images", 0)) if model.card.parent else 0
 

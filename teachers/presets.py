@@ -22,7 +22,7 @@ class Preset:
 
 
 # 2 CPU cores without bf16 units: teacher, students and comparison in ten minutes. Patches make the
-# network 2.6 times as fast; with clamping the teacher's distance after as many images is a third less.
+# network 2.6 times as fast; with clamping as many images leave the teacher a third nearer.
 DIGITS = Preset(
     net=UNetConfig(
         channels=1, size=8, width=32, multipliers=(1, 1), blocks=1, attention=(), patch=2

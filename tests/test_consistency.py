@@ -1,29 +1,33 @@
 import math
-from dataclasses import replace
+import re
+from dataclasses import fields, replace
+from functools import partial
 from itertools import pairwise
-from types import SimpleNamespace
+from pathlib import Path
 
 import pytest
 import torch
 
 from diffusion import checkpoint
 from diffusion.circle import add_noise, implied_x0, merge_steps, rotate
+from diffusion.config import FitConfig
 from diffusion.console import UserError
 from diffusion.denoiser import Denoiser
 from diffusion.samplers import sample
 from diffusion.schedules import cosine, even, karras
-from distill.consistency import ICT, MODES, Options, distill, settings
+from distill import cd, ct, guidance, ict, midtraining, progressive
+from distill.consistency import MODES, main, read_command
 from distill.discrete import (
     DISTANCES,
     WEIGHTS,
     Consistency,
     join,
 )
+from distill.ict import NOISE as LOG_NORMAL
 from distill.pairs import (
     CURRICULA,
     LogNormal,
     doubling,
-    even_lists,
     fixed,
     growing,
     neighbours,
@@ -32,8 +36,9 @@ from distill.pairs import (
     target_decay,
     tightening,
 )
+from distill.shared import check_loss
 from distill.steps import data_step, euler_step, heun_step
-from teachers.presets import preset
+from teachers.presets import for_data
 from tests.analytic import (
     BIMODAL,
     DATA,
@@ -48,6 +53,8 @@ from tests.analytic import (
 close = torch.testing.assert_close
 both_kinds_of_data = pytest.mark.parametrize("data", [SKEWED, BIMODAL], ids=["gaussian", "mixture"])
 BATCH = grid_batch(180, 1, 2, 2, dtype=torch.float64)
+ANGLES = partial(even, cosine())
+METHODS = [*MODES.values(), guidance, midtraining, progressive]
 NEIGHBOURS = neighbours(even(cosine(), 18))
 
 
@@ -102,7 +109,7 @@ def test_no_step_leaves_its_segment():
         taken.append((t, s))
         return data_step(batch, x_t, t, s)
 
-    wide = tightening(math.pi / 2, 4, ICT)
+    wide = tightening(math.pi / 2, 4, LOG_NORMAL)
     squared(step, wide, ends=SEGMENTS)(SKEWED, BATCH, 0.0)
     (t, s), (_, further) = taken[0], wide(BATCH.level, 0.0)
     assert torch.equal(s, torch.maximum(further, SEGMENTS(t)))
@@ -239,7 +246,7 @@ def test_the_targets_decay_rises_with_the_number_of_angles_and_is_constant_with_
 
 
 def test_growing_pairs_are_neighbours_of_the_list_of_the_moment():
-    pairs = growing(even_lists(cosine(), doubling(40)))  # 10, 20, 40
+    pairs = growing(ANGLES, doubling(40))  # 10, 20, 40
     for progress, count in [(0, 10), (0.33, 10), (0.34, 20), (0.67, 40), (0.9999, 40)]:
         expected = neighbours(even(cosine(), count))(BATCH.level, 0)
         for now, then in zip(pairs(BATCH.level, progress), expected):
@@ -249,7 +256,7 @@ def test_growing_pairs_are_neighbours_of_the_list_of_the_moment():
 def test_log_normal_pairs_are_as_frequent_as_the_error_functions_say():
     """Song & Dhariwal 2023, section 3.5: p(i) ~ erf(z_{i+1}) - erf(z_i), z of log sigma_i."""
     angles = even(torch.tensor([0.0, 1.5]), 12)
-    t, s = neighbours(angles, ICT.share)(grid_batch(100_000).level, 0.0)
+    t, s = neighbours(angles, LOG_NORMAL.share)(grid_batch(100_000).level, 0.0)
     assert (torch.searchsorted(angles, t) - torch.searchsorted(angles, s) == 1).all()
     found = torch.bincount(torch.searchsorted(angles, s), minlength=12) / len(t)
 
@@ -272,7 +279,7 @@ LEVELS = grid_batch(1000).level
 
 def stage(number: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Of 1 to 8, in its middle: t, s."""
-    return tightening(math.pi / 2, STAGES, ICT)(LEVELS, (number - 0.5) / STAGES)
+    return tightening(math.pi / 2, STAGES, LOG_NORMAL)(LEVELS, (number - 0.5) / STAGES)
 
 
 def gap(number: int) -> torch.Tensor:
@@ -289,7 +296,7 @@ def test_tightening_begins_as_diffusion_training_but_near_noise():
 @pytest.mark.parametrize("progress", [0.0, 0.124, 0.125, 0.5, 0.9999])
 def test_tightening_keeps_s_below_t(progress):
     extremes = torch.tensor([0, math.nextafter(1, 0)], dtype=torch.float64)
-    t, s = tightening(math.pi / 2, STAGES, ICT)(torch.cat([extremes, LEVELS]), progress)
+    t, s = tightening(math.pi / 2, STAGES, LOG_NORMAL)(torch.cat([extremes, LEVELS]), progress)
     assert (s >= 0).all()
     assert (s < t).all()
     assert t.max() <= math.pi / 2
@@ -384,20 +391,14 @@ def test_taught_by_the_data_a_norm_leads_to_a_median_instead():
 # Modes
 
 
-def modes_teacher() -> SimpleNamespace:
-    card = SimpleNamespace(shift=1.0)
-    device = torch.device("cpu")
-    return SimpleNamespace(denoiser=BIMODAL, schedule=cosine(), device=device, card=card)
-
-
-def aim(mode: str, student=None, **told):
-    options = Options(mode=mode, **told)
-    options = replace(options, **settings(options))
-    return MODES[mode].objective(options, modes_teacher(), student or torch.nn.Linear(1, 1))
+def aim(mode: str, **settings):
+    """The objective of a mode of the default settings but for these."""
+    student = torch.nn.Linear(1, 1)
+    return MODES[mode].objective(MODES[mode].Loss(**settings), BIMODAL, student, ANGLES)
 
 
 def test_ct_has_song_et_als_averaged_target_and_ict_none():
-    (average,) = aim("ct", fit=replace(Options().fit, iterations=100)).averages
+    (average,) = aim("ct").averages
     assert [average.decay(1, progress) for progress in (0.0, 0.99)] == [
         target_decay(0.1, root(80), progress) for progress in (0.0, 0.99)
     ]
@@ -405,9 +406,9 @@ def test_ct_has_song_et_als_averaged_target_and_ict_none():
     assert aim("ict").target is None
 
 
-def generations(iterations: int, **told) -> float:
+def generations(iterations: int, **settings) -> float:
     """Targets that follow one another in ct's training: what 1 - mu adds up to."""
-    (average,) = aim("ct", fit=replace(Options().fit, iterations=iterations), **told).averages
+    (average,) = aim("ct", **settings).averages
     return sum(
         1 - average.decay(done, (done - 1) / iterations) for done in range(1, iterations + 1)
     )
@@ -415,13 +416,13 @@ def generations(iterations: int, **told) -> float:
 
 def test_cts_targets_carry_the_data_through_all_its_pairs():
     """A target knows of the data what the one before it knew at the pair below."""
-    assert generations(1000) > MODES["ct"].defaults["num_angles"]
+    assert generations(1000) > ct.Loss().num_angles
     assert generations(6400, num_angles=150, target_ema=0.9) < 20  # for 150 pairs
 
 
 def test_icts_weight_falls_towards_noise_as_sigma_to_the_minus_6_7_and_stays_above_0_there():
     """1 / (tan t - tan s) on Karras' list, whose sigma^(1/7) is even (Karras et al. 2022, eq. 5)."""
-    weight = WEIGHTS[MODES["ict"].defaults["weight"]]
+    weight = WEIGHTS[ict.Loss().weight]
     angles = karras(1280)[2:]
     ours, theirs = (w(angles[1:], angles[:-1]) for w in (weight, WEIGHTS["sigma-gap"]))
     share = ours / theirs
@@ -441,34 +442,135 @@ def test_ects_target_may_be_the_teachers_step():
 
 
 @pytest.mark.parametrize(
-    ("told", "words"),
+    ("arguments", "words"),
     [
-        ({"mode": "cd", "stages": 4}, "--mode cd has no --stages"),
-        ({"mode": "ect", "num_angles": 8}, "--mode ect has no --num-angles"),
-        ({"mode": "scm", "distance": "l2"}, "--mode scm has no --distance"),
-        ({"mode": "scm", "solver": "heun"}, "--solver must be euler or data"),
-        ({"mode": "scm", "tangent_warmup": 2.0}, "--tangent-warmup must be in [0, 1], got 2"),
-        ({"mode": "ect", "stages": 0}, "--stages must be at least 1, got 0"),
-        ({"mode": "ct", "frechet": 1.0}, "--mode ct has no --frechet"),
-        ({"mode": "cd", "frechet": -1.0}, "--frechet must be at least 0, got -1"),
-        ({"mode": "cd", "frechet": 1.0, "segments": 2}, "--frechet goes with --segments 1, got 2"),
+        ("--mode cd --stages 4", "--mode cd has no --stages: it goes with --mode ect"),
+        ("--stages=4", "--mode cd has no --stages: it goes with --mode ect"),
+        (
+            "--mode ect --num-angles 8",
+            "--mode ect has no --num-angles: it goes with --mode cd or ct",
+        ),
+        ("--mode scm --distance l2", "--mode scm has no --distance"),
+        ("--mode ct --frechet 1", "--mode ct has no --frechet: it goes with --mode cd or ect"),
+        ("--mode cm", "--mode must be one of cd, ct, ict, ect, scm, got cm"),
+    ],
+)
+def test_an_option_of_another_mode_is_refused_in_one_line_that_says_whose_it_is(
+    arguments, words, command
+):
+    outcome = command(main, *arguments.split())
+    assert (outcome.code, outcome.err.count("\n")) == (2, 1)
+    assert words in outcome.err
+
+
+def test_scm_takes_no_step_but_eulers(command):
+    outcome = command(main, "--mode", "scm", "--solver", "heun")
+    assert outcome.code == 2
+    assert all(word in outcome.err for word in ("heun", "euler", "data"))
+
+
+@pytest.mark.parametrize(
+    ("mode", "settings", "words"),
+    [
+        ("scm", {"tangent_warmup": 2.0}, "--tangent-warmup must be in [0, 1], got 2"),
+        ("ect", {"stages": 0}, "--stages must be at least 1, got 0"),
+        ("cd", {"frechet": -1.0}, "--frechet must be at least 0, got -1"),
+        ("cd", {"frechet": 1.0, "segments": 2}, "--frechet goes with --segments 1, got 2"),
+        ("cd", {"num_angles": 5, "segments": 2}, "--num-angles must be a multiple of --segments 2"),
     ],
     ids=str,
 )
-def test_an_option_that_a_mode_cannot_take_is_refused(told, words):
+def test_a_setting_that_cannot_be_trained_with_is_refused(mode, settings, words):
     with pytest.raises(UserError) as error:
-        aim(**told)
+        check_loss(MODES[mode].Loss(**settings))
     assert words in str(error.value)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("order", ["--help --mode {}", "--mode {} --help", "--mode={} -h"])
+def test_the_help_of_a_mode_shows_its_options_and_no_others(mode, order, command):
+    outcome = command(main, *order.format(mode).split())
+    assert outcome.code == 0
+    every = {field.name for module in MODES.values() for field in fields(module.Loss)}
+    shown = {name for name in every if f"--{name.replace('_', '-')} " in outcome.out}
+    assert shown == {field.name for field in fields(MODES[mode].Loss)}
+    assert MODES[mode].Options.__doc__.split("(")[0].split("\n")[0] in outcome.out
+
+
+def test_without_a_mode_the_help_shows_cds_options_and_names_every_mode(command):
+    outcome = command(main, "--help")
+    assert "--num-angles" in outcome.out
+    assert "--stages" not in outcome.out
+    assert [mode for mode in MODES if f"\n{mode}: " not in outcome.out] == []
+
+
+SETTINGS = {
+    "cd": {
+        "solver": "heun",
+        "curriculum": "fixed",
+        "num_angles": 16,
+        "segments": 1,
+        "target_ema": 0.95,
+        "distance": "l2",
+        "weight": "one",
+        "frechet": 0.0,
+    },
+    "ct": {
+        "solver": "data",
+        "curriculum": "root",
+        "num_angles": 80,
+        "segments": 1,
+        "target_ema": 0.1,
+        "distance": "l2",
+        "weight": "one",
+    },
+    "ict": {
+        "solver": "data",
+        "curriculum": "doubling",
+        "num_angles": 160,
+        "segments": 1,
+        "target_ema": 0.0,
+        "distance": "pseudo-huber",
+        "weight": "karras",
+    },
+    "ect": {
+        "solver": "data",
+        "stages": 4,
+        "segments": 1,
+        "target_ema": 0.0,
+        "distance": "pseudo-huber",
+        "weight": "sigma-gap",
+        "frechet": 0.0,
+    },
+    "scm": {"solver": "euler", "tangent_warmup": 0.1},
+}
+FIT = {
+    "iterations": 1, "minutes": None, "batch_size": 256, "learning_rate": 1e-9, "warmup": 100,
+    "anneal": "cosine", "ema": 0.999, "clip": 1.0, "weight_decay": 0.0, "precision": "fp32",
+    "label_dropout": 0.1, "flip": False, "seed": 0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_runs_settings_are_those_by_which_it_was_recognised_before(mode, teacher, tmp_path):
+    """Another key or value, and a run that was begun is refused, and a recipe is another."""
+    fit = FitConfig(iterations=1, learning_rate=1e-9, precision="fp32")
+    MODES[mode].distill(MODES[mode].Options(teacher=teacher, out=tmp_path, fit=fit))
+    settings = checkpoint.load(tmp_path)[1].training["settings"]
+    images = ("data", "data_sha256", "images", "net", "parent", "plans", "shift")
+    own = {name: value for name, value in settings.items() if name not in images}
+    assert own == {"mode": mode, **SETTINGS[mode], **FIT}
+    assert settings.keys() - own.keys() == set(images)
 
 
 @pytest.fixture(scope="module")
 def untrained(teacher, quick, tmp_path_factory):
-    """(further options) -> the weights of a run that changes them by next to nothing."""
+    """(mode, its --start) -> the weights of a run that changes them by next to nothing."""
 
-    def weights(**told) -> dict[str, torch.Tensor]:
+    def weights(mode: str, start=None) -> dict[str, torch.Tensor]:
         fit = replace(quick, iterations=1, learning_rate=1e-9)
-        out = tmp_path_factory.mktemp("run")
-        distill(Options(teacher=teacher, out=out, fit=fit, **told))
+        out, method = tmp_path_factory.mktemp("run"), MODES[mode]
+        method.distill(method.Options(teacher=teacher, out=out, fit=fit, start=start))
         return checkpoint.load(out)[0]
 
     return weights
@@ -483,14 +585,15 @@ def test_a_student_that_goes_on_from_another_names_it_and_counts_its_images(
     teacher, student, tmp_path, quick
 ):
     first = checkpoint.load(student)[1]
-    card = distill(Options(teacher=teacher, start=student, fit=quick, out=tmp_path / "on")).card
+    options = cd.Options(teacher=teacher, start=student, fit=quick, out=tmp_path / "on")
+    card = cd.distill(options).card
     assert card.method == f"{first.method}+consistency-cd"
     spent = quick.iterations * quick.batch_size
     assert card.training["images"] == spent
     assert card.training["total_images"] == spent + first.training["total_images"] > spent
 
 
-@pytest.mark.parametrize("mode", [mode for mode in MODES if MODES[mode].from_teacher])
+@pytest.mark.parametrize("mode", ["cd", "ect", "scm"])
 def test_a_distilled_student_starts_from_its_teacher(mode, untrained, teacher):
     close(untrained(mode=mode), checkpoint.load(teacher)[0], rtol=0, atol=1e-6)
 
@@ -501,17 +604,36 @@ def test_a_start_of_another_network_is_refused(teacher, tmp_path, quick):
         tmp_path / "other.safetensors", weights, replace(card, data=card.data | {"mean": 0.0})
     )
     with pytest.raises(UserError, match=r"other\.safetensors has another network"):
-        distill(Options(teacher=teacher, start=tmp_path / "other.safetensors", fit=quick))
+        cd.distill(cd.Options(teacher=teacher, start=tmp_path / "other.safetensors", fit=quick))
 
 
 @pytest.mark.parametrize(
-    ("arguments", "name"),
-    [
-        ([], "distillation"),
-        (["--mode", "ect"], "consistency"),
-        (["--mode", "scm"], "continuous"),
-    ],
+    ("arguments", "mode"), [("", "cd"), ("--mode ect", "ect"), ("--mode=scm", "scm")]
 )
-def test_a_mode_trains_by_its_own_preset(monkeypatch, arguments, name):
-    monkeypatch.setattr("sys.argv", ["command", *arguments])
-    assert Options.default("digits").fit == getattr(preset("digits"), name)
+def test_a_mode_trains_by_its_own_preset(monkeypatch, arguments, mode):
+    monkeypatch.setattr("sys.argv", ["command", *arguments.split()])
+    assert read_command() == (MODES[mode], MODES[mode].PRESETS["digits"])
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.__name__)
+def test_every_method_has_a_preset_for_each_dataset_and_for_folders(method, gpu, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
+    for data in ("digits", "fashion-mnist", "cifar10"):
+        assert for_data(method.PRESETS, data).fit.minutes is None
+    folder = for_data(method.PRESETS, "/home/me/photos").fit
+    assert (folder.batch_size, folder.minutes >= 60) == ((128, True) if gpu else (64, False))
+
+
+def test_the_commands_of_the_documents_are_understood(monkeypatch):
+    """Of README, docs and results: every distill.consistency that they show parses."""
+    root = Path(__file__).parents[1]
+    texts = [root / "README.md", *root.glob("docs/*.md"), *root.glob("results/*/README.md")]
+    pattern = r"distill\.consistency((?: +--[a-z]+(?:-[a-z]+)*(?: +[\w./][\w./-]*)?)*)"
+    commands = {words for path in texts for words in re.findall(pattern, path.read_text())}
+    assert len(commands) > 10
+    for words in commands:
+        monkeypatch.setattr("sys.argv", ["command", *words.split()])
+        mode, options = read_command()
+        check_loss(options.loss)
+        assert isinstance(options, mode.Options)

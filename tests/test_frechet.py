@@ -13,7 +13,7 @@ from diffusion.circle import add_noise
 from diffusion.console import Interrupted
 from diffusion.model import build, load
 from diffusion.networks import UNetConfig
-from distill.consistency import Options, distill
+from distill.cd import Loss, Options, distill
 from distill.frechet import Frechet, FrechetTerm, middle, moments, of_data, sums
 from eval.measure.metrics import Moments, frechet_distance
 
@@ -177,9 +177,10 @@ def test_where_training_mirrors_images_so_do_the_real_features(digits):
 
 @pytest.fixture
 def trained(teacher, quick, tmp_path):
-    def train(name: str, **told):
-        fit = replace(quick, iterations=told.pop("iterations", 30), save_every=0.0)
-        return distill(Options(teacher=teacher, out=tmp_path / name, fit=fit, **told))
+    def train(name: str, frechet: float, iterations: int = 30):
+        fit = replace(quick, iterations=iterations, save_every=0.0)
+        loss = Loss(frechet=frechet)
+        return distill(Options(teacher=teacher, out=tmp_path / name, fit=fit, loss=loss))
 
     return train
 

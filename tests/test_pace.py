@@ -55,8 +55,8 @@ def test_a_trial_leaves_the_student_its_followers_and_its_target_alone(
     tmp_path, teacher, quick, monkeypatch
 ):
     def student(name: str, **fit) -> str:
-        loss, config = cd.Loss(num_angles=4), replace(quick, **fit)
-        options = cd.Options(teacher=teacher, out=tmp_path / name, loss=loss, fit=config)
+        loss, out = cd.Loss(num_angles=4), tmp_path / name
+        options = cd.Options(teacher=teacher, out=out, loss=loss, fit=replace(quick, **fit))
         return cd.distill(options).sha256
 
     settings = load(teacher)[1].training["settings"]

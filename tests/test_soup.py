@@ -8,7 +8,7 @@ import torch
 from diffusion import checkpoint
 from diffusion.config import FitConfig
 from diffusion.model import load
-from distill import consistency, progressive
+from distill import cd, progressive
 from students.soup import FARTHEST, average, distance, main
 from tests.analytic import normal, random_unet
 
@@ -99,10 +99,8 @@ def students(teacher, tmp_path_factory) -> list[Path]:
     folder = tmp_path_factory.mktemp("soup")
     for seed in (0, 1):
         fit = FitConfig(iterations=4, batch_size=8, warmup=0, seed=seed)
-        options = consistency.Options(
-            teacher=teacher, out=folder / f"{seed}", num_angles=4, target_ema=0.5, fit=fit
-        )
-        consistency.distill(options)
+        loss = cd.Loss(num_angles=4, target_ema=0.5)
+        cd.distill(cd.Options(teacher=teacher, out=folder / f"{seed}", loss=loss, fit=fit))
     return [folder / "0", folder / "1"]
 
 

@@ -17,8 +17,7 @@ from diffusion.networks import UNetConfig
 from diffusion.samplers import SOLVERS
 from diffusion.schedules import SCHEDULES, cosine, even, linear_beta
 from diffusion.training import fit, one_network
-from distill import progressive
-from distill.consistency import MODES
+from distill import cd, ect, progressive, scm
 from teachers import ddpm
 from teachers.ddpm import OBJECTIVES, Denoising
 from teachers.variance import VariationalBound, step_cost
@@ -269,10 +268,10 @@ def test_students_of_a_teacher_with_a_variance_keep_its_share_as_it_is(learning_
     config, teacher = replace(quick, iterations=2), load(learning_teacher)
     rounds = progressive.Options(teacher=learning_teacher, start_steps=4, end_steps=2, fit=config)
     students = progressive.distill(rounds)
-    for mode in ("cd", "ect", "scm"):
-        out = learning_teacher.parent / mode
-        options = MODES[mode].Options(teacher=learning_teacher, out=out, fit=config)
-        students.append(MODES[mode].distill(options))
+    for mode in (cd, ect, scm):
+        out = learning_teacher.parent / mode.__name__
+        options = mode.Options(teacher=learning_teacher, out=out, fit=config)
+        students.append(mode.distill(options))
     for student in students:
         before, after = (model.denoiser.net.head.weight for model in (teacher, student))
         assert torch.equal(after[1:], before[1:])

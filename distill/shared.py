@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from diffusion.checkpoint import Card
+from diffusion.config import FitConfig
 from diffusion.console import UserError, check_limits
 from diffusion.denoiser import Denoiser
 from diffusion.model import Model, load, of_card
@@ -21,12 +22,23 @@ from diffusion.schedules import even
 from diffusion.training import Method, Objective, one_network
 from distill.frechet import with_frechet
 from distill.pairs import Angles
-from students.start import StudentOptions, find_teacher, images_spent, settle, student_card
+from students.start import StudentOptions, begin, images_spent, student_card
 
 Solver = Literal["heun", "euler", "data"]
 Distance = Literal["l2", "pseudo-huber", "squared"]
 Weight = Literal["one", "gap", "sigma-gap", "karras"]
 Growth = Literal["fixed", "root", "doubling"]
+
+# How a student of consistency or guidance trains on each dataset, if its method does not say else.
+FITS = {
+    "digits": FitConfig(iterations=1000, learning_rate=2e-3, warmup=20, ema=0.99),
+    "fashion-mnist": FitConfig(iterations=20_000, learning_rate=2e-4, warmup=200, ema=0.999),
+    "cifar10": FitConfig(
+        iterations=200_000, batch_size=128, learning_rate=1e-4, warmup=1000, ema=0.9999, flip=True
+    ),
+    "folder": FitConfig(minutes=15, batch_size=64, learning_rate=5e-4, ema=0.99),
+    "folder, GPU": FitConfig(minutes=60, batch_size=128, learning_rate=2e-4, ema=0.99),
+}
 
 
 @dataclass(frozen=True)
@@ -120,8 +132,7 @@ def train(
     random ones. method: (student, objective) -> what is trained.
     """
     check_loss(options.loss)
-    options = settle(options, "consistency")
-    teacher, dataset, out = find_teacher(options, "consistency")
+    options, teacher, dataset, out = begin(options, "consistency")
     if teacher.denoiser.config.prediction == "x0":
         raise UserError(
             f"{options.teacher} predicts x0, and nothing makes it leave a clean image as it is, "

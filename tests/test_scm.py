@@ -15,7 +15,17 @@ from diffusion.checkpoint import load_tensors
 from diffusion.circle import FROM_X0, add_noise
 from diffusion.denoiser import Denoiser
 from diffusion.training import Progress, fit
-from distill.consistency import SCM, Options, distill
+from distill.scm import (
+    NOISE,
+    ContinuousConsistency,
+    LogWeight,
+    Loss,
+    Options,
+    derivative,
+    distill,
+    tangent,
+    unit,
+)
 from tests.analytic import (
     BIMODAL,
     SKEWED,
@@ -28,7 +38,7 @@ from tests.analytic import (
 close = torch.testing.assert_close
 both_kinds_of_data = pytest.mark.parametrize("data", [SKEWED, BIMODAL], ids=["gaussian", "mixture"])
 BATCH = grid_batch(180, 1, 2, 2, dtype=torch.float64)
-T = SCM.tan(BATCH.level, math.pi / 2).atan()
+T = NOISE.tan(BATCH.level, math.pi / 2).atan()
 X = add_noise(BATCH.x0, BATCH.eps, T)
 
 
@@ -41,7 +51,7 @@ def from_data(batch, x_t, t):
 
 
 def angles(level: Tensor) -> Tensor:
-    return SCM.tan(level, math.pi / 2).atan()
+    return NOISE.tan(level, math.pi / 2).atan()
 
 
 def column(angle: Tensor) -> Tensor:
@@ -288,7 +298,7 @@ def test_a_stopped_run_resumes_with_its_learnt_weight_bit_for_bit(
 ):
     def student(out, **changes):
         config = replace(quick, iterations=10, **changes)
-        options = Options(teacher=teacher, out=out, mode="scm", solver=solver, fit=config)
+        options = Options(teacher=teacher, out=out, loss=Loss(solver=solver), fit=config)
         return distill(options)
 
     whole = student(tmp_path / "whole")
