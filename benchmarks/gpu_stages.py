@@ -17,7 +17,6 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from distill.continuous import derivative
 from torch import Tensor, nn
 
 from benchmarks import parts, speed, step_cost

@@ -14,7 +14,6 @@ from statistics import median
 
 import torch
 import tyro
-from distill.continuous import derivative
 
 from benchmarks.rounds import relative, rounds
 from diffusion.batches import Batch

@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from distill.continuous import ContinuousConsistency, LogWeight, derivative, tangent, unit
 from torch import Tensor
 
 from diffusion import checkpoint, runs
