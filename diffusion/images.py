@@ -82,9 +82,9 @@ class InMemory:
         return digest.hexdigest()
 
 
-def some(images: Images, most: int = SAMPLE) -> Rows:
-    """At most so many rows, evenly spread over the source, in its order: all of a small one."""
-    count = min(len(images), most)
+def some(images: Images, most: int | None = None) -> Rows:
+    """At most so many rows, SAMPLE if nobody says, evenly spread over the source, in its order: all of a small one."""
+    count = min(len(images), most or SAMPLE)
     return images.take((torch.arange(count) * len(images)) // max(count, 1))
 
 

@@ -17,7 +17,6 @@ from diffusion import checkpoint, data, folders
 from diffusion.console import UserError
 from diffusion.folders import MARK, check_claim, check_home, claim, is_ours
 from diffusion.model import Model
-from diffusion.plan import Plan
 from distill import consistency, guidance, midtraining, progressive
 from eval import compare, human
 from students import generate, soup
@@ -159,10 +158,11 @@ def test_chains_and_lines_are_made_beside_runs_though_not_among_other_files(tmp_
 
 
 def save_model(path: Path) -> None:
-    codec, images = {"name": "scale", "mean": 77.0, "std": 90.0}, data.ImageSpec("digits", 1, 8)
-    plans, abilities = (Plan("ddim", (0.0, 1.5)),), ("denoise",)
-    card = checkpoint.Card("teacher", plans, abilities, {}, {}, {}, codec, asdict(images))
-    checkpoint.save(path, {"w": torch.ones(2)}, card)
+    """With a card of format 1, as there was before marks."""
+    images = {"name": "digits", "channels": 1, "size": 8, "num_classes": 10}
+    card = {"method": "teacher", "sampler": "ddim", "plans": {"1": [0.0, 1.5]}, "solvers": ["ddim"]}
+    card |= {"net": {}, "data": images | {"mean": 77.0, "std": 90.0}, "format": 1}
+    checkpoint.save_tensors(path, {"w": torch.ones(2)}, {"card": json.dumps(card)})
 
 
 def save_state(path: Path) -> None:

@@ -412,7 +412,7 @@ def to_old(path: Path, followers: list[str]) -> None:
             name = f"student.{name}"
         elif part == "optimizer":
             player, i, slot = rest.split(".")
-            name = f"optimizer.{int(i) + (students if player == 'log_weight' else 0)}.{slot}"
+            name = f"optimizer.{int(i) + (first if player == 'log_weight' else 0)}.{slot}"
         old[name] = value
     checkpoint.save_tensors(path, old, metadata)
 

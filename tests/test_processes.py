@@ -28,6 +28,7 @@ RUNS = {
     "consistency": f"distill.consistency --teacher one/teacher --num-angles 4 {FIT}",
     "frechet": f"distill.consistency --teacher one/teacher --num-angles 4 --frechet 1 {FIT}",
     "continuous": f"distill.consistency --mode scm --teacher one/teacher {FIT}",
+    "two_networks": f"tests.two_networks {FIT}",
 }
 LAUNCH_TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
@@ -115,4 +116,4 @@ def test_two_processes_asked_to_stop_at_different_moments_stop_at_the_same_itera
     assert len(stops) == 2
     assert stops[0] == stops[1]
     state, _ = load_tensors(tmp_path / "run" / "state" / "state.safetensors")
-    assert int(state["optimizer.0.step"]) == int(stops[0])
+    assert int(state["optimizer.student.0.step"]) == int(stops[0])
