@@ -13,6 +13,7 @@ from diffusion.console import UserError, run
 from distill import cd, ct, ect, ict, scm
 from students.start import StudentOptions, parse
 
+PROG = "python -m distill.consistency"
 MODES = {"cd": cd, "ct": ct, "ict": ict, "ect": ect, "scm": scm}
 
 DESCRIPTION = """Make a student that goes from any noise level straight to an image, in one call or
@@ -22,23 +23,25 @@ the default mode's, cd's."""
 
 def read_command() -> tuple[ModuleType, StudentOptions]:
     """The mode that the command line names, and its options. UserError for those of another."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser(PROG, add_help=False, allow_abbrev=False)
     parser.add_argument("--mode")
     given, arguments = parser.parse_known_args(sys.argv[1:])
     mode = given.mode or "cd"
     if mode not in MODES:
         raise UserError(f"--mode must be one of {', '.join(MODES)}, got {mode}")
-    for flag in (word.split("=")[0] for word in arguments if word.startswith("--")):
+    words = (word.split("=")[0].replace("_", "-") for word in arguments)
+    for flag in sorted(word for word in words if word.startswith("--")):
         modes = [name for name in MODES if flag in flags(name)]
         if modes and mode not in modes:
             raise UserError(
                 f"--mode {mode} has no {flag}: it goes with --mode {' or '.join(modes)}"
             )
-    prog, description = "python -m distill.consistency", None
+    prog, description = PROG, None
     if given.mode:
         prog += f" --mode {mode}"
     else:
-        description = "\n\n".join([DESCRIPTION, *(m.Options.__doc__ for m in MODES.values())])
+        sentences = (" ".join(module.Options.__doc__.split()) for module in MODES.values())
+        description = "\n\n".join([DESCRIPTION, *sentences])
     return MODES[mode], parse(MODES[mode].PRESETS, prog, arguments, description)
 
 
