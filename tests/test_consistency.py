@@ -81,7 +81,7 @@ SEGMENTS = segments(even(cosine(), 3))
 def test_with_segments_the_exact_map_to_each_ones_end_has_no_loss_and_samples_in_so_many(data):
     """Heek et al. 2024, algorithm 1: consistency within each segment of the angles."""
 
-    def student(x_t, t, label=None):
+    def student(x_t, t, condition=None, dropout=None):
         a = SEGMENTS(t)
         x0 = implied_x0(x_t, data.flow(x_t, t, a), t, a)
         return torch.where(t[..., None, None, None] > 0, x0, x_t)
@@ -136,7 +136,7 @@ def test_better_steps_leave_the_exact_consistency_function_less_loss(data):
 def test_the_gradient_leads_a_perturbed_student_back(data, theta):
     theta, exact = torch.tensor(theta, requires_grad=True), consistency_function(data)
 
-    def student(x_t, t, label):
+    def student(x_t, t, condition, dropout=None):
         return exact(x_t, t) + theta * t.sin()[..., None, None, None] * x_t
 
     squared(exact_step(data))(student, BATCH, 0.0).mean().backward()
@@ -148,7 +148,7 @@ def test_only_the_students_pass_at_t_carries_a_gradient():
     theta, scale = (torch.tensor(0.5, requires_grad=True) for _ in range(2))
 
     def with_theta(theta):
-        return lambda x_t, t, label=None: theta * SKEWED(x_t, t)
+        return lambda x_t, t, condition=None, dropout=None: theta * SKEWED(x_t, t)
 
     def gradient(**options) -> torch.Tensor:
         objective = squared(euler_step(lambda *inputs: scale * SKEWED(*inputs)), **options)
@@ -163,7 +163,7 @@ def test_only_the_students_pass_at_t_carries_a_gradient():
 def test_another_network_judges_x_s_where_one_is_given():
     objective = squared(exact_step(SKEWED), target=consistency_function(SKEWED))
     assert objective(consistency_function(SKEWED), BATCH, 0.0).max() < 1e-20
-    assert objective(lambda x_t, t, label: 0 * x_t, BATCH, 0.0).mean() > 0.1
+    assert objective(lambda x_t, *_, **__: 0 * x_t, BATCH, 0.0).mean() > 0.1
 
 
 @both_kinds_of_data
@@ -398,17 +398,17 @@ def aim(mode: str, **settings):
 
 
 def test_ct_has_song_et_als_averaged_target_and_ict_none():
-    (average,) = aim("ct").averages
+    (average,) = aim("ct").followers.values()
     assert [average.decay(1, progress) for progress in (0.0, 0.99)] == [
         target_decay(0.1, root(80), progress) for progress in (0.0, 0.99)
     ]
-    assert aim("ict").averages == ()
+    assert aim("ict").followers == {}
     assert aim("ict").target is None
 
 
 def generations(iterations: int, **settings) -> float:
     """Targets that follow one another in ct's training: what 1 - mu adds up to."""
-    (average,) = aim("ct", **settings).averages
+    (average,) = aim("ct", **settings).followers.values()
     return sum(
         1 - average.decay(done, (done - 1) / iterations) for done in range(1, iterations + 1)
     )

@@ -11,6 +11,7 @@ from diffusion import checkpoint, runs
 from diffusion.batches import Batch
 from diffusion.circle import add_noise
 from diffusion.console import Interrupted
+from diffusion.denoiser import DenoiserConfig
 from diffusion.model import build, load
 from diffusion.networks import UNetConfig
 from distill.cd import Loss, Options, distill
@@ -130,7 +131,7 @@ def test_moments_of_many_batches_are_those_of_all():
 def batch(size: int = 8) -> Batch:
     random = torch.Generator().manual_seed(0)
     x0, eps = (torch.randn(size, 1, 8, 8, generator=random) for _ in range(2))
-    return Batch(x0, eps, (torch.arange(size).double() + 0.5) / size, None, 0)
+    return Batch(x0, eps, (torch.arange(size).double() + 0.5) / size)
 
 
 def test_the_term_grows_with_the_training_and_acts_on_the_noisier_half_alone():
@@ -151,12 +152,13 @@ def test_the_term_grows_with_the_training_and_acts_on_the_noisier_half_alone():
 def test_features_are_the_middle_of_the_teachers_network(teacher, digits):
     model = load(teacher)
     features = middle(model)
-    x0, eps = digits.spec.to_unit(digits.train[:4]), batch(4).eps
+    x0, eps = digits.codec.encode(digits.train.images[:4]), batch(4).eps
     t = torch.full((4,), 0.1, dtype=torch.float64)
     h, *_ = model.denoiser.net.encode(add_noise(x0, eps, t), t.float())
     close(features(x0, eps), h.flatten(1))  # 8 channels of 8x8: 512 features need no squares
     assert features(x0, eps).shape == (4, 512)
-    wide = build(UNetConfig(width=96, multipliers=(1,), blocks=1, attention=()), "bf16")
+    shape = UNetConfig(width=96, multipliers=(1,), blocks=1, attention=())
+    wide = build(shape, DenoiserConfig(), {}, "bf16")
     many = middle(SimpleNamespace(denoiser=wide))(x0, eps)
     assert many.shape == (4, 96 * 9)  # in 3x3 squares
     assert many.dtype == torch.float32

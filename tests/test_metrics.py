@@ -19,19 +19,19 @@ from eval.measure.metrics import Moments, frechet_distance
 def features(digits) -> dict[str, torch.Tensor]:
     """64 numbers an image: a network's of the digits and of noisy digits, and the digits' pixels."""
     extract = random_network(digits, torch.device("cpu")).extract
-    noisy = noised(digits, digits.train, 0.3)
+    noisy = noised(digits, digits.train.images, 0.3)
     return {
-        "digits": extract(digits.train),
-        "held out": extract(digits.test),
+        "digits": extract(digits.train.images),
+        "held out": extract(digits.test.images),
         "noisy": extract(noisy),
-        "pixels": digits.train.flatten(1).float(),  # a singular covariance: corners are black
+        "pixels": digits.train.images.flatten(1).float(),  # a singular covariance: corners are black
         "noisy pixels": noisy.flatten(1).float(),
     }
 
 
 def noised(digits: Dataset, images: torch.Tensor, t: float) -> torch.Tensor:
     eps = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
-    return digits.spec.to_uint8(add_noise(digits.spec.to_unit(images), eps, torch.tensor(t)))
+    return digits.codec.decode(add_noise(digits.codec.encode(images), eps, torch.tensor(t)))
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def wide(digits) -> Callable[[int, int, float], torch.Tensor]:
         directions = 0.1 * torch.randn(64, dim, generator=random)
         phases = 2 * torch.pi * torch.rand(dim, generator=random)
         which = torch.randint(len(digits.train), (count,), generator=random)
-        noisy = noised(digits, digits.train[which], t)
+        noisy = noised(digits, digits.train.images[which], t)
         return torch.cos((noisy.flatten(1) / 127.5 - 1) @ directions + phases)
 
     return extract

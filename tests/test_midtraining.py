@@ -1,5 +1,4 @@
 import math
-from collections import namedtuple
 from dataclasses import replace
 
 import pytest
@@ -19,14 +18,14 @@ SIXTEEN = even(cosine(), 16)
 
 
 class Counted:
-    """A teacher that counts the images it is called on and keeps the labels it is told."""
+    """A teacher that counts the images it is called on and keeps the conditions it is told."""
 
     def __init__(self, data):
-        self.data, self.images, self.labels = data, 0, []
+        self.data, self.images, self.conditions = data, 0, []
 
-    def __call__(self, x_t, t, label=None):
+    def __call__(self, x_t, t, condition=None):
         self.images += len(x_t)
-        self.labels.append(label)
+        self.conditions.append(condition)
         return self.data(x_t, t)
 
 
@@ -43,7 +42,7 @@ def solution(angles: torch.Tensor):
     """The student that maps every point of SKEWED's trajectories to their ends."""
     lines = affine(angles)
 
-    def student(x_t, t, label=None):
+    def student(x_t, t, condition=None, dropout=None):
         a, b = lines[torch.searchsorted(angles, t.contiguous()) - 1].unbind(1)
         return broadcast(a, x_t) * x_t + broadcast(b, x_t)
 
@@ -86,7 +85,7 @@ def test_the_function_from_a_trajectory_to_its_end_has_no_loss(weighting, size):
 def test_the_gradient_leads_a_perturbed_student_back(theta):
     theta, exact = torch.tensor(theta, requires_grad=True), solution(SIXTEEN)
 
-    def student(x_t, t, label):
+    def student(x_t, t, condition, dropout=None):
         return exact(x_t, t) + theta * t.sin()[..., None, None, None] * x_t
 
     batch = grid_batch(64, 1, 2, 2, dtype=torch.float64)
@@ -118,7 +117,7 @@ def test_a_training_step_costs_about_one_call_of_the_teacher_per_image(size):
 def test_every_angle_of_every_trajectory_is_trained_on_once():
     seen = []
 
-    def student(x_t, t, label):
+    def student(x_t, t, condition, dropout=None):
         seen.extend(zip(t.tolist(), x_t.flatten(1).tolist(), strict=True))
         return x_t
 
@@ -146,12 +145,12 @@ def test_two_processes_that_share_a_batch_train_on_what_one_trains_on():
 
 
 def test_a_guided_label_goes_along_with_its_weight():
-    pair = namedtuple("Pair", "label guidance")
-    batch = grid_batch(40, 1, 2, 2)._replace(label=pair(torch.arange(40), torch.arange(40) / 2))
+    condition = {"label": torch.arange(40), "guidance": torch.arange(40) / 2}
+    batch = grid_batch(40, 1, 2, 2)._replace(condition=condition)
 
-    def denoiser(x_t, t, given):
-        assert torch.equal(given.guidance, given.label / 2)
-        return given.label[:, None, None, None] + 0 * x_t
+    def denoiser(x_t, t, given, dropout=None):
+        assert torch.equal(given["guidance"], given["label"] / 2)
+        return given["label"][:, None, None, None] + 0 * x_t
 
     assert Midtraining(denoiser, SIXTEEN)(denoiser, batch, 0.0).max() < 1e-9
 
@@ -161,13 +160,13 @@ def test_a_point_has_the_label_of_its_trajectory():
     label, told = torch.arange(40), []
 
     def teacher(x_t, t, given):
-        return given[:, None, None, None] + 0 * x_t
+        return given["label"][:, None, None, None] + 0 * x_t
 
-    def student(x_t, t, given):
-        told.append(given)
+    def student(x_t, t, given, dropout=None):
+        told.append(given["label"])
         return teacher(x_t, t, given)
 
-    batch = grid_batch(40, 1, 2, 2)._replace(label=label)
+    batch = grid_batch(40, 1, 2, 2)._replace(condition={"label": label})
     assert Midtraining(teacher, SIXTEEN)(student, batch, 0.0).max() < 1e-9
     assert sorted(set(told[0].tolist())) == [0, 1, 2]  # of 3 trajectories
 
@@ -176,7 +175,7 @@ def test_the_target_carries_no_gradient_to_the_teacher():
     theta, scale = (torch.ones((), requires_grad=True) for _ in range(2))
     objective = Midtraining(lambda *inputs: scale * SKEWED(*inputs), SIXTEEN)
     batch = grid_batch(32, 1, 2, 2)
-    objective(lambda *inputs: theta * SKEWED(*inputs), batch, 0.0).sum().backward()
+    objective(lambda *inputs, **more: theta * SKEWED(*inputs, **more), batch, 0.0).sum().backward()
     assert theta.grad.abs() > 0
     assert scale.grad is None
 
@@ -186,7 +185,7 @@ def test_a_small_network_learns_most_of_what_one_step_of_ddim_lacks():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(2, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 1))
 
-    def student(x_t, t, label=None):
+    def student(x_t, t, condition=None, dropout=None):
         inputs = torch.stack([x_t.flatten(), t.float().expand(len(x_t))], 1)
         return TO_X0["v"](x_t, net(inputs).reshape(x_t.shape), t)
 
@@ -215,8 +214,8 @@ def test_a_run_leaves_a_student_that_samples_by_consistency_on_its_own_angles(
     made = distill(options)
     card = load(tmp_path / "run").card
     assert (card.method, card.sampler) == ("midtraining", "consistency")
-    assert list(card.plans) == [1, 2, 4, 8]
-    assert all(set(plan) <= set(card.plans[8]) for plan in card.plans.values())
+    assert [plan.num_steps for plan in card.plans] == [1, 2, 4, 8]
+    assert all(set(plan.angles) <= set(card.plan(8).angles) for plan in card.plans)
     assert card.parent == load(teacher).sha256
     assert distill(options).sha256 == made.sha256
 
@@ -224,4 +223,4 @@ def test_a_run_leaves_a_student_that_samples_by_consistency_on_its_own_angles(
 def test_a_student_of_few_angles_claims_no_more_steps_than_those(tmp_path, teacher, quick):
     fit = replace(quick, iterations=1)
     options = Options(teacher=teacher, out=tmp_path / "run", solver_steps=3, fit=fit)
-    assert list(distill(options).card.plans) == [1, 2]
+    assert [plan.num_steps for plan in distill(options).card.plans] == [1, 2]

@@ -1,4 +1,3 @@
-import json
 import os
 import shutil
 from dataclasses import replace
@@ -8,10 +7,10 @@ import pytest
 import torch
 
 from diffusion import checkpoint
-from diffusion.checkpoint import Card
 from diffusion.circle import add_noise, rotate
 from diffusion.console import UserError
 from diffusion.model import load
+from diffusion.plan import Plan, plan
 from diffusion.schedules import SCHEDULES, even, halve, respace, shifted
 from distill.progressive import (
     Halving,
@@ -144,7 +143,7 @@ def test_student_that_hits_its_target_reproduces_two_teacher_steps_and_has_no_lo
     objective, batch = Halving(euler_step(SKEWED), table, weighting), grid_batch(4 * 63, 1, 2, 2)
     visited = []
 
-    def student(x_t, t, label):
+    def student(x_t, t, condition, dropout=None):
         visited.append(t)
         rows = table[torch.searchsorted(table[:, 0].contiguous(), t.contiguous())]
         return target_of(SKEWED, x_t, columns(rows))
@@ -159,7 +158,7 @@ def test_the_loss_is_the_weighted_distance_to_the_target():
     table, batch = EIGHT_TO_FOUR, grid_batch(4, 1, 2, 2)
     t = table[:, 0]
     target = target_of(BIMODAL, add_noise(batch.x0, batch.eps, t), columns(table))
-    loss = Halving(euler_step(BIMODAL), table)(lambda x_t, t, label: target + 0.1, batch, 0.0)
+    loss = Halving(euler_step(BIMODAL), table)(lambda *_, **__: target + 0.1, batch, 0.0)
     snr = (1 / t.tan()).square()
     close(loss.double(), 0.01 * snr.clamp(min=1), rtol=1e-5, atol=0)
 
@@ -168,22 +167,26 @@ def test_the_target_carries_no_gradient_to_the_teacher():
     scale = torch.ones((), requires_grad=True)
     theta = torch.ones((), requires_grad=True)
     objective = Halving(euler_step(lambda *inputs: scale * SKEWED(*inputs)), EIGHT_TO_FOUR)
-    objective(lambda *inputs: theta * SKEWED(*inputs), grid_batch(8, 1, 2, 2), 0.0).sum().backward()
+
+    def student(*inputs, **dropout):
+        return theta * SKEWED(*inputs, **dropout)
+
+    objective(student, grid_batch(8, 1, 2, 2), 0.0).sum().backward()
     assert theta.grad.abs() > 0
     assert scale.grad is None
 
 
-def test_teacher_and_student_are_told_the_label():
-    label = torch.arange(4)
+def test_teacher_and_student_are_told_the_condition():
+    condition = {"label": torch.arange(4)}
     told = []
 
-    def denoiser(x_t, t, given):
+    def denoiser(x_t, t, given, dropout=None):
         told.append(given)
         return SKEWED(x_t, t)
 
-    batch = grid_batch(4, 1, 2, 2)._replace(label=label)
+    batch = grid_batch(4, 1, 2, 2)._replace(condition=condition)
     Halving(euler_step(denoiser), EIGHT_TO_FOUR)(denoiser, batch, 0.0)
-    assert [given is label for given in told] == [True] * 3
+    assert [given is condition for given in told] == [True] * 3
 
 
 @pytest.mark.parametrize(
@@ -215,9 +218,9 @@ def test_rounds_of_mixed_factors_each_train_their_own_number_of_steps(tmp_path, 
         fit=quick,
     )
     first, second = distill(options)
-    schedule = checkpoint.load(teacher)[1].plans[8]
-    assert first.card.plans == {3: [schedule[i] for i in (0, 2, 5, 8)]}
-    assert second.card.plans == {1: [0.0, schedule[-1]]}
+    schedule = checkpoint.load(teacher)[1].plan(8).angles
+    assert first.card.plans == (Plan("ddim", tuple(schedule[i] for i in (0, 2, 5, 8))),)
+    assert second.card.plans == (Plan("ddim", (0.0, schedule[-1])),)
     assert [model.card.training["iterations"] for model in (first, second)] == [4, 6]
     assert second.card.parent == first.sha256
 
@@ -266,13 +269,14 @@ def test_a_student_and_its_students_take_their_steps_where_the_teachers_shift_sa
     options = Options(teacher=teacher, out=tmp_path, start_steps=8, rounds=(4,), shift=2.0, fit=fit)
     (student,) = distill(options)
     expected = shifted(respace(load(teacher).schedule, 8), 2.0)[::2]
-    assert student.card.plans == {4: expected.tolist()}
+    assert student.card.plans == (plan("ddim", expected),)
     assert student.card.shift == 2.0
     weights, card, _ = checkpoint.load(teacher)
     checkpoint.save(tmp_path / "wide.safetensors", weights, replace(card, shift=2.0))
     wide = load(tmp_path / "wide.safetensors")
-    assert wide.plan(3, "ddim")[1].equal(shifted(respace(wide.schedule, 3), 2.0))
-    assert wide.plan(3, "ddim", 1.0)[1].equal(respace(wide.schedule, 3))
+    assert wide.plan(3, "ddim") == plan("ddim", shifted(respace(wide.schedule, 3), 2.0))
+    unshifted = plan("ddim", respace(wide.schedule, 3), note="shift 1")
+    assert wide.plan(3, "ddim", 1.0) == unshifted
 
 
 def chain(out, teacher, fit, **told) -> list:
@@ -290,11 +294,7 @@ def test_a_chain_that_goes_on_from_its_own_student_keeps_the_angles_of_one_in_on
     assert two.card.shifted
     (same,) = chain(tmp_path / "same", four, fit, start_steps=4, rounds=(2,), shift=2.0)
     assert same.card.plans == two.card.plans
-    # a card of before: 4 shifted angles, and nothing that says so
-    card = checkpoint.load(four)[1]
-    old = json.loads(card.to_json())
-    del old["shifted"]
-    assert Card.from_json(json.dumps(old)).shifted
+    assert checkpoint.load(four)[1].shifted  # of a card from before there was this: test_older
     assert not load(teacher).card.shifted
 
 
@@ -309,12 +309,16 @@ def test_a_solver_shifts_only_angles_that_are_not_shifted_already(teacher):
     plain = model.schedule
     card = replace(
         model.card,
-        plans={8: shifted(plain, 2.0).tolist()},
+        plans=(plan("ancestral", shifted(plain, 2.0)),),
         shift=2.0,
         shifted=True,
-        solvers=("ddim", "consistency"),
+        abilities=("denoise", "jump"),
     )
     model = replace(model, card=card)
-    close(model.plan(4, "ddim")[1], shifted(respace(plain, 4), 2.0), rtol=0, atol=0)
-    close(model.plan(4, "ddim", 3.0)[1], shifted(respace(plain, 4), 3.0), rtol=1e-12, atol=0)
-    close(model.plan(4, "consistency")[1], even(plain, 4, 2.0), rtol=0, atol=0)
+
+    def angles(*asked) -> torch.Tensor:
+        return torch.tensor(model.plan(4, *asked).angles, dtype=torch.float64)
+
+    close(angles("ddim"), shifted(respace(plain, 4), 2.0), rtol=0, atol=0)
+    close(angles("ddim", 3.0), shifted(respace(plain, 4), 3.0), rtol=1e-12, atol=0)
+    close(angles("consistency"), even(plain, 4, 2.0), rtol=0, atol=0)

@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from diffusion import checkpoint
+from diffusion import checkpoint, networks
 from diffusion.config import FitConfig
 from diffusion.model import load
+from diffusion.plan import Plan
 from distill import cd, progressive
 from students.soup import FARTHEST, average, distance, main
 from tests.analytic import normal, random_unet
@@ -114,7 +115,7 @@ def test_a_soup_is_a_student_like_those_it_is_made_of(students, teacher, command
     assert soup.card.method == "consistency-cd-soup"
     assert soup.card.parent == first.card.parent == load(teacher).sha256
     assert soup.card.training["total_images"] == 2 * 4 * 8
-    assert soup.plan(2)[0] == "consistency"
+    assert soup.plan(2).sampler == "consistency"
     assert (tmp_path / "soup" / "samples.png").exists()
 
 
@@ -130,9 +131,9 @@ def test_the_same_command_finds_its_soup_and_another_one_is_told_so(students, co
 
 def test_networks_of_other_origins_are_not_averaged(students, command, tmp_path):
     _, card, _ = checkpoint.load(students[0])
-    net = card.net | {key: tuple(v) for key, v in card.net.items() if isinstance(v, list)}
+    shape = vars(networks.from_json(card.net))
     torch.manual_seed(0)
-    weights = random_unet(**net).state_dict()
+    weights = random_unet(**shape).state_dict()
     checkpoint.save(tmp_path / "alien.safetensors", weights, card)
     assert distance([weights, load(students[0]).denoiser.net.state_dict()]) > FARTHEST
     outcome = command(main, students[0], tmp_path / "alien.safetensors", "--out", tmp_path / "out")
@@ -143,7 +144,9 @@ def test_networks_of_other_origins_are_not_averaged(students, command, tmp_path)
 
 def test_students_at_other_angles_are_not_averaged(students, command, tmp_path):
     weights, card, _ = checkpoint.load(students[1])
-    plans = {n: [angle * 0.9 for angle in angles] for n, angles in card.plans.items()}
+    plans = tuple(
+        replace(plan, angles=tuple(angle * 0.9 for angle in plan.angles)) for plan in card.plans
+    )
     checkpoint.save(tmp_path / "other.safetensors", weights, replace(card, plans=plans))
     outcome = command(main, students[0], tmp_path / "other.safetensors", "--out", tmp_path / "out")
     assert (outcome.code, outcome.err.count("\n")) == (2, 1)
@@ -154,19 +157,27 @@ def test_students_at_other_angles_are_not_averaged(students, command, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "word"),
     [
-        ({"sampler": "ddim"}, "sampler"),
-        ({"plans": {4: [0.0, 0.5, 0.8, 1.2, 1.5]}}, "steps"),
-        ({"guidance": 2.0}, "guidance"),
-        ({"plans": {1: [0.0, 1.5], 2: [0.0, 0.5, 1.5]}}, "steps of its own"),
-        ({"parent": "1" * 64, "origin": None}, "teacher has the weights 11111111"),
-        ({"origin": "1" * 64}, "teacher has the weights 11111111"),
+        (lambda plans: {"plans": tuple(replace(own, sampler="ddim") for own in plans)}, "sampler"),
+        (lambda _: {"plans": (Plan("consistency", (0.0, 0.5, 0.8, 1.2, 1.5)),)}, "steps"),
+        (lambda plans: {"plans": tuple(own.guided(2.0) for own in plans)}, "guidance"),
+        (
+            lambda _: {
+                "plans": (
+                    Plan("consistency", (0.0, 1.5)),
+                    Plan("consistency", (0.0, 0.5, 1.5)),
+                )
+            },
+            "steps of its own",
+        ),
+        (lambda _: {"parent": "1" * 64, "origin": None}, "teacher has the weights 11111111"),
+        (lambda _: {"origin": "1" * 64}, "teacher has the weights 11111111"),
     ],
 )
 def test_students_that_are_used_otherwise_are_not_averaged(
     students, command, tmp_path, changes, word
 ):
     weights, card, _ = checkpoint.load(students[1])
-    checkpoint.save(tmp_path / "other.safetensors", weights, replace(card, **changes))
+    checkpoint.save(tmp_path / "other.safetensors", weights, replace(card, **changes(card.plans)))
     outcome = command(main, students[0], tmp_path / "other.safetensors", "--out", tmp_path / "out")
     assert (outcome.code, outcome.err.count("\n")) == (2, 1)
     assert word in outcome.err

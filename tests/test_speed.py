@@ -20,10 +20,11 @@ from benchmarks.parts import (
 )
 from benchmarks.rounds import rounds
 from benchmarks.speed import table
-from diffusion.denoiser import Denoiser
+from diffusion.denoiser import Denoiser, DenoiserConfig
+from diffusion.images import InMemory
 from diffusion.networks import UNetConfig
 from diffusion.noise import Noise
-from diffusion.samplers import SAMPLERS, sample
+from diffusion.samplers import SOLVERS, sample
 from diffusion.schedules import linear_beta, respace
 from diffusion.training import Average
 from eval.measure import stream
@@ -35,7 +36,7 @@ EXACT = frozenset(TRAINING) - {"bf16", "channels_last", "torch.compile"}
 
 @pytest.fixture(scope="session")
 def unlabelled(digits):
-    return replace(digits, train_labels=None)
+    return replace(digits, train=InMemory(digits.train.images), kinds={})
 
 
 @pytest.fixture
@@ -121,14 +122,14 @@ def test_rounds_reverse_their_order_and_leave_the_first_out():
 class Overwriting(nn.Module):
     """A network whose output lies where its last one lay, as a CUDA graph's does."""
 
-    def __init__(self, config: UNetConfig, reused: bool):
+    def __init__(self, learned_variance: bool, reused: bool):
         super().__init__()
-        self.config, self.reused, self.output = config, reused, None
+        self.learned_variance, self.reused, self.output = learned_variance, reused, None
         self.weight = nn.Parameter(torch.tensor(0.7), requires_grad=False)
 
-    def forward(self, x: Tensor, t: Tensor, label=None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, condition=None) -> Tensor:
         output = (self.weight * x + t[:, None, None, None]).tanh()
-        if self.config.learned_variance:
+        if self.learned_variance:
             output = torch.cat([output, output.sigmoid()], dim=1)
         if self.reused and self.output is not None:
             return self.output.copy_(output)
@@ -137,14 +138,16 @@ class Overwriting(nn.Module):
 
 
 @pytest.mark.parametrize("prediction", ["v", "x0", "eps"])
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", SOLVERS)
 def test_a_sampler_reads_nothing_that_the_next_call_overwrites(sampler, prediction):
-    config = UNetConfig(prediction=prediction, learned_variance=sampler == "ancestral-learned")
+    learned = sampler == "ancestral-learned"
+    config = DenoiserConfig(prediction, learned)
     angles = respace(linear_beta(), 6)
 
     def images(reused: bool) -> Tensor:
         noise = Noise(0, torch.arange(4), (1, 8, 8))
-        return sample(Denoiser(Overwriting(config, reused)), noise, sampler, angles)
+        denoiser = Denoiser(Overwriting(learned, reused), config=config)
+        return sample(denoiser, noise, sampler, angles)
 
     assert torch.equal(images(reused=True), images(reused=False))
 

@@ -70,7 +70,8 @@ class Matching:
 
     def __call__(self, nets: Nets, batch: Batch, turn: Turn) -> Tensor:
         low, high = self.angles
-        t, eps = low + (high - low) * batch.level, batch.eps.roll(1, 0)
+        t = low + (high - low) * batch.level
+        eps = batch.eps.flip(-1)  # another pixel's: each pixel is an image of its own
         critic_moves = turn.movers == ("critic",)
         with torch.set_grad_enabled(not critic_moves):
             x0 = nets["student"](batch.eps, NOISE)
