@@ -30,9 +30,10 @@ from eval.measure.search import SEED, search_angles
 from eval.results import jsonl, together
 from eval.results.records import Record
 from eval.results.store import Store, samples_of
-from eval.show import closing, plots, table
+from eval.show import closing, pictures, table
 from eval.show.lines import lines
-from eval.show.pages.verdict import choice
+from eval.show.pictures import CALLS, MILLISECONDS
+from eval.show.verdict import choice
 
 OWN_CLASSIFIER = ("digits", "fashion-mnist")  # where it is the default extractor; elsewhere, fid
 DRAWS = 8  # of real images, for the floor
@@ -270,31 +271,31 @@ def home(paths: tuple[Path, ...]) -> Path:
 
 
 def write_results(
-    store: Store, shown: list[Record], options: Options, train: Tensor | None
+    store: Store, records: list[Record], options: Options, train: Tensor | None
 ) -> None:
     """The tables and pictures; train: the training images, where they are at hand."""
-    folder, samples = store.folder, store.samples
-    write_atomic(folder / "table.md", table.markdown(shown, options.times))
-    plots.nfe_plot(folder / "quality_nfe.png", shown)
-    written = ["results.jsonl", "table.md", "quality_nfe.png"]
-    if options.times:
-        plots.time_plot(folder / "quality_ms.png", shown)
-        written.append("quality_ms.png")
-    pictured = [r for r in shown if (r.own_plan or r.sampler == "ddim") and r.tag in samples]
-    if pictured:
-        plots.sample_rows(folder / "samples.png", pictured, samples)
-        written.append("samples.png")
-    found = lines(shown)
-    ship = choice(found)
-    teachers = [x for x in found if x.record.parent is None]
-    longest = max(teachers, key=lambda x: x.record.steps, default=None)
-    few = [x for x in found if x in (longest, ship) and x.record.tag in samples]
-    if train is not None and few:
-        plots.nearest_rows(folder / "nearest.png", few, samples, train)
-        written.append("nearest.png")
-    table.show(options.table, shown, options.times)
+    folder, images, rows = store.folder, store.samples, lines(records)
+    teachers = [line for line in rows if line.record.parent is None]
+    longest = max(teachers, key=lambda line: line.record.steps, default=None)
+    ship = choice(rows)
+    pairs = [x for x in rows if x in (longest, ship) and x.record.tag in images]
+    some = [x for x in rows if x.record.own_plan or x.record.sampler == "ddim"]
+    made = {
+        "quality_nfe.png": pictures.cost_chart(rows, lambda line: line.record.nfe, CALLS),
+        "quality_ms.png": options.times
+        and pictures.cost_chart(rows, lambda line: line.milliseconds, MILLISECONDS),
+        "samples.png": pictures.samples(some, images),
+        "nearest.png": train is not None
+        and pairs
+        and pictures.nearest([(line, images[line.record.tag]) for line in pairs], train),
+    }
+    write_atomic(folder / "table.md", table.markdown(records, options.times))
+    written = ["results.jsonl", "table.md", *(name for name, picture in made.items() if picture)]
+    for name in written[2:]:
+        write_atomic(folder / name, made[name].file("png"))
+    table.show(options.table, records, options.times)
     say(f"{folder}: {', '.join(written)}")
-    say(closing.take(found))
+    say(closing.take(rows))
     say(f"make a page of it: {closing.python()} -m {closing.quoted('eval.report', str(folder))}")
 
 

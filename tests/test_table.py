@@ -108,7 +108,7 @@ def test_the_csv_holds_the_same_numbers_in_full(times):
                 value = float(row[head]) if row[head] else None
                 assert value == (None if expected is None else pytest.approx(expected, rel=6e-3))
                 checked.add(head)
-    assert len(checked) == (13 if times else 9)
+    assert len(checked) == (14 if times else 9)
     for row, made in zip(rows, ROWS, strict=True):
         assert float(row["quality"]) == made.score
         assert [row["run"], row["sha256"], row["device"]] == [made.run, made.sha256, "a device"]

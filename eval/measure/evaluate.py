@@ -69,12 +69,13 @@ def template(bench: Bench, row: Row) -> Record:
         training["recipe"] = recipe(card.training["settings"])
     return Record(
         run=str(row.path),
-        method=row.method,
+        method=card.method,
         sha256=row.model.sha256,
         parent=card.parent,
         sampler=row.sampler,
         steps=len(row.angles) - 1,
         own_plan=row.own,
+        note=row.note,
         angles=row.angles.tolist(),
         parameters=sum(p.numel() for p in row.model.denoiser.parameters()),
         training=training,

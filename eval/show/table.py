@@ -4,7 +4,6 @@ import csv
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
-from statistics import mean
 
 from rich import box
 from rich.console import Group, RenderableType
@@ -16,21 +15,20 @@ from diffusion.console import out
 from eval.measure import quality
 from eval.results import jsonl, together
 from eval.results.records import Record
-from eval.show.columns import (
-    LIKELIHOOD,
-    QUALITY,
-    SPEED,
-    TIMES,
-    TRAININGS,
-    Cell,
-    Columns,
-    cell,
-    further,
-    plain,
-)
+from eval.show import columns
+from eval.show.columns import TIMES, TRAININGS, Cell, Columns, cell
 from eval.show.lines import Line, lines
 
 FURTHER = "Further figures"  # so many columns that a terminal does without them
+SPEED_NOTES = {  # columns that need a word
+    "first call, s": "first call: with compilation and warm-up",
+    "ms @1": "ms @1: per image at batch 1, median and quartiles of the repeats",
+    "p90, ms": "p90: of ms @1, where the repeats are enough to tell",
+    "images/s": "images/s: at batch {batch_size}",
+    "best images/s": "best images/s: @ the batch size that has them",
+    "50,000 images": "50,000 images: at the most images/s that were timed",
+    "peak MB": "peak MB: beyond what was held before the call",
+}
 
 
 @dataclass(frozen=True)
@@ -43,6 +41,11 @@ class Table:
     caption: str
     foot: tuple[Cell, ...] = ()
     """A last row, which stays last however the others are sorted."""
+
+    @property
+    def name(self) -> str:
+        """Its title's first word: quality, speed, likelihood or further."""
+        return self.title.split()[0].lower()
 
     @property
     def heads(self) -> tuple[str, ...]:
@@ -66,89 +69,85 @@ def tables(records: list[Record], times: bool = True) -> list[Table]:
     UserError where the rows are not comparable.
     """
     together.require_comparable(records, times)
-    found, times = lines(records), times and any(record.timings for record in records)
-    made = [Table("Quality and cost", _costs(found, times), found, caption(found, times))]
+    shown, times = lines(records), times and any(record.timings for record in records)
+    idle = () if times else TIMES
+    idle += (TRAININGS,) * (max(len(line.trainings) for line in shown) == 1)
+    costs = {head: column for head, column in columns.QUALITY.items() if head not in idle}
+    made = [Table("Quality and cost", costs, shown, caption(shown, times))]
     if times:
-        speed = _filled(SPEED, found)
-        made.append(Table("Speed", speed, found, _speed_caption(speed, records[0])))
-    if likely := [line for line in found if line.record.likelihood]:
+        speed, first = _filled(columns.SPEED, shown), records[0]
+        notes = [f"noise to uint8 on {machine(first)}, synchronised"]
+        notes += [note for head, note in SPEED_NOTES.items() if head in speed]
+        words = "; ".join(notes).format(batch_size=first.batch_size)
+        made.append(Table("Speed", speed, shown, words))
+    if likely := [line for line in shown if line.record.likelihood]:
         images = likely[0].record.likelihood.get("images", "the")
         words = f"of {images} held-out images: the variational bound, and by the probability flow"
-        made.append(Table("Likelihood", _filled(LIKELIHOOD, likely), likely, words))
-    columns, real = further(records), together.fullest(records).held_out
-    if len(columns) > 2:
-        foot = [Cell("held-out images"), Cell("")]
-        foot += [cell(real.get(head), "{:.3g}".format) for head in [*columns][2:]]
+        made.append(Table("Likelihood", _filled(columns.LIKELIHOOD, likely), likely, words))
+    others, real = columns.further(records), together.fullest(records).held_out
+    if len(others) > 2:
+        figures = [cell(real.get(head), "{:.3g}".format) for head in [*others][2:]]
+        foot = (Cell("held-out images"), Cell(""), *figures)
         words = "means over the seeds; a good model comes near to the held-out images"
         if not real:
-            foot, words = [], "means over the seeds; no images are held out to compare with"
-        made.append(Table(FURTHER, columns, found, words, tuple(foot)))
+            foot, words = (), "means over the seeds; no images are held out to compare with"
+        made.append(Table(FURTHER, others, shown, words, foot))
     return made
 
 
-def _costs(found: list[Line], times: bool) -> Columns:
-    """QUALITY without what these rows have nothing to say of."""
-    idle = () if times else TIMES
-    idle += (TRAININGS,) * (max(len(line.trainings) for line in found) == 1)
-    return {head: column for head, column in QUALITY.items() if head not in idle}
-
-
-def _filled(columns: Columns, found: list[Line]) -> Columns:
+def _filled(some: Columns, shown: list[Line]) -> Columns:
     """Those in which any row has something."""
     return {
         head: column
-        for head, column in columns.items()
-        if any(column(line).text != "-" for line in found)
+        for head, column in some.items()
+        if any(column(line).text != "-" for line in shown)
     }
 
 
-def caption(found: list[Line], times: bool) -> str:
+def caption(shown: list[Line], times: bool) -> str:
     """What the figures of the first table are."""
-    first = together.fullest([line.record for line in found])
+    first = together.fullest([line.record for line in shown])
     accuracy = first.extractor.get("accuracy")
-    several = max(len(line.trainings) for line in found) > 1
+    sticks = _sticks(shown)
+    floor = next(line.floor for line in shown if line.record.floor == first.floor)
     parts = [
-        f"quality (lower is better): {first.metric} of {first.num_images} images, "
-        + over(first, several),
-        f"floor (as many real images{drawn(first)}) {mean(first.floor):.3g}"
+        f"quality (lower is better): {first.metric} of {first.num_images} images, {over(shown)}",
+        f"floor (as many real images{drawn(first)}) {floor:.3g}"
         + (f", classifier's accuracy {accuracy:.1%}" if accuracy else ""),
     ]
-    parts += [f"× teacher: over the larger of the floor and {stick}" for stick in _sticks(found)]
+    if sticks:
+        stick = sticks[0] if len(sticks) == 1 else f"that of its own teacher, {' or '.join(sticks)}"
+        parts.append(f"× teacher: over the larger of the floor and {stick}")
     parts += [
-        f"{line.title}: of so few, with a floor of {mean(line.record.floor):.3g} and another bias, "
+        f"{line.title}: of so few, with a floor of {line.floor:.3g} and another bias, "
         "so that it is not compared with the others"
-        for line in found
+        for line in shown
         if line.fewer
     ]
     if times:
-        parts += [
-            "ms @1: per image at batch 1",
-            f"images/s at batch {first.batch_size} on {machine(first)}",
-        ]
-    if any("collapsed" in line.warnings for line in found):
+        batch = f"images/s at batch {first.batch_size} on {machine(first)}"
+        parts += ["ms @1: per image at batch 1", batch]
+    if any("collapsed" in line.warnings for line in shown):
         parts.append("(collapsed): coverage is below half of the held-out images'")
-    if any(quality.unheld(line.record.further) for line in found):
+    if any(quality.unheld(line.record.further) for line in shown):
         parts.append(
             "no images are held out, so that neither collapse nor copying can be judged against "
             f"them; (copies) marks a row of which more than {quality.COPIED:.0%} are three times as "
             "near to one training image as to any other"
         )
-    elif any("copies" in line.warnings for line in found):
+    elif any("copies" in line.warnings for line in shown):
         parts.append("(copies): images too often lie on a training image")
     return "; ".join(parts)
 
 
-def _sticks(found: list[Line]) -> list[str]:
-    """The yardsticks' names, where any row has a ratio: one, or of several teachers its own each."""
-    sticks = {line.yardstick.key: line.yardstick for line in found if line.ratio}
-    titles = {line.record.key: line.title for line in found}
-    words = [
+def _sticks(shown: list[Line]) -> list[str]:
+    """The yardsticks' names, where any row has a ratio: one, or several teachers' each."""
+    sticks = {line.yardstick.key: line.yardstick for line in shown if line.ratio}
+    titles = {line.record.key: line.title for line in shown}
+    return [
         f"{titles.get(key, stick.title)} at {stick.nfe:,} calls ({stick.score:.3g})"
         for key, stick in sticks.items()
     ]
-    if len(words) > 1:
-        return [f"that of its own teacher, {' or '.join(words)}"]
-    return words
 
 
 def drawn(record: Record) -> str:
@@ -158,27 +157,14 @@ def drawn(record: Record) -> str:
     return f", drawn with replacement from {record.data['images']:,}"
 
 
-def over(first: Record, several: bool) -> str:
-    """What the means are of; several: whether any row has more than one training."""
-    seeds = ", ".join(map(str, first.seeds))
-    noise = f"mean ± spread over seeds {seeds}" if len(first.seeds) > 1 else f"seed {seeds}"
-    if not several:
+def over(shown: list[Line]) -> str:
+    """What the means are taken over."""
+    seeds = together.fullest([line.record for line in shown]).seeds
+    names = ", ".join(map(str, seeds))
+    noise = f"mean ± spread over seeds {names}" if len(seeds) > 1 else f"seed {names}"
+    if max(len(line.trainings) for line in shown) == 1:
         return noise
     return f"{noise}; of a row of several trainings, mean ± spread over these"
-
-
-def _speed_caption(columns: Columns, first: Record) -> str:
-    told = {
-        "first call, s": "first call: with compilation and warm-up",
-        "ms @1": "ms @1: per image at batch 1, median and quartiles of the repeats",
-        "p90, ms": "p90: of ms @1, where the repeats are enough to tell",
-        "images/s": f"images/s: at batch {first.batch_size}",
-        "best images/s": "best images/s: @ the batch size that has them",
-        "50,000 images": "50,000 images: at the most images/s that were timed",
-        "peak MB": "peak MB: beyond what was held before the call",
-    }
-    words = [f"noise to uint8 on {machine(first)}, synchronised"]
-    return "; ".join([*words, *(text for head, text in told.items() if head in columns)])
 
 
 def machine(record: Record) -> str:
@@ -190,18 +176,19 @@ def terminal(records: list[Record], times: bool = True) -> Group:
     """For rich; a table that is too wide goes on below, its rows named anew."""
     parts: list[RenderableType] = []
     for table in tables(records, times):
-        blocks = _blocks(table, out.width) if table.title != FURTHER else []
-        for columns in blocks:
-            shown = RichTable(
+        if table.title == FURTHER:
+            continue
+        for some in _blocks(table, out.width):
+            block = RichTable(
                 title=table.title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
             )
-            for i in columns:
+            for i in some:
                 justify = "right" if i else "left"
-                shown.add_column(escape(table.heads[i]), justify=justify, overflow="fold")
+                block.add_column(escape(table.heads[i]), justify=justify, overflow="fold")
             for row in table.cells:
-                shown.add_row(*(escape(row[i]) for i in columns))
-            parts.append(shown)
-        parts += [Text(table.caption, "italic"), ""] if blocks else []
+                block.add_row(*(escape(row[i]) for i in some))
+            parts.append(block)
+        parts += [Text(table.caption, "italic"), ""]
     return Group(*parts)
 
 
@@ -217,15 +204,17 @@ def _blocks(table: Table, width: int) -> list[list[int]]:
     return blocks
 
 
+def markdown_table(heads: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    rule = ("---", *["--:"] * (len(heads) - 1))
+    cells = (" | ".join(cell.replace("|", r"\|") for cell in row) for row in (heads, rule, *rows))
+    return "".join(f"| {line} |\n" for line in cells)
+
+
 def markdown(records: list[Record], times: bool = True) -> str:
-    parts = []
-    for table in tables(records, times):
-        rule = tuple("--:" if i else "---" for i in range(len(table.heads)))
-        grid = [table.heads, rule, *table.cells]
-        lines = (" | ".join(cell.replace("|", r"\|") for cell in row) for row in grid)
-        body = "".join(f"| {line} |\n" for line in lines)
-        parts.append(f"**{table.title}**\n\n{body}\n{table.caption}\n")
-    return "\n".join(parts)
+    return "\n".join(
+        f"**{table.title}**\n\n{markdown_table(table.heads, table.cells)}\n{table.caption}\n"
+        for table in tables(records, times)
+    )
 
 
 LATEX = str.maketrans(
@@ -240,14 +229,17 @@ def latex(records: list[Record], times: bool = True) -> str:
     """Each a table that needs the package booktabs."""
     parts = []
     for table in tables(records, times):
-        rows = [" & ".join(cell.translate(LATEX) for cell in row) for row in table.cells]
-        body = "".join(f"{row} \\\\\n" for row in rows)
-        heads = " & ".join(head.translate(LATEX) for head in table.heads)
+        heads, *rows = (
+            " & ".join(cell.translate(LATEX) for cell in row) + r" \\"
+            for row in (table.heads, *table.cells)
+        )
+        alignment = "l" + "r" * (len(table.heads) - 1)
         parts.append(
             "\\begin{table}\n\\centering\n"
             f"\\caption{{{table.title}: {table.caption.translate(LATEX)}.}}\n"
-            f"\\begin{{tabular}}{{l{'r' * (len(table.heads) - 1)}}}\n\\toprule\n"
-            f"{heads} \\\\\n\\midrule\n{body}\\bottomrule\n\\end{{tabular}}\n\\end{{table}}\n"
+            f"\\begin{{tabular}}{{{alignment}}}\n\\toprule\n{heads}\n\\midrule\n"
+            + "".join(f"{row}\n" for row in rows)
+            + "\\bottomrule\n\\end{tabular}\n\\end{table}\n"
         )
     return "% needs \\usepackage{booktabs}\n" + "\n".join(parts)
 
@@ -255,9 +247,9 @@ def latex(records: list[Record], times: bool = True) -> str:
 def comma_separated(records: list[Record], times: bool = True) -> str:
     """One wide table of plain numbers, in full; nothing between two commas where there is none."""
     together.require_comparable(records, times)
-    columns = {head: column for head, column in QUALITY.items() if times or head not in TIMES}
-    columns |= (SPEED if times else {}) | LIKELIHOOD | further(records)
-    rows = [plain(line, columns, times) for line in lines(records)]
+    heads = {name: column for name, column in columns.QUALITY.items() if times or name not in TIMES}
+    heads |= (columns.SPEED if times else {}) | columns.LIKELIHOOD | columns.further(records)
+    rows = [columns.plain(line, heads, times) for line in lines(records)]
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, rows[0], lineterminator="\n")
     writer.writeheader()
@@ -281,8 +273,8 @@ FORMATS: dict[str, Callable[[list[Record], bool], RenderableType]] = {
 
 def show(form: str, records: list[Record], times: bool = True) -> None:
     """Print the tables to stdout, in one of FORMATS."""
-    found = FORMATS[form](records, times)
-    if isinstance(found, str):
-        print(found, end="")
+    made = FORMATS[form](records, times)
+    if isinstance(made, str):
+        print(made, end="")
     else:
-        out.print(found)
+        out.print(made)
