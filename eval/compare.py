@@ -114,8 +114,8 @@ def compare(options: Options) -> list[Record]:
     """Measure what is not measured yet; write results.jsonl, the tables, the plots and the samples."""
     check(options)
     options = replace(options, precision=machine.precision(options.precision))
-    alone = PartialState().is_main_process
-    if not alone:
+    first_process = PartialState().is_main_process
+    if not first_process:
         silence()
     files = [path for path in options.runs if path.suffix == ".jsonl"]
     paths = tuple(path for path in options.runs if path not in files)
@@ -123,29 +123,30 @@ def compare(options: Options) -> list[Record]:
     folder = options.out or home(paths)
     check_claim(folder, "comparison")
     store = Store.open(folder)
-    measured, refused = [], []
+    measured, refused, train = [], [], None
     if paths:
-        wanted = planned(options, paths)
-        bench = prepare(options, wanted[0].model)
-        usual = next((row for row in wanted if not row.long), wanted[0])
+        planned = plan(options, paths)
+        bench = prepare(options, planned[0].model)
+        usual = next((row for row in planned if not row.long), planned[0])
         together.require_comparable([*given, template(bench, usual)], options.times)
-        wanted += searched(options, wanted, bench)
-        if alone:
+        planned += searched(options, planned, bench)
+        if first_process:
             claim(folder, "comparison")
-        measured, refused = measure_rows(bench, wanted, store)
-        store.put(images={"real": bench.judge.dataset.train[:SHOWN]})
-        if alone:
+        measured, refused = measure_rows(bench, planned, store)
+        train = bench.judge.dataset.train
+        store.put(images={"real": train[:SHOWN]})
+        if first_process:
             with suppress(OSError):  # none was made, or a refused row's is still there
                 (folder / "partial").rmdir()
-    shown = together.merge([measured, given])
-    together.require_comparable(shown, options.times)
-    if alone and shown:
+    records = together.merge([measured, given])
+    together.require_comparable(records, options.times)
+    if first_process and records:
         claim(folder, "comparison")
-        store.put(*shown, images=reduce(or_, (samples_of(file.parent) for file in files), {}))
-        write_results(store, shown, options, bench.judge.dataset.train if paths else None)
+        store.put(*records, images=reduce(or_, (samples_of(file.parent) for file in files), {}))
+        write_results(store, records, options, train)
     if refused:
         raise UserError(f"{len(refused)} rows are left out: {'; '.join(refused)}")
-    return shown
+    return records
 
 
 def check(options: Options) -> None:
@@ -163,16 +164,16 @@ def check(options: Options) -> None:
     if SEED in options.seeds:
         raise UserError(f"--seeds must not hold {SEED}, the seed of --search-steps: give another")
     if not options.seeds or len({*options.seeds}) < len(options.seeds):
-        told = " ".join(map(str, options.seeds)) or "none"
-        raise UserError(f"--seeds takes one or more numbers, each once, e.g. 0 1, got {told}")
+        got = " ".join(map(str, options.seeds)) or "none"
+        raise UserError(f"--seeds takes one or more numbers, each once, e.g. 0 1, got {got}")
     if missing := [path for path in options.runs if path.suffix == ".jsonl" and not path.exists()]:
         raise UserError(
             f"there is no file {missing[0]}: expected a results.jsonl that eval.compare wrote"
         )
 
 
-def planned(options: Options, paths: tuple[Path, ...]) -> list[Row]:
-    """The rows of all models found, teachers first."""
+def plan(options: Options, paths: tuple[Path, ...]) -> list[Row]:
+    """The rows to measure: of all models in the paths, teachers first."""
     counts = counts_of(options.steps)
     models = [(path, load(path, options.precision)) for path in find_runs(paths)]
     models.sort(key=lambda item: item[1].card.parent is not None)
@@ -180,34 +181,34 @@ def planned(options: Options, paths: tuple[Path, ...]) -> list[Row]:
     for path, model in models:
         require_same_images(first.spec, model, path)
     asked = counts, options.solvers, options.long, options.shifts
-    found = [row for path, model in models for row in rows(path, model, *asked)]
-    if not found:
+    planned = [row for path, model in models for row in rows(path, model, *asked)]
+    if not planned:
         raise UserError(
             f"none of the runs samples in --steps {options.steps}: give others, or leave it out"
         )
-    if options.search_steps and not students(found):
+    if options.search_steps and not students(planned):
         raise UserError(
             "--search-steps needs a consistency student, and there is none among the rows"
         )
-    return found
+    return planned
 
 
-def students(wanted: list[Row]) -> dict[Path, Model]:
-    """The consistency students among them."""
-    return {row.path: row.model for row in wanted if row.sampler == "consistency" and row.own}
+def students(planned: list[Row]) -> dict[Path, Model]:
+    """The consistency students among the rows."""
+    return {row.path: row.model for row in planned if row.sampler == "consistency" and row.own}
 
 
-def searched(options: Options, wanted: list[Row], bench: Bench) -> list[Row]:
-    """A row for each consistency student and step count to search; every process finds the same."""
-    found = []
-    for path, model in students(wanted).items():
+def searched(options: Options, planned: list[Row], bench: Bench) -> list[Row]:
+    """A row for each consistency student and step count to search; the same in every process."""
+    made = []
+    for path, model in students(planned).items():
         for steps in options.search_steps:
             few = SEARCHED if bench.judge.extractor.dim < SEARCHED else bench.num_images
             size = min(few, bench.num_images), bench.batch_size
             angles = [search_angles(bench.judge, model, steps, *size)]
             (angles,) = broadcast_object_list(angles)  # the first process's, to the bit
-            found.append(Row(path, model, "consistency", angles, own=True, note="searched"))
-    return found
+            made.append(Row(path, model, "consistency", angles, own=True, note="searched"))
+    return made
 
 
 def prepare(options: Options, model: Model) -> Bench:
@@ -222,9 +223,9 @@ def prepare(options: Options, model: Model) -> Bench:
             raise UserError(
                 f"{spec.name} has {len(dataset.train)} image: expected 2 or more to judge by"
             )
-        own = extractor(choice, dataset, device, options.inception)
-        num_images, long_images = sizes(options, own.dim)
-        judge = Judge.of(dataset, own, extractor("random", dataset, device), device)
+        main = extractor(choice, dataset, device, options.inception)
+        num_images, long_images = sizes(options, main.dim)
+        judge = Judge.of(dataset, main, extractor("random", dataset, device), device)
     return Bench(
         judge=judge,
         num_images=num_images,

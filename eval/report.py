@@ -117,47 +117,48 @@ def _measured_against(real: dict, form: Form, data: str | None, data_dir: Path |
 
 def html(options: Options) -> tuple[str, list[Line]]:
     """The page, and the lines that it shows."""
-    rows, others, images = gather(options.paths, options.times)
-    tables = table.tables(rows, options.times)
-    shown = tables[0].lines
-    ship = verdict.choice(shown)
-    pictured = sorted(shown, key=lambda x: ([y.title for y in shown].index(x.title), -x.record.nfe))
+    records, others, images = gather(options.paths, options.times)
+    tables = table.tables(records, options.times)
+    rows = tables[0].lines
+    ship = verdict.choice(rows)
+    titles = [line.title for line in rows]
+    by_method = sorted(rows, key=lambda line: (titles.index(line.title), -line.record.nfe))
     charts = [
-        pictures.cost_chart(shown, lambda line: line.record.nfe, CALLS),
-        pictures.cost_chart(shown, lambda line: line.milliseconds, MILLISECONDS),
+        pictures.cost_chart(rows, lambda line: line.record.nfe, CALLS),
+        pictures.cost_chart(rows, lambda line: line.milliseconds, MILLISECONDS),
     ]
     near = None
     if ship and ship.record.tag in images:
         near = nearest(ship, images[ship.record.tag], options.data, options.data_dir)
     text = page.render(
         "report.html",
-        title=f"{Path(rows[0].data['name']).name}: what fewer network calls cost",
-        verdict=verdict.sentences(shown),
-        best=verdict.best_by_calls(shown),
+        title=f"{Path(records[0].data['name']).name}: what fewer network calls cost",
+        verdict=verdict.sentences(rows),
+        best=verdict.best_by_calls(rows),
         ship=ship,
         charts=[chart for chart in charts if chart],
         tables=tables,
-        samples=pictures.samples(pictured, images),
+        samples=pictures.samples(by_method, images),
         nearest=near,
-        facts=provenance.facts(shown, rows, others),
+        facts=provenance.facts(rows, records, others),
         measured_heads=provenance.MEASURED,
-        measured=provenance.measured(shown),
+        measured=provenance.measured(rows),
         checkpoint_heads=provenance.CHECKPOINTS,
-        checkpoints=provenance.checkpoints(shown),
+        checkpoints=provenance.checkpoints(rows),
     )
-    return text, shown
+    return text, rows
 
 
 def write(options: Options) -> Path:
     """Write the page, say where it is and which student to take."""
     first = options.paths[0]
     path = options.out or (first if first.is_dir() else first.parent) / "report.html"
-    text, shown = html(options)
+    text, rows = html(options)
     write_atomic(path, text)
-    name = shown[0].record.data["name"]
-    rows = sum(len(line.trainings) for line in shown)
-    say(f"{path}: {rows} rows of {name}, their tables, charts and pictures")
-    say(closing.take(shown))
+    name = rows[0].record.data["name"]
+    count = sum(len(line.trainings) for line in rows)
+    say(f"{path}: {count} rows of {name}, their tables, charts and pictures")
+    say(closing.take(rows))
     say(f"open the page: {closing.opener(path)}")
     return path
 

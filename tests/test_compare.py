@@ -274,7 +274,7 @@ def test_a_row_whose_images_are_none_is_left_out_with_the_reason(
 
 def test_a_comparison_without_the_long_row_has_all_others(compared, teacher, tmp_path):
     options = Options(runs=(teacher.parent,), out=tmp_path, **SETTINGS | {"long": False})
-    planned = compare.planned(options, options.runs)
+    planned = compare.plan(options, options.runs)
     found = [(row.model.sha256, row.sampler, len(row.angles) - 1) for row in planned]
     _, rows = compared
     assert found == [(r.sha256, r.sampler, r.steps) for r in rows][1:]

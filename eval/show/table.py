@@ -59,8 +59,8 @@ class Table:
     @property
     def cells(self) -> list[tuple[str, ...]]:
         """The text of every row, the foot included."""
-        rows = [*self.rows, self.foot] if self.foot else self.rows
-        return [tuple(cell.text for cell in row) for row in rows]
+        feet = [self.foot] if self.foot else []
+        return [tuple(cell.text for cell in row) for row in (*self.rows, *feet)]
 
 
 def tables(records: list[Record], times: bool = True) -> list[Table]:
@@ -69,18 +69,18 @@ def tables(records: list[Record], times: bool = True) -> list[Table]:
     UserError where the rows are not comparable.
     """
     together.require_comparable(records, times)
-    shown, times = lines(records), times and any(record.timings for record in records)
+    rows, times = lines(records), times and any(record.timings for record in records)
     idle = () if times else TIMES
-    idle += (TRAININGS,) * (max(len(line.trainings) for line in shown) == 1)
+    idle += (TRAININGS,) * (max(len(line.trainings) for line in rows) == 1)
     costs = {head: column for head, column in columns.QUALITY.items() if head not in idle}
-    made = [Table("Quality and cost", costs, shown, caption(shown, times))]
+    made = [Table("Quality and cost", costs, rows, caption(rows, times))]
     if times:
-        speed, first = _filled(columns.SPEED, shown), records[0]
+        speed, first = _filled(columns.SPEED, rows), records[0]
         notes = [f"noise to uint8 on {machine(first)}, synchronised"]
         notes += [note for head, note in SPEED_NOTES.items() if head in speed]
         words = "; ".join(notes).format(batch_size=first.batch_size)
-        made.append(Table("Speed", speed, shown, words))
-    if likely := [line for line in shown if line.record.likelihood]:
+        made.append(Table("Speed", speed, rows, words))
+    if likely := [line for line in rows if line.record.likelihood]:
         images = likely[0].record.likelihood.get("images", "the")
         words = f"of {images} held-out images: the variational bound, and by the probability flow"
         made.append(Table("Likelihood", _filled(columns.LIKELIHOOD, likely), likely, words))
@@ -91,27 +91,27 @@ def tables(records: list[Record], times: bool = True) -> list[Table]:
         words = "means over the seeds; a good model comes near to the held-out images"
         if not real:
             foot, words = (), "means over the seeds; no images are held out to compare with"
-        made.append(Table(FURTHER, others, shown, words, foot))
+        made.append(Table(FURTHER, others, rows, words, foot))
     return made
 
 
-def _filled(some: Columns, shown: list[Line]) -> Columns:
+def _filled(some: Columns, rows: list[Line]) -> Columns:
     """Those in which any row has something."""
     return {
         head: column
         for head, column in some.items()
-        if any(column(line).text != "-" for line in shown)
+        if any(column(line).text != "-" for line in rows)
     }
 
 
-def caption(shown: list[Line], times: bool) -> str:
+def caption(rows: list[Line], times: bool) -> str:
     """What the figures of the first table are."""
-    first = together.fullest([line.record for line in shown])
+    first = together.fullest([line.record for line in rows])
     accuracy = first.extractor.get("accuracy")
-    sticks = _sticks(shown)
-    floor = next(line.floor for line in shown if line.record.floor == first.floor)
+    sticks = _sticks(rows)
+    floor = next(line.floor for line in rows if line.record.floor == first.floor)
     parts = [
-        f"quality (lower is better): {first.metric} of {first.num_images} images, {over(shown)}",
+        f"quality (lower is better): {first.metric} of {first.num_images} images, {over(rows)}",
         f"floor (as many real images{drawn(first)}) {floor:.3g}"
         + (f", classifier's accuracy {accuracy:.1%}" if accuracy else ""),
     ]
@@ -121,29 +121,29 @@ def caption(shown: list[Line], times: bool) -> str:
     parts += [
         f"{line.title}: of so few, with a floor of {line.floor:.3g} and another bias, "
         "so that it is not compared with the others"
-        for line in shown
+        for line in rows
         if line.fewer
     ]
     if times:
         batch = f"images/s at batch {first.batch_size} on {machine(first)}"
         parts += ["ms @1: per image at batch 1", batch]
-    if any("collapsed" in line.warnings for line in shown):
+    if any("collapsed" in line.warnings for line in rows):
         parts.append("(collapsed): coverage is below half of the held-out images'")
-    if any(quality.unheld(line.record.further) for line in shown):
+    if any(quality.unheld(line.record.further) for line in rows):
         parts.append(
             "no images are held out, so that neither collapse nor copying can be judged against "
             f"them; (copies) marks a row of which more than {quality.COPIED:.0%} are three times as "
             "near to one training image as to any other"
         )
-    elif any("copies" in line.warnings for line in shown):
+    elif any("copies" in line.warnings for line in rows):
         parts.append("(copies): images too often lie on a training image")
     return "; ".join(parts)
 
 
-def _sticks(shown: list[Line]) -> list[str]:
+def _sticks(rows: list[Line]) -> list[str]:
     """The yardsticks' names, where any row has a ratio: one, or several teachers' each."""
-    sticks = {line.yardstick.key: line.yardstick for line in shown if line.ratio}
-    titles = {line.record.key: line.title for line in shown}
+    sticks = {line.yardstick.key: line.yardstick for line in rows if line.ratio}
+    titles = {line.record.key: line.title for line in rows}
     return [
         f"{titles.get(key, stick.title)} at {stick.nfe:,} calls ({stick.score:.3g})"
         for key, stick in sticks.items()
@@ -157,12 +157,12 @@ def drawn(record: Record) -> str:
     return f", drawn with replacement from {record.data['images']:,}"
 
 
-def over(shown: list[Line]) -> str:
+def over(rows: list[Line]) -> str:
     """What the means are taken over."""
-    seeds = together.fullest([line.record for line in shown]).seeds
+    seeds = together.fullest([line.record for line in rows]).seeds
     names = ", ".join(map(str, seeds))
     noise = f"mean ± spread over seeds {names}" if len(seeds) > 1 else f"seed {names}"
-    if max(len(line.trainings) for line in shown) == 1:
+    if max(len(line.trainings) for line in rows) == 1:
         return noise
     return f"{noise}; of a row of several trainings, mean ± spread over these"
 
