@@ -31,7 +31,7 @@ from eval.results import jsonl, together
 from eval.results.records import Record
 from eval.results.store import Store, samples_of
 from eval.show import closing, pictures, table
-from eval.show.lines import lines
+from eval.show.lines import Comparison, comparison
 from eval.show.pictures import CALLS, MILLISECONDS
 from eval.show.verdict import choice
 
@@ -138,15 +138,16 @@ def compare(options: Options) -> list[Record]:
         if first_process:
             with suppress(OSError):  # none was made, or a refused row's is still there
                 (folder / "partial").rmdir()
-    records = together.merge([measured, given])
-    together.require_comparable(records, options.times)
-    if first_process and records:
+    compared = comparison(together.merge([measured, given]), options.times)
+    if first_process and compared.records:
         claim(folder, "comparison")
-        store.put(*records, images=reduce(or_, (samples_of(file.parent) for file in files), {}))
-        write_results(store, records, options, train)
+        store.put(
+            *compared.records, images=reduce(or_, (samples_of(file.parent) for file in files), {})
+        )
+        write_results(store, compared, train, options.table)
     if refused:
         raise UserError(f"{len(refused)} rows are left out: {'; '.join(refused)}")
-    return records
+    return compared.records
 
 
 def check(options: Options) -> None:
@@ -271,11 +272,10 @@ def home(paths: tuple[Path, ...]) -> Path:
     return (named.parent if (named / "model.safetensors").exists() else named) / "compare"
 
 
-def write_results(
-    store: Store, records: list[Record], options: Options, train: Tensor | None
-) -> None:
-    """The tables and pictures; train: the training images, where they are at hand."""
-    folder, images, rows = store.folder, store.samples, lines(records)
+def write_results(store: Store, compared: Comparison, train: Tensor | None, form: str) -> None:
+    """The tables and pictures; train: the training images, where they are at hand; form: how to
+    print the table."""
+    folder, images, rows = store.folder, store.samples, compared.lines
     teachers = [line for line in rows if line.record.parent is None]
     longest = max(teachers, key=lambda line: line.record.steps, default=None)
     ship = choice(rows)
@@ -283,18 +283,18 @@ def write_results(
     some = [x for x in rows if x.record.own_plan or x.record.sampler == "ddim"]
     made = {
         "quality_nfe.png": pictures.cost_chart(rows, lambda line: line.record.nfe, CALLS),
-        "quality_ms.png": options.times
+        "quality_ms.png": compared.times
         and pictures.cost_chart(rows, lambda line: line.milliseconds, MILLISECONDS),
         "samples.png": pictures.samples(some, images),
         "nearest.png": train is not None
         and pairs
         and pictures.nearest([(line, images[line.record.tag]) for line in pairs], train),
     }
-    write_atomic(folder / "table.md", table.markdown(records, options.times))
+    write_atomic(folder / "table.md", table.markdown(compared))
     written = ["results.jsonl", "table.md", *(name for name, picture in made.items() if picture)]
     for name in written[2:]:
         write_atomic(folder / name, made[name].file("png"))
-    table.show(options.table, records, options.times)
+    table.show(form, compared)
     say(f"{folder}: {', '.join(written)}")
     say(closing.take(rows))
     say(f"make a page of it: {closing.python()} -m {closing.quoted('eval.report', str(folder))}")

@@ -16,7 +16,7 @@ from eval.results import jsonl, together
 from eval.results.records import Record
 from eval.results.store import samples_of
 from eval.show import closing, page, pictures, provenance, table, verdict
-from eval.show.lines import Line
+from eval.show.lines import Comparison, Line, comparison
 from eval.show.pictures import CALLS, MILLISECONDS, Picture
 
 
@@ -69,9 +69,7 @@ def left_out(records: list[Record], kept: list[Record], times: bool) -> list[str
     return [f"{count} row{'s' * (count > 1)} {reason}" for reason, count in reasons.items()]
 
 
-def gather(
-    paths: tuple[Path, ...], times: bool
-) -> tuple[list[Record], list[str], dict[str, Tensor]]:
+def gather(paths: tuple[Path, ...], times: bool) -> tuple[Comparison, list[str], dict[str, Tensor]]:
     """The rows, what the files hold besides, and the sample images by tag."""
     rows, others, images = [], [], {}
     for path in paths:
@@ -85,8 +83,8 @@ def gather(
         others += left_out(records, rows[-1], times)
         images |= samples_of(file.parent)
     merged = together.merge(rows)
-    together.require_comparable(merged, times)
-    return [record if times else replace(record, timings=[]) for record in merged], others, images
+    rows = [record if times else replace(record, timings=[]) for record in merged]
+    return comparison(rows, times), others, images
 
 
 def nearest(
@@ -117,9 +115,8 @@ def _measured_against(real: dict, form: Form, data: str | None, data_dir: Path |
 
 def html(options: Options) -> tuple[str, list[Line]]:
     """The page, and the lines that it shows."""
-    records, others, images = gather(options.paths, options.times)
-    tables = table.tables(records, options.times)
-    rows = tables[0].lines
+    compared, others, images = gather(options.paths, options.times)
+    records, rows = compared.records, compared.lines
     ship = verdict.choice(rows)
     titles = [line.title for line in rows]
     by_method = sorted(rows, key=lambda line: (titles.index(line.title), -line.record.nfe))
@@ -137,7 +134,7 @@ def html(options: Options) -> tuple[str, list[Line]]:
         best=verdict.best_by_calls(rows),
         ship=ship,
         charts=[chart for chart in charts if chart],
-        tables=tables,
+        tables=table.tables(compared),
         samples=pictures.samples(by_method, images),
         nearest=near,
         facts=provenance.facts(rows, records, others),

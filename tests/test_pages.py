@@ -24,7 +24,7 @@ from eval.report import Options
 from eval.results import jsonl
 from eval.results.records import Record
 from eval.show import pictures, provenance, table, verdict
-from eval.show.lines import lines
+from eval.show.lines import comparison, lines
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def test_the_report_opens_without_a_word_on_the_console(browse, tmp_path):
     assert "http" not in re.sub(r"http-equiv|http://www.w3.org/\S+", "", path.read_text())
     opened = browse(path)
     assert opened.console == []
-    quality, speed = table.tables(ROWS)[:2]
+    quality, speed = table.tables(comparison(ROWS))[:2]
     assert without_pill(cells_of(opened.dom)) == [[*row] for row in quality.cells]
     assert without_pill(cells_of(opened.dom, "speed")) == [[*row] for row in speed.cells]
 
@@ -114,7 +114,7 @@ def test_every_table_sorts_by_every_column_and_what_is_missing_stays_last(browse
     rows = [replace(row, others={"kid": [row.score / 1e6] * 2}, **held_out) for row in ROWS]
     rows[3] = replace(rows[3], others={}, timings=[])
     path = write_report(tmp_path, rows)
-    tables = {made.name: made for made in table.tables(rows)}
+    tables = {made.name: made for made in table.tables(comparison(rows))}
     assert [*tables] == ["quality", "speed", "further"]
     opened = browse(path, SORT)
     assert opened.console == []
@@ -141,7 +141,7 @@ def test_the_report_has_every_row_of_the_records_with_the_tables_cells(tmp_path)
     rows = [replace(row, others={"kid": [0.1, 0.2]}, held_out={"kid": 0.05}) for row in ROWS]
     rows[0] = replace(rows[0], likelihood={"probability-flow": 3.25})
     page = write_report(tmp_path, rows).read_text()
-    expected = table.tables(rows)
+    expected = table.tables(comparison(rows))
     assert [found.title for found in expected] == [
         "Quality and cost", "Speed", "Likelihood", "Further figures",
     ]  # fmt: skip

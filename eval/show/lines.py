@@ -1,13 +1,12 @@
-"""A line of a table: records that differ in their training's seed alone, its name, its teacher."""
+"""What tables, pictures and pages show: a line for the records that differ in their seed alone."""
 
 from dataclasses import dataclass, replace
-from functools import cached_property
 from statistics import mean
 
 from diffusion.console import UserError
 from eval.measure import quality
 from eval.results.records import ENOUGH, Record, Timing
-from eval.results.together import most_images, setting, titles
+from eval.results.together import most_images, require_comparable, setting, titles
 
 
 @dataclass(frozen=True)
@@ -24,14 +23,12 @@ class Line:
     """The row of its teacher's that its quality is compared with."""
     fewer: bool = False
     """Whether it is judged on fewer images than other rows, with another bias in its figure."""
-
-    @cached_property
-    def warnings(self) -> list[str]:
-        return quality.warnings(self.record.further, self.record.held_out)
+    warnings: tuple[str, ...] = ()
+    """What a reader must not miss: collapsed, copies."""
 
     @property
     def name(self) -> str:
-        """The title, and what a reader must not miss."""
+        """The title, and the warnings."""
         return " ".join([self.title, *(f"({word})" for word in self.warnings)])
 
     @property
@@ -73,6 +70,22 @@ class Line:
         return self.images_per_second / self.teacher.batch.images_per_second
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """Records that may share a table, and their lines: what every format and picture starts from."""
+
+    records: list[Record]
+    times: bool
+    """Whether times are shown."""
+    lines: list[Line]
+
+
+def comparison(records: list[Record], times: bool = True) -> Comparison:
+    """UserError where the rows are not comparable, or not measured to the end."""
+    require_comparable(records, times)
+    return Comparison(records, times and any(record.timings for record in records), lines(records))
+
+
 def lines(records: list[Record]) -> list[Line]:
     """A line for each method by each plan. UserError where a row has not all its figures yet."""
     for record in records:
@@ -97,7 +110,8 @@ def lines(records: list[Record]) -> list[Line]:
         record, (teacher, yardstick) = pooled(trainings), origins[kind]
         fewer = record.num_images < most
         title += f" ({record.num_images:,} images)" if fewer else ""
-        made.append(Line(record, title, teacher, tuple(trainings), yardstick, fewer))
+        warnings = tuple(quality.warnings(record.further, record.held_out))
+        made.append(Line(record, title, teacher, tuple(trainings), yardstick, fewer, warnings))
     return made
 
 

@@ -3,7 +3,7 @@
 import csv
 import io
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rich import box
 from rich.console import Group, RenderableType
@@ -17,7 +17,7 @@ from eval.results import jsonl, together
 from eval.results.records import Record
 from eval.show import columns
 from eval.show.columns import TIMES, TRAININGS, Cell, Columns, cell
-from eval.show.lines import Line, lines
+from eval.show.lines import Comparison, Line
 
 FURTHER = "Further figures"  # so many columns that a terminal does without them
 SPEED_NOTES = {  # columns that need a word
@@ -36,8 +36,10 @@ class Table:
     """What every format shows; the first two columns say which row it is."""
 
     title: str
-    columns: Columns
+    heads: tuple[str, ...]
     lines: list[Line]
+    rows: list[tuple[Cell, ...]]
+    """One for each line."""
     caption: str
     foot: tuple[Cell, ...] = ()
     """A last row, which stays last however the others are sorted."""
@@ -48,60 +50,56 @@ class Table:
         return self.title.split()[0].lower()
 
     @property
-    def heads(self) -> tuple[str, ...]:
-        return tuple(self.columns)
-
-    @property
-    def rows(self) -> list[tuple[Cell, ...]]:
-        """One for each line."""
-        return [tuple(column(line) for column in self.columns.values()) for line in self.lines]
-
-    @property
     def cells(self) -> list[tuple[str, ...]]:
         """The text of every row, the foot included."""
         feet = [self.foot] if self.foot else []
         return [tuple(cell.text for cell in row) for row in (*self.rows, *feet)]
 
 
-def tables(records: list[Record], times: bool = True) -> list[Table]:
-    """Quality and what it costs; where there are any, times in full, likelihoods, further figures.
-
-    UserError where the rows are not comparable.
-    """
-    together.require_comparable(records, times)
-    rows, times = lines(records), times and any(record.timings for record in records)
+def tables(comparison: Comparison) -> list[Table]:
+    """Quality and what it costs; where there are any, times in full, likelihoods, further figures."""
+    rows, times = comparison.lines, comparison.times
     idle = () if times else TIMES
     idle += (TRAININGS,) * (max(len(line.trainings) for line in rows) == 1)
-    costs = {head: column for head, column in columns.QUALITY.items() if head not in idle}
-    made = [Table("Quality and cost", costs, rows, caption(rows, times))]
+    made = [_table("Quality and cost", columns.QUALITY, rows, caption(rows, times), leave_out=idle)]
     if times:
-        speed, first = _filled(columns.SPEED, rows), records[0]
+        first = comparison.records[0]
+        speed = _table("Speed", columns.SPEED, rows, "", only_filled=True)
         notes = [f"noise to uint8 on {machine(first)}, synchronised"]
-        notes += [note for head, note in SPEED_NOTES.items() if head in speed]
-        words = "; ".join(notes).format(batch_size=first.batch_size)
-        made.append(Table("Speed", speed, rows, words))
+        notes += [note for head, note in SPEED_NOTES.items() if head in speed.heads]
+        made.append(replace(speed, caption="; ".join(notes).format(batch_size=first.batch_size)))
     if likely := [line for line in rows if line.record.likelihood]:
         images = likely[0].record.likelihood.get("images", "the")
         words = f"of {images} held-out images: the variational bound, and by the probability flow"
-        made.append(Table("Likelihood", _filled(columns.LIKELIHOOD, likely), likely, words))
-    others, real = columns.further(records), together.fullest(records).held_out
+        made.append(_table("Likelihood", columns.LIKELIHOOD, likely, words, only_filled=True))
+    others, real = (
+        columns.further(comparison.records),
+        together.fullest(comparison.records).held_out,
+    )
     if len(others) > 2:
         figures = [cell(real.get(head), "{:.3g}".format) for head in [*others][2:]]
-        foot = (Cell("held-out images"), Cell(""), *figures)
-        words = "means over the seeds; a good model comes near to the held-out images"
-        if not real:
-            foot, words = (), "means over the seeds; no images are held out to compare with"
-        made.append(Table(FURTHER, others, rows, words, foot))
+        foot = (Cell("held-out images"), Cell(""), *figures) if real else ()
+        words = "a good model comes near to the held-out images"
+        words = words if real else "no images are held out to compare with"
+        further = _table(FURTHER, others, rows, f"means over the seeds; {words}")
+        made.append(replace(further, foot=foot))
     return made
 
 
-def _filled(some: Columns, rows: list[Line]) -> Columns:
-    """Those in which any row has something."""
-    return {
-        head: column
-        for head, column in some.items()
-        if any(column(line).text != "-" for line in rows)
-    }
+def _table(
+    title: str,
+    some: Columns,
+    rows: list[Line],
+    caption: str,
+    leave_out: tuple[str, ...] = (),
+    only_filled: bool = False,
+) -> Table:
+    """The columns' cells of each line; only_filled: of columns in which any line has something."""
+    cells = {head: [column(line) for line in rows] for head, column in some.items()}
+    for head, made in [*cells.items()]:
+        if head in leave_out or (only_filled and all(cell.text == "-" for cell in made)):
+            del cells[head]
+    return Table(title, tuple(cells), rows, list(zip(*cells.values(), strict=True)), caption)
 
 
 def caption(rows: list[Line], times: bool) -> str:
@@ -172,10 +170,10 @@ def machine(record: Record) -> str:
     return f"{record.environment['device']}, {record.environment['precision']}{compiled}"
 
 
-def terminal(records: list[Record], times: bool = True) -> Group:
+def terminal(comparison: Comparison) -> Group:
     """For rich; a table that is too wide goes on below, its rows named anew."""
     parts: list[RenderableType] = []
-    for table in tables(records, times):
+    for table in tables(comparison):
         if table.title == FURTHER:
             continue
         for some in _blocks(table, out.width):
@@ -210,10 +208,10 @@ def markdown_table(heads: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     return "".join(f"| {line} |\n" for line in cells)
 
 
-def markdown(records: list[Record], times: bool = True) -> str:
+def markdown(comparison: Comparison) -> str:
     return "\n".join(
         f"**{table.title}**\n\n{markdown_table(table.heads, table.cells)}\n{table.caption}\n"
-        for table in tables(records, times)
+        for table in tables(comparison)
     )
 
 
@@ -225,10 +223,10 @@ LATEX = str.maketrans(
 )
 
 
-def latex(records: list[Record], times: bool = True) -> str:
+def latex(comparison: Comparison) -> str:
     """Each a table that needs the package booktabs."""
     parts = []
-    for table in tables(records, times):
+    for table in tables(comparison):
         heads, *rows = (
             " & ".join(cell.translate(LATEX) for cell in row) + r" \\"
             for row in (table.heads, *table.cells)
@@ -244,12 +242,13 @@ def latex(records: list[Record], times: bool = True) -> str:
     return "% needs \\usepackage{booktabs}\n" + "\n".join(parts)
 
 
-def comma_separated(records: list[Record], times: bool = True) -> str:
+def comma_separated(comparison: Comparison) -> str:
     """One wide table of plain numbers, in full; nothing between two commas where there is none."""
-    together.require_comparable(records, times)
+    times = comparison.times
     heads = {name: column for name, column in columns.QUALITY.items() if times or name not in TIMES}
-    heads |= (columns.SPEED if times else {}) | columns.LIKELIHOOD | columns.further(records)
-    rows = [columns.plain(line, heads, times) for line in lines(records)]
+    heads |= columns.SPEED if times else {}
+    heads |= columns.LIKELIHOOD | columns.further(comparison.records)
+    rows = [columns.plain(line, heads, times) for line in comparison.lines]
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, rows[0], lineterminator="\n")
     writer.writeheader()
@@ -257,12 +256,12 @@ def comma_separated(records: list[Record], times: bool = True) -> str:
     return buffer.getvalue()
 
 
-def json_lines(records: list[Record], times: bool = True) -> str:
+def json_lines(comparison: Comparison) -> str:
     """As results.jsonl, the whole of each record."""
-    return jsonl.lines(records)
+    return jsonl.lines(comparison.records)
 
 
-FORMATS: dict[str, Callable[[list[Record], bool], RenderableType]] = {
+FORMATS: dict[str, Callable[[Comparison], RenderableType]] = {
     "rich": terminal,
     "markdown": markdown,
     "csv": comma_separated,
@@ -271,9 +270,9 @@ FORMATS: dict[str, Callable[[list[Record], bool], RenderableType]] = {
 }
 
 
-def show(form: str, records: list[Record], times: bool = True) -> None:
+def show(form: str, comparison: Comparison) -> None:
     """Print the tables to stdout, in one of FORMATS."""
-    made = FORMATS[form](records, times)
+    made = FORMATS[form](comparison)
     if isinstance(made, str):
         print(made, end="")
     else:
