@@ -138,7 +138,8 @@ def _is_state(path: Path) -> bool:
 def _is_results(path: Path) -> bool:
     try:
         with open(path, "rb") as file:
-            return _holds(file.readline(1 << 20), "run", "sha256", "sampler")
+            line = file.readline(1 << 20)
+            return _holds(line, "run", "sha256", "sampler") or _holds(line, "data", "metric")
     except OSError:  # not to be read by us, so hardly written by us
         return False
 

@@ -20,7 +20,7 @@ from diffusion.console import UserError, at_least, diverted, run, say, silence
 from diffusion.folders import check_claim, claim
 from diffusion.model import Model, load, require_same_images, this_device
 from diffusion.noise import check_seed
-from diffusion.plan import plan
+from diffusion.plan import plan as plan_of
 from diffusion.samplers import SOLVERS
 from diffusion.schedules import check_shift
 from eval.measure.evaluate import Bench, measure_rows, template
@@ -32,9 +32,10 @@ from eval.measure.search import SEED, search_angles
 from eval.results import jsonl, together
 from eval.results.records import Record
 from eval.results.store import Store, samples_of
-from eval.show import closing, plots, table
-from eval.show.lines import lines
-from eval.show.pages.verdict import choice
+from eval.show import closing, pictures, table
+from eval.show.lines import Comparison, comparison
+from eval.show.pictures import CALLS, MILLISECONDS
+from eval.show.verdict import choice
 
 OWN_CLASSIFIER = ("digits", "fashion-mnist")  # where it is the default extractor; elsewhere, fid
 DRAWS = 8  # of real images, for the floor
@@ -115,8 +116,8 @@ def compare(options: Options) -> list[Record]:
     """Measure what is not measured yet; write results.jsonl, the tables, the plots and the samples."""
     check(options)
     options = replace(options, precision=machine.precision(options.precision))
-    alone = PartialState().is_main_process
-    if not alone:
+    first_process = PartialState().is_main_process
+    if not first_process:
         silence()
     files = [path for path in options.runs if path.suffix == ".jsonl"]
     paths = tuple(path for path in options.runs if path not in files)
@@ -124,29 +125,31 @@ def compare(options: Options) -> list[Record]:
     folder = options.out or home(paths)
     check_claim(folder, "comparison")
     store = Store.open(folder)
-    measured, refused = [], []
+    measured, refused, train = [], [], None
     if paths:
-        wanted = planned(options, paths)
-        bench = prepare(options, wanted[0].model)
-        usual = next((row for row in wanted if not row.long), wanted[0])
+        planned = plan(options, paths)
+        bench = prepare(options, planned[0].model)
+        usual = next((row for row in planned if not row.long), planned[0])
         together.require_comparable([*given, template(bench, usual)], options.times)
-        wanted += searched(options, wanted, bench)
-        if alone:
+        planned += searched(options, planned, bench)
+        if first_process:
             claim(folder, "comparison")
-        measured, refused = measure_rows(bench, wanted, store)
-        store.put(images={"real": bench.judge.dataset.train[:SHOWN]})
-        if alone:
+        measured, refused = measure_rows(bench, planned, store)
+        train = bench.judge.dataset.train
+        store.put(images={"real": train[:SHOWN]})
+        if first_process:
             with suppress(OSError):  # none was made, or a refused row's is still there
                 (folder / "partial").rmdir()
-    shown = together.merge([measured, given])
-    together.require_comparable(shown, options.times)
-    if alone and shown:
+    compared = comparison(together.merge([measured, given]), options.times)
+    if first_process and compared.records:
         claim(folder, "comparison")
-        store.put(*shown, images=reduce(or_, (samples_of(file.parent) for file in files), {}))
-        write_results(store, shown, options, bench.judge.dataset.train if paths else None)
+        store.put(
+            *compared.records, images=reduce(or_, (samples_of(file.parent) for file in files), {})
+        )
+        write_results(store, compared, train, options.table)
     if refused:
         raise UserError(f"{len(refused)} rows are left out: {'; '.join(refused)}")
-    return shown
+    return compared.records
 
 
 def check(options: Options) -> None:
@@ -164,16 +167,16 @@ def check(options: Options) -> None:
     if SEED in options.seeds:
         raise UserError(f"--seeds must not hold {SEED}, the seed of --search-steps: give another")
     if not options.seeds or len({*options.seeds}) < len(options.seeds):
-        told = " ".join(map(str, options.seeds)) or "none"
-        raise UserError(f"--seeds takes one or more numbers, each once, e.g. 0 1, got {told}")
+        got = " ".join(map(str, options.seeds)) or "none"
+        raise UserError(f"--seeds takes one or more numbers, each once, e.g. 0 1, got {got}")
     if missing := [path for path in options.runs if path.suffix == ".jsonl" and not path.exists()]:
         raise UserError(
             f"there is no file {missing[0]}: expected a results.jsonl that eval.compare wrote"
         )
 
 
-def planned(options: Options, paths: tuple[Path, ...]) -> list[Row]:
-    """The rows of all models found, teachers first."""
+def plan(options: Options, paths: tuple[Path, ...]) -> list[Row]:
+    """The rows to measure: of all models in the paths, teachers first."""
     counts = counts_of(options.steps)
     models = [(path, load(path, options.precision)) for path in find_runs(paths)]
     models.sort(key=lambda item: item[1].card.parent is not None)
@@ -181,35 +184,36 @@ def planned(options: Options, paths: tuple[Path, ...]) -> list[Row]:
     for path, model in models:
         require_same_images(first.spec, model, path)
     asked = counts, options.solvers, options.long, options.shifts
-    found = [row for path, model in models for row in rows(path, model, *asked)]
-    if not found:
+    planned = [row for path, model in models for row in rows(path, model, *asked)]
+    if not planned:
         raise UserError(
             f"none of the runs samples in --steps {options.steps}: give others, or leave it out"
         )
-    if options.search_steps and not students(found):
+    if options.search_steps and not students(planned):
         raise UserError(
             "--search-steps needs a consistency student, and there is none among the rows"
         )
-    return found
+    return planned
 
 
-def students(wanted: list[Row]) -> dict[Path, Model]:
-    """The consistency students among them."""
-    return {row.path: row.model for row in wanted if row.plan.sampler == "consistency" and row.own}
+def students(planned: list[Row]) -> dict[Path, Model]:
+    """The consistency students among the rows."""
+    own = [row for row in planned if row.plan.sampler == "consistency" and row.own]
+    return {row.path: row.model for row in own}
 
 
-def searched(options: Options, wanted: list[Row], bench: Bench) -> list[Row]:
-    """A row for each consistency student and step count to search; every process finds the same."""
-    found = []
-    for path, model in students(wanted).items():
+def searched(options: Options, planned: list[Row], bench: Bench) -> list[Row]:
+    """A row for each consistency student and step count to search; the same in every process."""
+    made = []
+    for path, model in students(planned).items():
         for steps in options.search_steps:
             few = SEARCHED if bench.judge.extractor.dim < SEARCHED else bench.num_images
             size = min(few, bench.num_images), bench.batch_size
             angles = [search_angles(bench.judge, model, steps, *size)]
             (angles,) = broadcast_object_list(angles)  # the first process's, to the bit
-            chosen = plan("consistency", angles, model.card.guidance, note="searched")
-            found.append(Row(path, model, chosen, own=True))
-    return found
+            chosen = plan_of("consistency", angles, model.card.guidance, note="searched")
+            made.append(Row(path, model, chosen, own=True))
+    return made
 
 
 def prepare(options: Options, model: Model) -> Bench:
@@ -224,9 +228,9 @@ def prepare(options: Options, model: Model) -> Bench:
             raise UserError(
                 f"{spec.name} has {len(dataset.train)} image: expected 2 or more to judge by"
             )
-        own = extractor(choice, real, device, options.inception)
-        num_images, long_images = sizes(options, own.dim)
-        judge = Judge.of(real, own, extractor("random", real, device), device)
+        main = extractor(choice, real, device, options.inception)
+        num_images, long_images = sizes(options, main.dim)
+        judge = Judge.of(real, main, extractor("random", real, device), device)
     return Bench(
         judge=judge,
         num_images=num_images,
@@ -272,32 +276,31 @@ def home(paths: tuple[Path, ...]) -> Path:
     return (named.parent if (named / "model.safetensors").exists() else named) / "compare"
 
 
-def write_results(
-    store: Store, shown: list[Record], options: Options, train: Tensor | None
-) -> None:
-    """The tables and pictures; train: the training images, where they are at hand."""
-    folder, samples = store.folder, store.samples
-    write_atomic(folder / "table.md", table.markdown(shown, options.times))
-    plots.nfe_plot(folder / "quality_nfe.png", shown)
-    written = ["results.jsonl", "table.md", "quality_nfe.png"]
-    if options.times:
-        plots.time_plot(folder / "quality_ms.png", shown)
-        written.append("quality_ms.png")
-    pictured = [r for r in shown if (r.own_plan or r.sampler == "ddim") and r.tag in samples]
-    if pictured:
-        plots.sample_rows(folder / "samples.png", pictured, samples)
-        written.append("samples.png")
-    found = lines(shown)
-    ship = choice(found)
-    teachers = [x for x in found if x.record.parent is None]
-    longest = max(teachers, key=lambda x: x.record.steps, default=None)
-    few = [x for x in found if x in (longest, ship) and x.record.tag in samples]
-    if train is not None and few:
-        plots.nearest_rows(folder / "nearest.png", few, samples, train)
-        written.append("nearest.png")
-    table.show(options.table, shown, options.times)
+def write_results(store: Store, compared: Comparison, train: Tensor | None, form: str) -> None:
+    """The tables and pictures; train: the training images, where they are at hand; form: how to
+    print the table."""
+    folder, images, rows = store.folder, store.samples, compared.lines
+    teachers = [line for line in rows if line.record.parent is None]
+    longest = max(teachers, key=lambda line: line.record.steps, default=None)
+    ship = choice(rows)
+    pairs = [x for x in rows if x in (longest, ship) and x.record.tag in images]
+    some = [x for x in rows if x.record.own_plan or x.record.sampler == "ddim"]
+    made = {
+        "quality_nfe.png": pictures.cost_chart(rows, lambda line: line.record.nfe, CALLS),
+        "quality_ms.png": compared.times
+        and pictures.cost_chart(rows, lambda line: line.milliseconds, MILLISECONDS),
+        "samples.png": pictures.samples(some, images),
+        "nearest.png": train is not None
+        and pairs
+        and pictures.nearest([(line, images[line.record.tag]) for line in pairs], train),
+    }
+    write_atomic(folder / "table.md", table.markdown(compared))
+    written = ["results.jsonl", "table.md", *(name for name, picture in made.items() if picture)]
+    for name in written[2:]:
+        write_atomic(folder / name, made[name].file("png"))
+    table.show(form, compared)
     say(f"{folder}: {', '.join(written)}")
-    say(closing.take(found))
+    say(closing.take(rows))
     say(f"make a page of it: {closing.python()} -m {closing.quoted('eval.report', str(folder))}")
 
 

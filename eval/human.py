@@ -1,11 +1,11 @@
 """Blind side-by-side judgement by people: `python -m eval.human make A B`, then `… read results.json`."""
 
-import base64
 import hashlib
 import json
 import random
 import zipfile
 import zlib
+from base64 import b64encode
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from PIL import Image
 from rich import box
 from rich.markup import escape
 from rich.table import Table
+from scipy.stats import binomtest
 from torch import Tensor
 
 from diffusion import checkpoint, model
@@ -26,11 +27,12 @@ from diffusion.folders import check_file
 from diffusion.image_file import Form, reason
 from diffusion.images import some
 from diffusion.noise import check_seed, seed32
-from eval.show import pages
+from diffusion.pictures import png
+from eval.show import page
 from students import generate
 
-FORMAT = "fewstep-human-1"
-ANSWERS = ("left", "right", "neither")
+FORMAT = "fewstep-human-2"
+ANSWERS = ("a", "b", "neither")
 REAL = "real:"
 QUESTIONS = {True: "Which of the two is real?", False: "Which of the two looks better?"}
 
@@ -84,38 +86,37 @@ class Tally:
         return self.wins + self.losses
 
     def __add__(self, other: "Tally") -> "Tally":
-        counts = ("wins", "losses", "neither")
-        sums = (getattr(self, name) + getattr(other, name) for name in counts)
-        return Tally(self.first, self.second, *sums)
+        wins, losses = self.wins + other.wins, self.losses + other.losses
+        return Tally(self.first, self.second, wins, losses, self.neither + other.neither)
 
 
-def wilson(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
-    """The score interval of a proportion (Wilson 1927), by default at 95 %; (0, 1) of no trials."""
+def interval(successes: int, trials: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share; everything where there are no trials."""
     if trials == 0:
         return 0.0, 1.0
-    share, square = successes / trials, z * z / trials
-    middle = share + square / 2
-    half = (square * (share * (1 - share) + square / 4)) ** 0.5
-    return max((middle - half) / (1 + square), 0.0), min((middle + half) / (1 + square), 1.0)
+    return tuple(map(float, binomtest(successes, trials).proportion_ci(method="wilson")))
 
 
 def images_of(source: str, options: Make, shape: tuple | None) -> Tensor:
-    """(N, C, H, W) uint8, at least as many as pairs. shape: of the other's images, for a real folder."""
+    """(N, C, H, W) uint8, at least as many as pairs. shape: the other side's, for a real folder."""
     path = Path(source)
     if source.startswith(REAL):
         size, channels = (shape[-1], shape[0]) if shape else (32, 3)
         form = Form(size, channels, background_of(options))
         dataset = datasets.load(source.removeprefix(REAL), options.data_dir, form)
-        images = _some(some(dataset.train).images, options.seed)
+        images = _shuffled(some(dataset.train).images, options.seed)
     elif path.suffix == ".npz":
         images = _npz(path)
     elif _holds_images(path):
-        images = _some(_folder(path), options.seed)
+        images = _shuffled(_folder(path), options.seed)
     else:
-        images = _generated(source, options)
+        path, steps = _checkpoint(source)
+        made = generate.Options(path, options.pairs, steps, seed=options.seed)
+        images = torch.cat(list(generate.generate(model.load(path), made)))
     if len(images) < options.pairs:
         raise UserError(
-            f"{source} holds {len(images)} images, fewer than --pairs {options.pairs}: ask for fewer pairs"
+            f"{source} holds {len(images)} images, fewer than --pairs {options.pairs}: ask for "
+            "fewer pairs"
         )
     return images[: options.pairs]
 
@@ -136,10 +137,11 @@ def _holds_images(path: Path) -> bool:
     return path.is_dir() and not (path / "model.safetensors").exists() and any(path.glob("*.png"))
 
 
-def _some(images: Tensor, seed: int) -> Tensor:
+def _shuffled(images: Tensor, seed: int) -> Tensor:
     """In random order: files may be sorted by what they show."""
-    random = torch.Generator().manual_seed(seed32(seed))
-    return images[torch.randperm(len(images), generator=random)]
+    return images[
+        torch.randperm(len(images), generator=torch.Generator().manual_seed(seed32(seed)))
+    ]
 
 
 def _npz(path: Path) -> Tensor:
@@ -163,16 +165,9 @@ def _folder(path: Path) -> Tensor:
         except Exception as error:  # decoders raise anything
             raise UserError(f"{file} cannot be read: it is {reason(error)}") from error
         if images[-1].shape != images[0].shape:
-            raise UserError(
-                f"{file} is not of the others' size {images[0].shape[:2]}: it is {images[-1].shape[:2]}"
-            )
+            sizes = images[0].shape[:2], images[-1].shape[:2]
+            raise UserError(f"{file} is not of the others' size {sizes[0]}: it is {sizes[1]}")
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
-
-
-def _generated(source: str, options: Make) -> Tensor:
-    path, steps = _checkpoint(source)
-    made = generate.Options(path, options.pairs, steps, seed=options.seed)
-    return torch.cat(list(generate.generate(model.load(path), made)))
 
 
 def _checkpoint(source: str) -> tuple[Path, int | None]:
@@ -180,28 +175,6 @@ def _checkpoint(source: str) -> tuple[Path, int | None]:
     name, _, steps = source.rpartition("@")
     named = bool(name) and steps.isdecimal() and not Path(source).exists()
     return Path(name if named else source), int(steps) if named else None
-
-
-def seal(secret: dict) -> str:
-    """The secret so that it is not read at a glance. No protection against who wants to know."""
-    text = json.dumps(secret, sort_keys=True).encode()
-    digest = hashlib.sha256(text).digest()[:16]
-    return base64.b64encode(digest + _hide(text, digest)).decode()
-
-
-def unseal(sealed: str) -> dict:
-    """What was sealed; ValueError where a character of it has changed."""
-    raw = base64.b64decode(sealed, validate=True)
-    text = _hide(raw[16:], raw[:16])
-    if hashlib.sha256(text).digest()[:16] != raw[:16]:
-        raise ValueError("the sealed sides are damaged")
-    return json.loads(text)
-
-
-def _hide(text: bytes, digest: bytes) -> bytes:
-    """Its own inverse."""
-    stream = hashlib.shake_256(digest).digest(len(text))
-    return bytes(a ^ b for a, b in zip(text, stream, strict=True))
 
 
 def arrange(pairs: int, seed: int) -> tuple[list[int], list[bool]]:
@@ -213,72 +186,73 @@ def arrange(pairs: int, seed: int) -> tuple[list[int], list[bool]]:
     return order, a_left
 
 
-def page(options: Make) -> str:
-    """The page's HTML."""
-    names = (options.a, options.b)
-    found: dict[int, Tensor] = {}
-    for i in sorted((0, 1), key=lambda i: names[i].startswith(REAL)):
-        shape = tuple(found[1 - i].shape[1:]) if found else None
-        found[i] = images_of(names[i], options, shape)
-    a, b = found[0], found[1]
+def html(options: Make) -> str:
+    """The page."""
+    names = options.a, options.b
+    sides: dict[str, Tensor] = {}
+    for name in sorted({*names}, key=lambda name: name.startswith(REAL)):
+        shape = tuple(next(iter(sides.values())).shape[1:]) if sides else None
+        sides[name] = images_of(name, options, shape)
+    a, b = (sides[name] for name in names)
     if a.shape[2:] != b.shape[2:]:
         sizes = " and ".join(f"{tuple(x.shape[2:])} in {name}" for x, name in zip((a, b), names))
         raise UserError(f"both sides must have images of one size, got {sizes}")
-    order, a_left = arrange(options.pairs, options.seed)
-    uris = [[pages.data_uri(image.expand(3, -1, -1)) for image in images] for images in (a, b)]
-    shown = [[uris[not left][i], uris[left][i]] for i, left in zip(order, a_left, strict=True)]
+    pairs = []
+    for i, a_left in zip(*arrange(options.pairs, options.seed), strict=True):
+        left, right = (a[i], b[i]) if a_left else (b[i], a[i])
+        pairs.append({"left": _uri(left), "right": _uri(right), "a": "left" if a_left else "right"})
     real = options.a.startswith(REAL) != options.b.startswith(REAL)
-    sealed = seal({"a": options.a, "b": options.b, "a_left": a_left, "seed": options.seed})
-    content = {"format": FORMAT, "question": QUESTIONS[real], "sealed": sealed, "pairs": shown}
-    return pages.fill("human", content=json.dumps(content).replace("</", "<\\/"))
+    name = hashlib.sha256(json.dumps(pairs).encode()).hexdigest()[:16]
+    content = {"format": FORMAT, "page": name, "a": options.a, "b": options.b, "pairs": pairs}
+    question = QUESTIONS[real]
+    return page.render("human.html", title="Left or right?", question=question, content=content)
+
+
+def _uri(image: Tensor) -> str:
+    return "data:image/png;base64," + b64encode(png(image.expand(3, -1, -1))).decode()
 
 
 def make(options: Make) -> None:
     at_least(1, options, "pairs")
     check_seed(options.seed)
     check_file(options.out)
-    write_atomic(options.out, page(options))
+    write_atomic(options.out, html(options))
     say(f"{options.out}: {options.pairs} pairs; open it in a browser, then `read` what it saves")
 
 
 def tally(path: Path) -> Tally:
     """The judgements of one results file: wins are A's, or the generated images' against real ones."""
     try:
-        found = json.loads(path.read_text())
-        if found["format"] != FORMAT:
-            raise ValueError(f"format {found['format']!r}, expected {FORMAT!r}")
-        secret = unseal(found["sealed"])
-        sides, answers = secret["a_left"], found["answers"]
-        if not isinstance(answers, list) or len(answers) > len(sides) or {*answers} - {*ANSWERS}:
-            raise ValueError(f"expected at most {len(sides)} answers out of {', '.join(ANSWERS)}")
-        session = str(found["session"])
+        results = json.loads(path.read_text())
+        if results["format"] != FORMAT:
+            raise ValueError(f"format {results['format']!r}, expected {FORMAT!r}")
+        a, b, session = (str(results[name]) for name in ("a", "b", "session"))
+        answers = results["answers"]
+        if not isinstance(answers, list) or {*answers} - {*ANSWERS}:
+            raise ValueError(f"expected answers out of {', '.join(ANSWERS)}")
     except FileNotFoundError:
         raise UserError(f"no file {path}: expected what the page's Download button saved") from None
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not a results file of eval.human ({error!s:.200})") from error
-    a, b = secret["a"], secret["b"]
-    chosen = [
-        (answer == "left") == left for answer, left in zip(answers, sides) if answer != "neither"
-    ]
-    wins = sum(chosen)
+    wins, losses, neither = map(answers.count, ANSWERS)
     if a.startswith(REAL) and not b.startswith(REAL):
-        a, b, wins = b, a, len(chosen) - wins
-    return Tally(a, b, wins, len(chosen) - wins, len(answers) - len(chosen), session)
+        a, b, wins, losses = b, a, losses, wins
+    return Tally(a, b, wins, losses, neither, session)
 
 
 def read(options: Read) -> Table:
     """A line per file, and one for all files of the same two."""
     if not options.files:
         raise UserError("read takes the files that the page's Download button saved, got none")
-    found = [(path, tally(path)) for path in options.files]
-    seen: dict[str, Path] = {}
+    tallies = [(path, tally(path)) for path in options.files]
+    files: dict[str, Path] = {}
     groups: dict[tuple, list[Tally]] = {}
-    for path, each in found:
-        if each.session in seen:
+    for path, each in tallies:
+        if each.session in files:
             raise UserError(
-                f"{path} and {seen[each.session]} hold one session's judgements: give one of them"
+                f"{path} and {files[each.session]} hold one session's judgements: give one of them"
             )
-        seen[each.session] = path
+        files[each.session] = path
         groups.setdefault((each.first, each.second), []).append(each)
     table = Table(box=box.SIMPLE_HEAD, caption_justify="left", caption=(
         "rate: of the judgements that chose a side, with Wilson's 95 % interval, every judgement "
@@ -286,22 +260,22 @@ def read(options: Read) -> Table:
     ))  # fmt: skip
     for i, column in enumerate(("file", "question", "rate", "95 %", "chose", "cannot say")):
         table.add_column(column, justify="right" if i > 1 else "left", overflow="fold")
-    for path, each in found:
+    for path, each in tallies:
         table.add_row(*_cells(str(path), each))
-    for same in groups.values():
-        if len(same) > 1:
-            table.add_row(*_cells(f"{len(same)} files together", sum(same[1:], same[0])))
+    for group in groups.values():
+        if len(group) > 1:
+            table.add_row(*_cells(f"{len(group)} files together", sum(group[1:], group[0])))
     return table
 
 
-def _cells(name: str, found: Tally) -> tuple[str, ...]:
-    real = found.second.startswith(REAL) and not found.first.startswith(REAL)
-    question = f"{found.first} {'taken for real' if real else f'over {found.second}'}"
-    low, high = wilson(found.wins, found.decided)
-    rate = f"{found.wins / found.decided:.1%}" if found.decided else "-"
+def _cells(name: str, each: Tally) -> tuple[str, ...]:
+    real = each.second.startswith(REAL) and not each.first.startswith(REAL)
+    question = f"{each.first} {'taken for real' if real else f'over {each.second}'}"
+    low, high = interval(each.wins, each.decided)
+    rate = f"{each.wins / each.decided:.1%}" if each.decided else "-"
+    chose = f"{each.wins} of {each.decided}"
     between = f"{low:.1%} to {high:.1%}"
-    chose = f"{found.wins} of {found.decided}"
-    return escape(name), escape(question), rate, between, chose, str(found.neither)
+    return escape(name), escape(question), rate, between, chose, str(each.neither)
 
 
 def main() -> None:

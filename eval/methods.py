@@ -18,8 +18,9 @@ from diffusion.console import UserError, diverted, out, run, say
 from eval.report import latest, left_out
 from eval.results import jsonl, together
 from eval.results.records import Record
-from eval.show import plots
 from eval.show.lines import lines
+from eval.show.pictures import CALLS, Point, chart
+from eval.show.table import markdown_table
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,8 @@ class Pool:
 
     def spread(self, name: str) -> float:
         """Over the training seeds; 0 of one."""
-        found = self.figures[name]
-        return stdev(found) if len(found) > 1 else 0.0
+        figures = self.figures[name]
+        return stdev(figures) if len(figures) > 1 else 0.0
 
     @property
     def text(self) -> str:
@@ -68,40 +69,28 @@ class Pool:
         return f"{self.mean(name):.3g}{spread}{ratio}"
 
 
-def pools(found: list[Record]) -> list[Pool]:
+def pools(records: list[Record]) -> list[Pool]:
     """The lines of the table, in its order.
 
     The first figure is the table's own; the others are distances too: on random features, sliced
     Wasserstein and KID.
     """
-    names = [n for n in found[0].others if _distance(n) and all(n in r.others for r in found)]
+    first, *rest = records
+    names = [
+        name
+        for name in first.others
+        if (name.startswith("fd-random") or name in ("sliced-wasserstein", "kid"))
+        and all(name in record.others for record in rest)
+    ]
     made = []
-    for line in lines(found):
-        record, same = line.record, line.trainings
-        figures = {record.metric: [training.score for training in same]}
-        figures |= {name: [training.further[name] for training in same] for name in names}
-        student = record.own_plan and record.parent is not None
-        made.append(
-            Pool(
-                line.title,
-                record.nfe,
-                record.own_plan,
-                student,
-                _images(record),
-                figures,
-                line.ratio,
-            )
-        )
+    for line in lines(records):
+        record, trainings = line.record, line.trainings
+        figures = {record.metric: [training.score for training in trainings]}
+        figures |= {name: [training.further[name] for training in trainings] for name in names}
+        images = record.training.get("total_images", record.training.get("images"))
+        kind = line.title, record.nfe, record.own_plan, record.student
+        made.append(Pool(*kind, images, figures, line.ratio))
     return made
-
-
-def _distance(name: str) -> bool:
-    return name.startswith("fd-random") or name in ("sliced-wasserstein", "kid")
-
-
-def _images(record: Record) -> int | None:
-    training = record.training
-    return training.get("total_images", training.get("images"))
 
 
 @dataclass(frozen=True)
@@ -117,61 +106,55 @@ class Ranking:
     over training seeds, of which both have several."""
 
 
-def rankings(found: list[Pool]) -> list[Ranking]:
+def rankings(pooled: list[Pool]) -> list[Ranking]:
     """One for each number of calls that several methods share, and each other distance."""
+
+    def below(a: Pool, b: Pool, name: str) -> bool:
+        return a.mean(name) + a.spread(name) < b.mean(name) - b.spread(name)
+
     made = []
-    for nfe in sorted({pool.nfe for pool in found}):
-        same = [pool for pool in found if pool.nfe == nfe]
-        if len(same) < 2:
+    for nfe in sorted({pool.nfe for pool in pooled}):
+        rivals = [pool for pool in pooled if pool.nfe == nfe]
+        if len(rivals) < 2:
             continue
-        own, *others = same[0].figures
+        first, *others = rivals[0].figures
+        several = [pool for pool in rivals if len(pool.figures[first]) > 1]
         for other in others:
-            tau = kendalltau([p.mean(own) for p in same], [p.mean(other) for p in same]).statistic
-            several = [pool for pool in same if len(pool.figures[own]) > 1]
+            ours, theirs = ([pool.mean(name) for pool in rivals] for name in (first, other))
             swapped = [
                 (a.method, b.method)
                 for pair in combinations(several, 2)
                 for a, b in (pair, pair[::-1])
-                if _below(a, b, own) and _below(b, a, other)
+                if below(a, b, first) and below(b, a, other)
             ]
-            made.append(Ranking(nfe, other, float(tau), swapped))
+            tau = float(kendalltau(ours, theirs).statistic)
+            made.append(Ranking(nfe, other, tau, swapped))
     return made
 
 
-def _below(a: Pool, b: Pool, name: str) -> bool:
-    return a.mean(name) + a.spread(name) < b.mean(name) - b.spread(name)
-
-
-def told(found: list[Ranking]) -> list[str]:
-    """The rankings in words, one distance a line."""
+def in_words(ranked: list[Ranking]) -> list[str]:
+    """The rankings, one distance a line."""
     words = []
-    for name in dict.fromkeys(ranking.distance for ranking in found):
-        same = [ranking for ranking in found if ranking.distance == name]
-        taus = ", ".join(f"{r.tau:.2f} at {r.nfe}" for r in same)
-        pairs = [f"{b} before {a} at {r.nfe}" for r in same for a, b in r.swapped]
+    for name in dict.fromkeys(ranking.distance for ranking in ranked):
+        counts = [ranking for ranking in ranked if ranking.distance == name]
+        taus = ", ".join(f"{r.tau:.2f} at {r.nfe}" for r in counts)
+        pairs = [f"{b} before {a} at {r.nfe}" for r in counts for a, b in r.swapped]
         swaps = f"it puts {', '.join(pairs)}" if pairs else "no pair beyond its spreads swaps"
         words.append(f"{name} orders the methods with Kendall's tau {taus} calls; {swaps}")
     return words
 
 
-def matrix(found: list[Pool]) -> tuple[list[str], list[list[str]]]:
+def matrix(pooled: list[Pool]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Heads and rows: a method a row, its calls a column."""
-    counts = sorted({pool.nfe for pool in found})
+    counts = sorted({pool.nfe for pool in pooled})
     body = []
-    for method in dict.fromkeys(pool.method for pool in found):
-        same = {pool.nfe: pool for pool in found if pool.method == method}
+    for method in dict.fromkeys(pool.method for pool in pooled):
+        cells = {pool.nfe: pool for pool in pooled if pool.method == method}
         # a chain of rounds has spent the most at its end
-        images = max((pool.images for pool in same.values() if pool.images), default=None)
-        cells = [same[n].text if n in same else "-" for n in counts]
-        body.append([method, "-" if images is None else f"{images:,}", *cells])
-    heads = ["method", "images", *(f"{n} call{'s' * (n > 1)}" for n in counts)]
-    return heads, body
-
-
-def markdown(heads: list[str], body: list[list[str]], notes: list[str]) -> str:
-    rows = [heads, ["---", *["--:"] * (len(heads) - 1)], *body]
-    text = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    return text + "\n\n" + "\n\n".join(notes) + "\n"
+        images = max((pool.images for pool in cells.values() if pool.images), default=None)
+        texts = (cells[n].text if n in cells else "-" for n in counts)
+        body.append((method, "-" if images is None else f"{images:,}", *texts))
+    return ("method", "images", *(f"{n} call{'s' * (n > 1)}" for n in counts)), body
 
 
 def summarise(options: Options) -> list[Pool]:
@@ -182,29 +165,28 @@ def summarise(options: Options) -> list[Pool]:
                 f"there is no file {path}: expected a results.jsonl that eval.compare wrote"
             )
     given = together.merge(map(jsonl.read, options.results))
-    found = latest(given, times=False)
-    if not found:
+    records = latest(given, times=False)
+    if not records:
         raise UserError(f"{options.results[0]} holds no rows: measure some with eval.compare")
-    for reason in left_out(given, found, times=False):
+    for reason in left_out(given, records, times=False):
         say(f"left out: {reason}")
-    pooled = pools(found)
+    pooled = pools(records)
     seeds = max(len(next(iter(pool.figures.values()))) for pool in pooled)
-    first, ranked = together.fullest(found), rankings([pool for pool in pooled if pool.student])
+    first, ranked = together.fullest(records), rankings([pool for pool in pooled if pool.student])
     notes = [
         f"{first.metric} of {first.num_images} images (lower is better), the mean of noise seeds "
         f"{', '.join(map(str, first.seeds))}; mean ± spread over up to {seeds} training seeds; in "
         f"brackets the ratio to the larger of the teacher's and the floor, {mean(first.floor):.3g}. "
         "Images: those that the student, and the students it goes on from, took gradients of.",
-        *told(ranked),
+        *in_words(ranked),
     ]
-    folder, (heads, body) = options.results[0].parent, matrix(pooled)
-    text = markdown(heads, body, notes)
+    folder, (heads, body), name = options.results[0].parent, matrix(pooled), first.metric
+    text = "\n\n".join([markdown_table(heads, body).rstrip(), *notes]) + "\n"
     figures = {"pools": [asdict(p) for p in pooled], "rankings": [asdict(r) for r in ranked]}
+    points = [Point(p.method, not p.own, p.nfe, p.mean(name), p.spread(name)) for p in pooled]
     write_atomic(folder / "methods.md", text)
     write_atomic(folder / "methods.json", json.dumps(figures, indent=1) + "\n")
-    name = first.metric
-    points = [(p.method, p.own, p.nfe, p.mean(name), p.spread(name)) for p in pooled]
-    plots.curves(folder / "methods.png", points, first, "network calls per image (NFE)")
+    write_atomic(folder / "methods.png", chart(points, first, CALLS).file("png"))
     show: dict[str, Callable[[], None]] = {
         "rich": lambda: _rich(heads, body, notes),
         "markdown": lambda: print(text, end=""),
@@ -215,7 +197,7 @@ def summarise(options: Options) -> list[Pool]:
     return pooled
 
 
-def _rich(heads: list[str], body: list[list[str]], notes: list[str]) -> None:
+def _rich(heads: tuple[str, ...], body: list[tuple[str, ...]], notes: list[str]) -> None:
     table = Table()
     for i, head in enumerate(heads):
         table.add_column(escape(head), justify="right" if i else "left")

@@ -2,20 +2,22 @@
 
 from collections import Counter
 from dataclasses import dataclass, replace
-from html import escape
 from pathlib import Path
 
 import tyro
 from torch import Tensor
 
-from diffusion.checkpoint import load_tensors, write_atomic
+from diffusion import data as datasets
+from diffusion.checkpoint import write_atomic
 from diffusion.console import UserError, run, say
+from diffusion.data import Dataset
+from diffusion.image_file import Form
 from eval.results import jsonl, together
 from eval.results.records import Record
-from eval.show import closing, pages, table
-from eval.show.lines import lines
-from eval.show.pages import chart, grids, pictures, provenance
-from eval.show.pages.verdict import choice, verdict
+from eval.results.store import samples_of
+from eval.show import closing, page, pictures, provenance, table, verdict
+from eval.show.lines import Comparison, Line, comparison
+from eval.show.pictures import CALLS, MILLISECONDS, Picture
 
 
 @dataclass(frozen=True)
@@ -36,110 +38,131 @@ class Options:
     """The folder that holds a named dataset's files, for the same."""
 
 
-def latest(found: list[Record], times: bool = True) -> list[Record]:
+def latest(records: list[Record], times: bool = True) -> list[Record]:
     """Those measured as the last one was, the latest of each run's plans alone, teachers first."""
-    setting, most = _last_setting(found, times) if found else ({}, 0)
-    same = [record for record in found if together.setting(record, times, most) == setting]
-    kept = {
-        (r.run, r.title, r.guidance, r.sampler, r.steps, r.environment["device"]): r for r in same
-    }
+    setting, most = _last_setting(records, times) if records else ({}, 0)
+    kept: dict[tuple, Record] = {}
+    for r in records:
+        if together.setting(r, times, most) == setting:
+            plan = r.title, r.guidance, r.sampler, r.steps
+            kept[r.run, plan, r.environment["device"]] = r
     return sorted(kept.values(), key=lambda record: record.parent is not None)
 
 
-def newest(found: list[Record]) -> Record:
-    return max(reversed(found), key=lambda record: record.date)
-
-
-def _last_setting(found: list[Record], times: bool) -> tuple[dict[str, str], int]:
-    """That of the newest row and its number of images; a long plan of fewer is no measure of others."""
-    last = newest([record for record in found if not record.long] or found)
+def _last_setting(records: list[Record], times: bool) -> tuple[dict[str, str], int]:
+    """That of the newest row, and its number of images; a long plan of fewer images sets nothing."""
+    rest = [record for record in records if not record.long] or records
+    last = max(reversed(rest), key=lambda record: record.date)
     return together.setting(last, times), 0 if last.long else last.num_images
 
 
-def left_out(found: list[Record], kept: list[Record], times: bool) -> list[str]:
+def left_out(records: list[Record], kept: list[Record], times: bool) -> list[str]:
     """Why rows of a file are not on the page, and how many."""
-    setting, most = _last_setting(found, times)
-    shown = {id(record) for record in kept}
+    setting, most = _last_setting(records, times)
+    on_page = {id(record) for record in kept}
     reasons: Counter[str] = Counter()
-    for record in found:
-        own = together.setting(record, times, most)
-        other = [
-            f"{name} {own.get(name)}"
-            for name in own | setting
-            if own.get(name) != setting.get(name)
-        ]
-        if id(record) not in shown:
-            reasons[f"with {', '.join(other)}" if other else "of runs since made anew"] += 1
+    for record in (record for record in records if id(record) not in on_page):
+        values = together.setting(record, times, most)
+        names = [name for name in values | setting if values.get(name) != setting.get(name)]
+        differ = ", ".join(f"{name} {values.get(name)}" for name in names)
+        reasons[f"with {differ}" if differ else "of runs since made anew"] += 1
     return [f"{count} row{'s' * (count > 1)} {reason}" for reason, count in reasons.items()]
 
 
-def gather(
-    paths: tuple[Path, ...], times: bool
-) -> tuple[list[Record], list[str], dict[str, Tensor]]:
+def gather(paths: tuple[Path, ...], times: bool) -> tuple[Comparison, list[str], dict[str, Tensor]]:
     """The rows, what the files hold besides, and the sample images by tag."""
     rows, others, images = [], [], {}
     for path in paths:
         file = path / "results.jsonl" if path.is_dir() else path
-        found = jsonl.read(file)
-        if not found:
+        records = jsonl.read(file)
+        if not records:
             raise UserError(
                 f"{file} holds no records: expected what eval.compare wrote; run it first"
             )
-        rows.append(latest(found, times))
-        others += left_out(found, rows[-1], times)
-        samples = file.with_name("samples.safetensors")
-        images |= load_tensors(samples)[0] if samples.exists() else {}
+        rows.append(latest(records, times))
+        others += left_out(records, rows[-1], times)
+        images |= samples_of(file.parent)
     merged = together.merge(rows)
-    together.require_comparable(merged, times)
-    return [record if times else replace(record, timings=[]) for record in merged], others, images
+    rows = [record if times else replace(record, timings=[]) for record in merged]
+    return comparison(rows, times), others, images
 
 
-def page(options: Options) -> str:
-    """The page's HTML."""
-    rows, others, images = gather(options.paths, options.times)
-    tables = table.tables(rows, options.times)
-    found = tables[0].lines
-    several = max(len(line.trainings) for line in found) > 1
-    looks, ship = chart.looks(found), choice(found)
-    quality = f"{rows[0].metric} (lower is better)"
-    by_calls = chart.draw(found, lambda x: x.record.nfe, "network calls per image (NFE)", quality)
-    by_time = chart.draw(found, lambda x: x.milliseconds, "ms per image at batch 1", quality)
-    shown = [grids.section(each, looks, ship) for each in tables]
-    near = ""
+def nearest(
+    line: Line, made: Tensor, data: str | None = None, data_dir: Path | None = None
+) -> Picture | None:
+    """A row's images above the training images nearest to them; None, with a line that says why,
+    where those are not on this disk."""
+    real = line.record.data
+    form = Form(made.shape[-1], made.shape[1], real.get("background", Form.background))
+    try:
+        dataset = _measured_against(real, form, data, data_dir)
+    except UserError as error:
+        say(f"the nearest training images are left out: {error}")
+        return None
+    if dataset.train.shape[1:] != made.shape[1:]:
+        return None
+    return pictures.nearest([(line, made)], dataset.train, dataset.test)
+
+
+def _measured_against(real: dict, form: Form, data: str | None, data_dir: Path | None) -> Dataset:
+    """The images that a record was measured against. A report downloads nothing."""
+    name = data or datasets.at_hand(real["name"])
+    dataset = datasets.load(name, data_dir, form, download=False)
+    if real.get("sha256", "") not in ("", datasets.fingerprint(dataset.train)):
+        raise UserError(f"{name} does not hold the images that were measured against")
+    return dataset
+
+
+def html(options: Options) -> tuple[str, list[Line]]:
+    """The page, and the lines that it shows."""
+    compared, others, images = gather(options.paths, options.times)
+    records, rows = compared.records, compared.lines
+    ship = verdict.choice(rows)
+    titles = [line.title for line in rows]
+    by_method = sorted(rows, key=lambda line: (titles.index(line.title), -line.record.nfe))
+    charts = [
+        pictures.cost_chart(rows, lambda line: line.record.nfe, CALLS),
+        pictures.cost_chart(rows, lambda line: line.milliseconds, MILLISECONDS),
+    ]
+    near = None
     if ship and ship.record.tag in images:
-        near = pictures.nearest(ship, images[ship.record.tag], options.data, options.data_dir)
-    data = Path(rows[0].data["name"]).name
-    return pages.fill(
-        "report",
-        title=escape(f"{data}: what fewer network calls cost"),
-        verdict=verdict(found),
-        charts=by_calls + by_time,
-        legend=chart.legend(found),
-        tables="".join(shown[:2]),
-        samples=pictures.same_noise(found, images),
+        near = nearest(ship, images[ship.record.tag], options.data, options.data_dir)
+    text = page.render(
+        "report.html",
+        title=f"{Path(records[0].data['name']).name}: what fewer network calls cost",
+        verdict=verdict.sentences(rows),
+        best=verdict.best_by_calls(rows),
+        ship=ship,
+        charts=[chart for chart in charts if chart],
+        tables=table.tables(compared),
+        samples=pictures.samples(by_method, images),
         nearest=near,
-        further="".join(shown[2:]),
-        facts=provenance.facts(rows, others, several),
-        measured=provenance.measured(found),
-        checkpoints=provenance.checkpoints(found),
+        facts=provenance.facts(rows, records, others),
+        measured_heads=provenance.MEASURED,
+        measured=provenance.measured(rows),
+        checkpoint_heads=provenance.CHECKPOINTS,
+        checkpoints=provenance.checkpoints(rows),
     )
+    return text, rows
 
 
 def write(options: Options) -> Path:
+    """Write the page, say where it is and which student to take."""
     first = options.paths[0]
     path = options.out or (first if first.is_dir() else first.parent) / "report.html"
-    write_atomic(path, page(options))
+    text, rows = html(options)
+    write_atomic(path, text)
+    name = rows[0].record.data["name"]
+    count = sum(len(line.trainings) for line in rows)
+    say(f"{path}: {count} rows of {name}, their tables, charts and pictures")
+    say(closing.take(rows))
+    say(f"open the page: {closing.opener(path)}")
     return path
 
 
 def main() -> None:
     config = (tyro.conf.OmitArgPrefixes,)
-    options = tyro.cli(Options, prog="python -m eval.report", config=config)
-    path = write(options)
-    rows, _, _ = gather(options.paths, options.times)
-    say(f"{path}: {len(rows)} rows of {rows[0].data['name']}, their tables, charts and pictures")
-    say(closing.take(lines(rows)))
-    say(f"open the page: {closing.opener(path)}")
+    write(tyro.cli(Options, prog="python -m eval.report", config=config))
 
 
 if __name__ == "__main__":

@@ -80,7 +80,12 @@ def test_the_command_samples_the_student_by_its_own_plan(student, tmp_path, comm
 
 def test_angles_that_were_searched_are_in_the_command():
     searched = record(
-        "consistency searched", 2, angles=[0.0, 1.1, 1.56], parent=TEACHER.sha256, run="runs/c"
+        "consistency",
+        2,
+        note="searched",
+        angles=[0.0, 1.1, 1.56],
+        parent=TEACHER.sha256,
+        run="runs/c",
     )
     (line,) = lines([searched])
     assert "runs/c --angles 1.56 1.1 --num 64" in closing.generate(line)

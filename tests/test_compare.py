@@ -22,6 +22,7 @@ from eval.measure.plans import rows
 from eval.results import jsonl, together
 from eval.results.records import Record
 from eval.show import lines, table
+from eval.show.lines import comparison
 
 SETTINGS = {
     "steps": "1,2,4",
@@ -70,7 +71,7 @@ def test_a_comparison_leaves_its_records_its_table_and_its_pictures(compared):
         ("progressive", "ddim", 4, True),
     ]
     assert jsonl.read(folder / "results.jsonl") == rows
-    assert (folder / "table.md").read_text() == table.markdown(rows)
+    assert (folder / "table.md").read_text() == table.markdown(comparison(rows))
     for name in ("quality_nfe.png", "quality_ms.png", "samples.png", "nearest.png"):
         assert Image.open(io.BytesIO((folder / name).read_bytes())).size > (300, 100)
 
@@ -145,7 +146,7 @@ def test_what_is_printed_holds_every_cell_of_the_table(compared, teacher, capsys
     folder, rows = compared
     compare.compare(Options(runs=(teacher.parent,), out=folder, **SETTINGS))
     printed = capsys.readouterr().out
-    first = table.tables(rows)[0]
+    first = table.tables(comparison(rows))[0]
     cells = {*first.heads, *(cell for row in first.cells for cell in row)}
     assert {cell for cell in cells if cell not in printed} == set()
 
@@ -193,10 +194,10 @@ def test_a_table_to_be_piped_is_alone_on_stdout(compared, teacher, command, form
     outcome = command(compare.main, *told)
     assert outcome.code == 0
     written = {
-        "markdown": lambda: table.markdown(rows),
-        "csv": lambda: table.comma_separated(rows),
-        "latex": lambda: table.latex(rows),
-        "jsonl": lambda: table.json_lines(rows),
+        "markdown": lambda: table.markdown(comparison(rows)),
+        "csv": lambda: table.comma_separated(comparison(rows)),
+        "latex": lambda: table.latex(comparison(rows)),
+        "jsonl": lambda: table.json_lines(comparison(rows)),
     }
     assert outcome.out.strip() == written[form]().strip()
     assert str(folder) in outcome.err
@@ -274,7 +275,7 @@ def test_a_row_whose_images_are_none_is_left_out_with_the_reason(
 
 def test_a_comparison_without_the_long_row_has_all_others(compared, teacher, tmp_path):
     options = Options(runs=(teacher.parent,), out=tmp_path, **SETTINGS | {"long": False})
-    planned = compare.planned(options, options.runs)
+    planned = compare.plan(options, options.runs)
     found = [(row.model.sha256, row.sampler, len(row.angles) - 1) for row in planned]
     _, rows = compared
     assert found == [(r.sha256, r.sampler, r.steps) for r in rows][1:]

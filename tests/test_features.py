@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffusion.console import UserError
-from eval.measure import features, own
+from eval.measure import custom, features
 from eval.measure.features import extractor
 from eval.measure.inception import file_sha256
 
@@ -55,7 +55,7 @@ def test_a_network_of_ones_own_gives_its_features_under_its_files_sha256(digits,
     assert found.name == f"fd-my-net-digits-{found.sha256[:8]}"
     assert found.dim == 5
     with torch.no_grad():
-        for count in (1, 2, 100, 2 * own.BATCH + 1):  # one batch and a single image beyond two
+        for count in (1, 2, 100, 2 * custom.BATCH + 1):  # one batch and a single image beyond two
             images = digits.train[:count]
             expected = module(digits.train[: max(2, count)])[:count]
             torch.testing.assert_close(found.extract(images), expected)

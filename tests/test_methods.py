@@ -7,7 +7,7 @@ from statistics import mean, stdev
 import pytest
 
 from diffusion.console import UserError
-from eval.methods import Options, Pool, pools, rankings, summarise, told
+from eval.methods import Options, Pool, in_words, pools, rankings, summarise
 from eval.results import jsonl
 from tests.made_up import record, sha256
 
@@ -101,7 +101,7 @@ def test_another_distance_of_the_same_order_swaps_nothing():
 def test_pairs_that_another_distance_orders_otherwise_beyond_the_spreads_are_named():
     (found,) = ranked({"a": [1, 2], "b": [5, 6]}, {"a": [30, 31], "b": [10, 11]})
     assert (found.tau, found.swapped) == (-1, [("a", "b")])
-    (words,) = told([found])
+    (words,) = in_words([found])
     assert f"{RANDOM} orders" in words
     assert "b before a at 2" in words
 

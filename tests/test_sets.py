@@ -220,17 +220,6 @@ def test_a_copy_is_found_at_no_distance_and_a_brighter_one_at_what_was_added():
         assert index.equal(which)
 
 
-@pytest.mark.parametrize("columns", [3, 64, 640, 1000, 4096])
-@pytest.mark.parametrize("k", [1, 2, 6])
-def test_the_smallest_by_blocks_are_those_of_topk_ties_included(columns, k):
-    k, random = min(k, columns), torch.rand(200, columns, generator=seeded())
-    for x in (random, (random * 50).floor()):
-        found, where = sets.smallest(x, k)
-        assert found.equal(x.topk(k, largest=False)[0])
-        assert x.gather(1, where).equal(found)
-        assert all(len({*row}) == k for row in where.tolist())
-
-
 def memorisation(images, train, test) -> dict[str, float]:
     return sets.memorisation(sets.two_nearest(images, train), sets.two_nearest(test, train))
 

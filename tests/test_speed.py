@@ -22,7 +22,6 @@ from benchmarks.rounds import rounds
 from benchmarks.speed import table
 from diffusion.denoiser import Denoiser, DenoiserConfig
 from diffusion.images import InMemory
-from diffusion.networks import UNetConfig
 from diffusion.noise import Noise
 from diffusion.samplers import SOLVERS, sample
 from diffusion.schedules import linear_beta, respace

@@ -15,7 +15,7 @@ from eval.report import latest
 from eval.results import jsonl
 from eval.results.records import FOR_P90, Record, Timing
 from eval.show import table
-from eval.show.lines import lines
+from eval.show.lines import comparison, lines
 
 RESULTS = Path(__file__).parents[1] / "results"
 FIGURES = {"kid": [0.00125, 0.00135], "precision": [0.9, 0.92], "coverage": [0.8, 0.9]}
@@ -38,12 +38,12 @@ ROWS = [TEACHER, SOLVER, FOUR, ONE, UNTIMED]
 
 
 def column(rows: list[Record], head: str, title: str = "Quality and cost") -> list[str]:
-    (found,) = (each for each in table.tables(rows) if each.title == title)
+    (found,) = (each for each in table.tables(comparison(rows)) if each.title == title)
     return [cells[found.heads.index(head)] for cells in found.cells]
 
 
 def heads(rows: list[Record], title: str, times: bool = True) -> tuple[str, ...]:
-    found = (each.heads for each in table.tables(rows, times) if each.title == title)
+    found = (each.heads for each in table.tables(comparison(rows, times)) if each.title == title)
     return next(found, ())
 
 
@@ -86,17 +86,17 @@ def number(text: str) -> float | None:
 @pytest.mark.parametrize("parse", [("markdown", parsed_markdown), ("latex", parsed_latex)])
 def test_markdown_and_latex_hold_every_cell_of_the_tables(parse, times):
     name, parsed = parse
-    expected = [[[*t.heads], *map(list, t.cells)] for t in table.tables(ROWS, times)]
+    expected = [[[*t.heads], *map(list, t.cells)] for t in table.tables(comparison(ROWS, times))]
     assert len(expected) == 4 if times else 3
-    assert parsed(table.FORMATS[name](ROWS, times)) == expected
+    assert parsed(table.FORMATS[name](comparison(ROWS, times))) == expected
 
 
 @pytest.mark.parametrize("times", [True, False])
 def test_the_csv_holds_the_same_numbers_in_full(times):
-    rows = list(csv.DictReader(io.StringIO(table.FORMATS["csv"](ROWS, times))))
+    rows = list(csv.DictReader(io.StringIO(table.FORMATS["csv"](comparison(ROWS, times)))))
     assert len(rows) == len(ROWS)
     checked = set()
-    for found in table.tables(ROWS, times):
+    for found in table.tables(comparison(ROWS, times)):
         for line, cells in zip(found.lines, found.cells, strict=False):  # the foot is no row
             row = rows[[x.key for x in ROWS].index(line.record.key)]
             for head, cell in list(zip(found.heads, cells, strict=True))[1:]:
@@ -108,7 +108,7 @@ def test_the_csv_holds_the_same_numbers_in_full(times):
                 value = float(row[head]) if row[head] else None
                 assert value == (None if expected is None else pytest.approx(expected, rel=6e-3))
                 checked.add(head)
-    assert len(checked) == (13 if times else 9)
+    assert len(checked) == (14 if times else 9)
     for row, made in zip(rows, ROWS, strict=True):
         assert float(row["quality"]) == made.score
         assert [row["run"], row["sha256"], row["device"]] == [made.run, made.sha256, "a device"]
@@ -119,7 +119,7 @@ def test_the_csv_holds_the_same_numbers_in_full(times):
 
 
 def test_json_lines_are_the_records(tmp_path):
-    (tmp_path / "results.jsonl").write_text(table.FORMATS["jsonl"](ROWS, True))
+    (tmp_path / "results.jsonl").write_text(table.FORMATS["jsonl"](comparison(ROWS, True)))
     assert jsonl.read(tmp_path / "results.jsonl") == ROWS
 
 
@@ -128,9 +128,9 @@ def test_a_terminal_shows_every_cell_whole_however_narrow_it_is(monkeypatch, wid
     screen = Console(width=width, file=io.StringIO(), soft_wrap=True, highlight=False)
     monkeypatch.setattr(table, "out", screen)
     rows = [replace(row, method=f"m{i}") for i, row in enumerate(ROWS)]
-    table.show("rich", rows)
+    table.show("rich", comparison(rows))
     shown = screen.file.getvalue()
-    for found in table.tables(rows):
+    for found in table.tables(comparison(rows)):
         missing = [cell for row in found.cells for cell in row if cell not in shown]
         assert (missing == []) == (found.title != table.FURTHER)
         assert found.title == table.FURTHER or found.caption in shown
@@ -140,25 +140,25 @@ def test_a_terminal_shows_every_cell_whole_however_narrow_it_is(monkeypatch, wid
 
 @pytest.mark.parametrize("name", ["markdown", "csv", "latex", "jsonl"])
 def test_what_is_shown_is_just_the_text_so_that_it_can_be_a_file(name, capsys):
-    table.show(name, ROWS)
-    assert capsys.readouterr().out == table.FORMATS[name](ROWS, True)
+    table.show(name, comparison(ROWS))
+    assert capsys.readouterr().out == table.FORMATS[name](comparison(ROWS, True))
 
 
 @pytest.mark.parametrize("name", ["rich", "markdown", "csv", "latex"])
 def test_no_table_mixes_rows_that_are_not_comparable(name):
     rows = [*ROWS, record("stranger", 3, num_images=7)]
     with pytest.raises(UserError, match="num images 7 in stranger 3"):
-        table.FORMATS[name](rows, True)
+        table.FORMATS[name](comparison(rows, True))
     other = {"device": "another", "precision": "fp32"}
     rows = [*ROWS, record("stranger", 3, environment=other)]
     with pytest.raises(UserError, match="--no-times"):
-        table.FORMATS[name](rows, True)
-    assert table.FORMATS[name](rows, False)
+        table.FORMATS[name](comparison(rows, True))
+    assert table.FORMATS[name](comparison(rows, False))
 
 
 def test_a_row_without_its_figures_is_not_shown_as_if_it_had_them():
     with pytest.raises(UserError, match=r"progressive in 4 steps .*2 seeds"):
-        table.tables([TEACHER, replace(FOUR, quality=[4.0])])
+        table.tables(comparison([TEACHER, replace(FOUR, quality=[4.0])]))
 
 
 # --- ratios
@@ -228,7 +228,7 @@ def test_a_ratio_is_to_the_floor_where_the_teacher_is_below_it():
 def test_without_a_teacher_there_is_no_ratio():
     assert column([FOUR, ONE], "× teacher") == ["-", "-"]
     assert column([FOUR, ONE], "speed-up") == ["-", "-"]
-    assert "× teacher" not in table.tables([FOUR, ONE])[0].caption
+    assert "× teacher" not in table.tables(comparison([FOUR, ONE]))[0].caption
 
 
 # --- times
@@ -241,7 +241,7 @@ def test_a_row_without_times_has_dashes_and_a_table_without_times_no_columns_for
     assert heads(ROWS, "Speed", times=False) == ()
     untimed = [replace(row, timings=[]) for row in ROWS]
     assert heads(untimed, "Speed") == ()
-    assert "ms @1" not in table.tables(untimed)[0].caption
+    assert "ms @1" not in table.tables(comparison(untimed))[0].caption
 
 
 def test_a_column_that_no_row_has_a_figure_for_is_left_out():
@@ -295,13 +295,13 @@ def test_a_batch_that_failed_says_why():
 def test_a_collapse_is_marked_in_the_first_cell_of_every_table(title):
     found = column(ROWS, "method", title)
     assert [name for name in found if "(collapsed)" in name] == ["progressive (collapsed)"]
-    assert "(collapsed): " in table.tables(ROWS)[0].caption
-    assert "(copies)" not in table.tables(ROWS)[0].caption
+    assert "(collapsed): " in table.tables(comparison(ROWS))[0].caption
+    assert "(copies)" not in table.tables(comparison(ROWS))[0].caption
 
 
 def test_copies_are_marked_and_explained():
     copies = {"memorisation-copied": [0.3, 0.3], "memorisation-copied_floor": [0.01, 0.01]}
-    found = table.tables([replace(FOUR, others=copies)])
+    found = table.tables(comparison([replace(FOUR, others=copies)]))
     assert found[0].cells[0][0] == "progressive (copies)"
     assert "(copies): " in found[0].caption
 
@@ -313,7 +313,7 @@ def test_where_nothing_is_held_out_the_caption_says_what_cannot_be_judged():
     ]
     assert column(rows, "method") == ["teacher", "progressive (copies)"]
     for each in (rows, rows[:1]):
-        caption = table.tables(each)[0].caption
+        caption = table.tables(comparison(each))[0].caption
         assert "no images are held out" in caption
         assert "more than 5% are three times as near to one training image" in caption
     assert column(rows, "method", table.FURTHER) == ["teacher", "progressive (copies)"]
@@ -322,7 +322,7 @@ def test_where_nothing_is_held_out_the_caption_says_what_cannot_be_judged():
 def test_one_seed_has_no_spread_to_show():
     rows = [replace(row, seeds=[3], quality=[4.25], others={}) for row in (TEACHER, FOUR)]
     assert column(rows, "quality") == ["4.25", "4.25"]
-    caption = table.tables(rows)[0].caption
+    caption = table.tables(comparison(rows))[0].caption
     assert "seed 3" in caption
     assert "±" not in caption
 
@@ -355,7 +355,7 @@ def test_trainings_of_one_recipe_are_one_row_with_their_mean_and_their_spread():
     assert column(rows, "trainings") == ["1", "3", "1"]
     assert column(rows, "quality")[1] == "5 ± 2.6"
     assert column(rows, "× teacher")[1] == "1.25"
-    assert "of several trainings" in table.tables(rows)[0].caption
+    assert "of several trainings" in table.tables(comparison(rows))[0].caption
 
 
 def test_a_row_of_several_trainings_has_the_means_of_their_further_figures_and_all_their_times():
@@ -371,7 +371,7 @@ def test_a_row_of_several_trainings_has_the_means_of_their_further_figures_and_a
 
 def test_where_no_row_has_several_trainings_the_table_says_nothing_of_them():
     assert "trainings" not in heads(ROWS, "Quality and cost")
-    assert "trainings" not in table.tables(ROWS)[0].caption
+    assert "trainings" not in table.tables(comparison(ROWS))[0].caption
 
 
 # --- a long plan on fewer images
@@ -389,7 +389,7 @@ def test_a_long_plan_on_fewer_images_is_compared_with_nobody_and_the_best_long_r
     assert column(rows, "× teacher") == ["-", "2.40", "1.20", "1.00", "1.76"]
     assert column(rows, "speed-up")[-1] == "200×"  # to the long plan itself
     assert column(rows, "method")[:2] == ["teacher (50 images)", "teacher, heun"]
-    caption = table.tables(rows)[0].caption
+    caption = table.tables(comparison(rows))[0].caption
     assert "of 100 images" in caption
     assert "floor (as many real images) 2," in f"{caption},".replace(";", ",")
     assert "over the larger of the floor and teacher, unipc at 32 calls (2.5)" in caption
@@ -398,18 +398,18 @@ def test_a_long_plan_on_fewer_images_is_compared_with_nobody_and_the_best_long_r
 
 def test_without_a_row_of_16_steps_a_long_plan_on_fewer_images_leaves_no_ratio():
     assert column([FEW, SOLVER, FOUR], "× teacher") == ["-", "-", "-"]
-    assert "× teacher" not in table.tables([FEW, SOLVER, FOUR])[0].caption
+    assert "× teacher" not in table.tables(comparison([FEW, SOLVER, FOUR]))[0].caption
 
 
 def test_a_long_plan_on_as_many_images_stays_the_yardstick_though_a_solver_is_better():
     rows = [TEACHER, UNIPC, FOUR]
     assert column(rows, "× teacher") == ["1.00", "0.62", "1.10"]
-    assert "teacher at 1,000 calls (4)" in table.tables(rows)[0].caption
+    assert "teacher at 1,000 calls (4)" in table.tables(comparison(rows))[0].caption
 
 
 def test_each_of_two_teachers_lines_has_its_own_yardstick():
     one, two = family("one", 10.0, 0.1), family("two", 40.0, 0.3)
-    caption = table.tables([*one, *two])[0].caption
+    caption = table.tables(comparison([*one, *two]))[0].caption
     assert "its own teacher, teacher [one] at 100 calls (10) or teacher [two]" in caption
 
 
@@ -418,11 +418,11 @@ def test_the_published_tables_keep_their_figures(name):
     folder = RESULTS / name
     times = "images/s" in (text := (folder / "table.md").read_text())
     rows = latest(jsonl.read(folder / "results.jsonl"), times)
-    assert parsed_markdown(table.markdown(rows, times)) == parsed_markdown(text)
+    assert parsed_markdown(table.markdown(comparison(rows, times))) == parsed_markdown(text)
 
 
 def test_a_floor_of_more_images_than_there_are_says_how_they_were_drawn():
     rows = [replace(row, num_images=5000) for row in (UNIPC, FOUR)]
-    caption = table.tables(rows)[0].caption
+    caption = table.tables(comparison(rows))[0].caption
     assert "drawn with replacement from 1,438" in caption
-    assert "replacement" not in table.tables(ROWS)[0].caption
+    assert "replacement" not in table.tables(comparison(ROWS))[0].caption

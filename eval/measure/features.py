@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from diffusion.checkpoint import load_tensors, save_tensors, weights_sha256
 from diffusion.console import UserError, say, track
-from diffusion.data import CACHE
+from diffusion.machine import CACHE
+from eval.measure import custom
 from eval.measure import inception as clean_fid
-from eval.measure import own
 from eval.measure.machine import full_float32
 from eval.measure.real import Real
 
@@ -70,8 +70,8 @@ def _extractor(
         return classifier(dataset, device, cache)
     if choice == "random":
         return random_network(dataset, device)
-    if Path(choice).suffix in own.LOADERS:
-        return users_own(Path(choice), dataset, device)
+    if Path(choice).suffix in custom.LOADERS:
+        return users_network(Path(choice), dataset, device)
     raise UserError(
         "--features takes classifier, random, inception or the path of a .pt (TorchScript) "
         f"or .pt2 (torch.export) file, got {choice!r}"
@@ -221,10 +221,10 @@ def random_network(dataset: Real, device: torch.device) -> Extractor:
     return Extractor(f"fd-random-{_slug(dataset.spec.name)}-{sha256[:8]}", sha256, 64, model)
 
 
-def users_own(path: Path, dataset: Real, device: torch.device) -> Extractor:
-    """The network in a TorchScript (.pt) or torch.export (.pt2) file: see own.network."""
-    network = own.network(path, device)
-    dim = own.probe(path, network, dataset.train[:3].to(device))
+def users_network(path: Path, dataset: Real, device: torch.device) -> Extractor:
+    """The network in a TorchScript (.pt) or torch.export (.pt2) file: see custom.network."""
+    network = custom.network(path, device)
+    dim = custom.probe(path, network, dataset.train[:3].to(device))
     sha256 = clean_fid.file_sha256(path)
     name = f"fd-{_slug(path.stem)}-{_slug(dataset.spec.name)}-{sha256[:8]}"
     return Extractor(name, sha256, dim, network)

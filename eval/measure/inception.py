@@ -1,24 +1,22 @@
 """clean-fid's Inception in mode clean (Parmar et al. 2022): its weights' file, its own resize."""
 
 import hashlib
+import logging
 import os
 import warnings
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from http.client import HTTPException
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from threading import Thread
-from urllib.request import urlopen
 
 import numpy as np
+import pooch
 import torch
 import torch.nn.functional as F
 from cleanfid.inception_torchscript import InceptionV3W
 from cleanfid.resize import build_resizer
 from torch import Tensor
 
-from diffusion.checkpoint import write_atomic
 from diffusion.console import UserError, say
 
 FILE = "inception-2015-12-05.pt"
@@ -26,7 +24,7 @@ URL = f"https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metric
 SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
 DIM = 2048
 BATCH = 64  # 299 x 299 in colour: about a gigabyte of activations
-PATIENCE = 10.0  # seconds until the host must have answered
+PATIENCE = 10.0  # seconds until the host must have answered, and between two of its bytes
 resizer = build_resizer("clean")
 
 
@@ -43,7 +41,11 @@ def weights(named: Path | None, cache: Path) -> Path:
         file = named / FILE if named.is_dir() else named
         if not file.is_file():
             raise UserError(f"there is no file {file}: {_mend()}")
-    _require(str(file), file_sha256(file))
+    sha256 = file_sha256(file)
+    if sha256 != SHA256:
+        raise UserError(
+            f"{file} has sha256 {sha256} and is not the Inception that fid is named for: {_mend()}"
+        )
     return file
 
 
@@ -87,38 +89,13 @@ def _mend() -> str:
     )
 
 
-def _require(what: str, sha256: str) -> None:
-    if sha256 != SHA256:
-        raise UserError(
-            f"{what} has sha256 {sha256} and is not the Inception that fid is named for: {_mend()}"
-        )
-
-
 def _download(file: Path) -> None:
+    """Put the published file there, whole and checked, or raise a UserError."""
     say(f"features: downloading {URL} to {file}")
+    logging.getLogger("pooch").setLevel(logging.ERROR)  # that line is enough
+    ask = pooch.HTTPDownloader(timeout=PATIENCE)
     try:
-        with _answer() as answer:
-            content = answer.read()
-    except (OSError, HTTPException, ValueError) as error:
-        reason = str(error) or type(error).__name__
+        pooch.retrieve(URL, f"sha256:{SHA256}", file.name, file.parent, downloader=ask)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
         raise UserError(f"{file} is missing and was not downloaded ({reason}): {_mend()}") from None
-    _require(f"what came from {URL}", hashlib.sha256(content).hexdigest())
-    write_atomic(file, content)
-
-
-def _answer():
-    """The open answer to a request for the file, or an error once patience is at its end.
-
-    Asked for in a thread of its own, since finding a host by its name has no timeout and each of
-    its addresses has one of its own.
-    """
-    answer: Future = Future()
-
-    def ask() -> None:
-        try:
-            answer.set_result(urlopen(URL, timeout=PATIENCE))
-        except Exception as error:
-            answer.set_exception(error)
-
-    Thread(target=ask, daemon=True).start()
-    return answer.result(PATIENCE)

@@ -62,8 +62,8 @@ def full_float32() -> Iterator[None]:
         cudnn.allow_tf32 = before
 
 
-def nvml(device: torch.device, what: str, *arguments: int) -> int | None:
-    """What NVML's nvmlDeviceGet<what> says of the GPU; None where it cannot, and of a CPU.
+def nvml(device: torch.device, name: str, *arguments: int) -> int | None:
+    """What NVML's nvmlDeviceGet<name> says of the GPU; None where it cannot, and of a CPU.
 
     Found by its UUID alone: CUDA's index is not NVML's, and another device's figure is worse than
     none. A slice of a GPU (MIG) has none.
@@ -78,7 +78,7 @@ def nvml(device: torch.device, what: str, *arguments: int) -> int | None:
         pynvml.nvmlInit()
         uuid = torch.cuda.get_device_properties(device).uuid
         handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
-        return getattr(pynvml, f"nvmlDeviceGet{what}")(handle, *arguments)
+        return getattr(pynvml, f"nvmlDeviceGet{name}")(handle, *arguments)
     except (pynvml.NVMLError, AttributeError):  # an older pynvml or torch lacks the name
         return None
 

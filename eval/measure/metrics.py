@@ -61,8 +61,8 @@ class Moments:
             if not failed and spread.min() > 1e-6 * spread.max():
                 return factor[order.argsort()]
         values, vectors = torch.linalg.eigh(covariance)
-        found = int((values > 8 * EPS * values[-1]).sum())
-        rank = max(1, min(found, self.count - 1))
+        above = int((values > 8 * EPS * values[-1]).sum())
+        rank = max(1, min(above, self.count - 1))
         return (vectors[:, -rank:] * values[-rank:].clamp(min=0).sqrt()).flip(1)
 
     def refuse(self) -> None:

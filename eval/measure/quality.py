@@ -71,25 +71,25 @@ class Seen:
 
     def tensors(self) -> dict[str, Tensor]:
         """To be saved or sent."""
-        found = {"odd": self.odd}
+        named = {"odd": self.odd}
         for name, moments in self.moments.items():
-            found |= {f"moments.{name}.{key}": value for key, value in moments.tensors().items()}
+            named |= {f"moments.{name}.{key}": value for key, value in moments.tensors().items()}
         for start, rows in self.parts.items():
-            found |= {f"parts.{start}.{name}": value for name, value in rows.items()}
-        return {name: value.cpu() for name, value in found.items()}
+            named |= {f"parts.{start}.{name}": value for name, value in rows.items()}
+        return {name: value.cpu() for name, value in named.items()}
 
     @staticmethod
     def of(tensors: dict[str, Tensor], device: torch.device) -> "Seen":
         """The inverse of tensors, on the device."""
-        found, moments = Seen(odd=tensors["odd"].to(device)), {}
+        seen, moments = Seen(odd=tensors["odd"].to(device)), {}
         for name, value in tensors.items():
             kind, *place = name.split(".")
             if kind == "moments":
                 moments.setdefault(place[0], {})[place[1]] = value.to(device)
             elif kind == "parts":
-                found.parts.setdefault(int(place[0]), {})[place[1]] = value.to(device)
-        found.moments = {name: Moments.from_tensors(value) for name, value in moments.items()}
-        return found
+                seen.parts.setdefault(int(place[0]), {})[place[1]] = value.to(device)
+        seen.moments = {name: Moments.from_tensors(value) for name, value in moments.items()}
+        return seen
 
 
 @dataclass(frozen=True)
@@ -163,9 +163,9 @@ class Judge:
             ~values.isfinite().all(1),
             pixels.amax(1) == pixels.amin(1),
         ]
-        found = self.see_images(images, start)
-        found.odd = torch.stack([value.double().sum() for value in (*odd, outside)])
-        return found
+        seen = self.see_images(images, start)
+        seen.odd = torch.stack([value.double().sum() for value in (*odd, outside)])
+        return seen
 
     def see_images(self, images: Tensor, start: int = 0) -> Seen:
         """Look at uint8 images (B, C, H, W) on the device, number `start` onwards."""
@@ -177,14 +177,14 @@ class Judge:
         odd = torch.zeros(4, dtype=torch.float64, device=images.device)
         return Seen(moments, odd, {start: rows})
 
-    def distance(self, found: Seen) -> float:
+    def distance(self, seen: Seen) -> float:
         """The main figure: the Fréchet distance to the training images."""
-        return frechet_distance(found.moments["own"], self.real["own"])
+        return frechet_distance(seen.moments["own"], self.real["own"])
 
-    def others(self, found: Seen) -> dict[str, float]:
+    def others(self, seen: Seen) -> dict[str, float]:
         """The further figures, by name."""
-        fake, slices = found.rows("features"), torch.Generator().manual_seed(0)
-        cross = frechet_distance(Moments.of(found.rows("cross")), self.real["cross"])
+        fake, slices = seen.rows("features"), torch.Generator().manual_seed(0)
+        cross = frechet_distance(Moments.of(seen.rows("cross")), self.real["cross"])
         figures = {self.cross.name: cross, "kid": sets.kid(fake, self.some, self.kernel_mean)}
         figures["sliced-wasserstein"] = sets.sliced_wasserstein(fake, self.some, SLICES, slices)
         if min(len(fake), len(self.some)) > NEIGHBOURS:
@@ -195,7 +195,7 @@ class Judge:
         if len(fake) >= 4 * self.extractor.dim:
             thinned = torch.Generator().manual_seed(0)
             figures["infinity"] = sets.frechet_infinity(fake, self.real["own"], thinned)
-        ours = sets.two_nearest(found.rows("pixels"), self.bank)
+        ours = sets.two_nearest(seen.rows("pixels"), self.bank)
         if len(self.held_out_nearest):
             near = sets.memorisation(ours, self.held_out_nearest)
             figures |= {f"memorisation-{name}": value for name, value in near.items()}
@@ -209,7 +209,7 @@ class Judge:
         Held-out images where they are enough, else training images with replacement, which as
         distances go is the stricter floor.
         """
-        held_out, found = len(self.test) >= num_images, []
+        held_out, distances = len(self.test) >= num_images, []
         for seed in range(draws):
             random = torch.Generator().manual_seed(seed)
             if held_out:
@@ -217,8 +217,8 @@ class Judge:
             else:
                 which = torch.randint(len(self.train), (num_images,), generator=random)
             features = (self.test if held_out else self.train)[which.to(self.device)]
-            found.append(frechet_distance(Moments.of(features), self.real["own"]))
-        return found
+            distances.append(frechet_distance(Moments.of(features), self.real["own"]))
+        return distances
 
     def held_out(self, num_images: int) -> dict[str, float]:
         """The further figures of up to that many held-out images; none where there are too few."""
@@ -226,8 +226,8 @@ class Judge:
         if len(images) <= 5:
             return {}
         portions = enumerate(images.to(self.device).split(PORTION))
-        found = self.others(reduce(add, (self.see_images(x, PORTION * i) for i, x in portions)))
-        return {name: value for name, value in found.items() if isfinite(value)}
+        figures = self.others(reduce(add, (self.see_images(x, PORTION * i) for i, x in portions)))
+        return {name: value for name, value in figures.items() if isfinite(value)}
 
 
 def reference(
@@ -256,13 +256,13 @@ def warnings(others: dict[str, float], real: dict[str, float]) -> list[str]:
     Collapse: coverage below half of the held-out images'. Copies: more than three times as many
     as among the held-out images, and at least 1 in 50; where none is held out, more than COPIED.
     """
-    found = []
+    marks = []
     if "coverage" in real and others.get("coverage", 1.0) < real["coverage"] / 2:
-        found.append("collapsed")
+        marks.append("collapsed")
     limit = COPIED if unheld(others) else max(0.02, 3 * others.get("memorisation-copied_floor", 0))
     if others.get("memorisation-copied", 0.0) > limit:
-        found.append("copies")
-    return found
+        marks.append("copies")
+    return marks
 
 
 def unheld(others: dict[str, float]) -> bool:

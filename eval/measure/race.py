@@ -70,7 +70,7 @@ def sweep(
         for lap in track(sweep(calls, device, known), "batch sizes", Lap.progress):
             timings[lap.key][lap.timing.batch_size] = lap.timing
     """
-    found: dict[K, dict[int, Timing]] = {key: {} for key in calls}
+    timings: dict[K, dict[int, Timing]] = {key: {} for key in calls}
     going, size, ended = list(calls), 1, 0
     while going:
         words = f"swept, batch {size}"
@@ -78,19 +78,19 @@ def sweep(
         for key in going:
             before = (known or {}).get(key, {}).get(size)
             if before:
-                found[key][size] = before
-            elif size > 1 and 2 * found[key][size // 2].median > limit:
-                found[key][size] = Timing(size, failed=f"over {limit:g} s")
-                yield Lap(key, found[key][size], ended, len(calls), words)
+                timings[key][size] = before
+            elif size > 1 and 2 * timings[key][size // 2].median > limit:
+                timings[key][size] = Timing(size, failed=f"over {limit:g} s")
+                yield Lap(key, timings[key][size], ended, len(calls), words)
             else:
                 entrants[key] = partial(calls[key], size)
         for key, timing in _rounds(entrants, size, device, budget):
-            found[key][size] = timing
+            timings[key][size] = timing
             yield Lap(key, timing, ended, len(calls), words)
-        for key in [key for key in going if not _grows(list(found[key].values()))]:
+        for key in [key for key in going if not _grows(list(timings[key].values()))]:
             going.remove(key)
             ended += 1
-            yield Lap(key, found[key][size], ended, len(calls), words)
+            yield Lap(key, timings[key][size], ended, len(calls), words)
         size *= 2
 
 

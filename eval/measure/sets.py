@@ -236,28 +236,9 @@ def _nearest(a: Tensor, b: Tensor, k: int) -> tuple[Tensor, Tensor]:
     distance = torch.full((len(a), k), torch.inf, dtype=_real(a[:0]).dtype, device=a.device)
     index = torch.zeros((len(a), k), dtype=torch.long, device=a.device)
     for rows, columns, x, y in _tiles(a, b):
-        found, where = smallest(_distances(x, y), min(k, len(y)))
-        best = torch.cat([distance[rows], found], 1)
+        near, where = _distances(x, y).topk(min(k, len(y)), largest=False)
+        best = torch.cat([distance[rows], near], 1)
         number = torch.cat([index[rows], where + columns.start], 1)
         distance[rows], kept = best.topk(k, largest=False)
         index[rows] = number.gather(1, kept)
     return distance, index
-
-
-def smallest(x: Tensor, k: int, block: int = 64) -> tuple[Tensor, Tensor]:
-    """The k least values of each row, ascending, and their columns: topk, in a fraction of its time.
-
-    They lie in the k blocks of the least minima: were one in another block, each of those k would
-    hold a value at most as large.
-    """
-    blocks = x.shape[1] // block
-    if blocks <= 2 * k:
-        return x.topk(k, largest=False)
-    whole = x[:, : blocks * block].unflatten(1, (blocks, block))
-    which = whole.amin(2).topk(k, largest=False)[1]  # (N, k)
-    found = whole.gather(1, which[..., None].expand(-1, -1, block)).flatten(1)
-    number = (which[..., None] * block + torch.arange(block, device=x.device)).flatten(1)
-    rest = torch.arange(blocks * block, x.shape[1], device=x.device).expand(len(x), -1)
-    found, number = torch.cat([found, x[:, blocks * block :]], 1), torch.cat([number, rest], 1)
-    found, kept = found.topk(k, largest=False)
-    return found, number.gather(1, kept)

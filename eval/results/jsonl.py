@@ -52,8 +52,9 @@ def lines(records: list[Record]) -> str:
     head = None
     for record in records:
         place = f"the record of {record.run}, {record.sampler} in {record.steps} steps"
-        shared, row = _split(asdict(record, dict_factory=_without_what_is_empty))
-        _record(_checked(HEAD, shared, place), row, place)
+        shared, row = _split(_filled(record))
+        # what is read has its fields in the schema's order, and so has what is written
+        shared, row = _split(_filled(_record(_checked(HEAD, shared, place), row, place)))
         made += [row] if shared == head else [shared, row]
         head = shared
     return "".join(json.dumps(line) + "\n" for line in made)
@@ -70,14 +71,19 @@ def upgraded(values: dict) -> dict:
     return values | {"method": noted[1], "note": noted[2]} if noted else values
 
 
-def _without_what_is_empty(pairs: list[tuple[str, object]]) -> dict:
-    return {name: value for name, value in pairs if value not in (None, "", (), [], {})}
-
-
 def _split(values: dict) -> tuple[dict, dict]:
     """The head's fields, and the row's."""
     shared = {name: value for name, value in values.items() if name in SHARED}
     return shared, {name: value for name, value in values.items() if name not in SHARED}
+
+
+def _filled(record: Record) -> dict:
+    """Its fields without what is empty."""
+
+    def filled(pairs: list[tuple[str, object]]) -> dict:
+        return {name: value for name, value in pairs if value not in (None, "", (), [], {})}
+
+    return asdict(record, dict_factory=filled)
 
 
 def _object(line: bytes, place: str) -> dict:

@@ -141,6 +141,7 @@ Likelihood = with_config(CLOSED)(
         total=False,
     )
 )
+Likelihood.__doc__ = "A teacher's bits per dimension of held-out images."
 
 
 @with_config(CLOSED)
@@ -198,11 +199,9 @@ class Head:
     format: Literal[3] = FORMAT
     """The version of this schema."""
     data: Data
-    """The real images that all is measured against."""
     metric: Text
     """fid for clean-fid's Inception in mode clean alone; any other names its extractor."""
     extractor: Extractor
-    """What the features are made by."""
     num_images: Positive
     """Generated images per seed."""
     seeds: Seeds

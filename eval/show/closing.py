@@ -8,18 +8,18 @@ from pathlib import Path
 
 from eval.show.columns import short
 from eval.show.lines import Line
-from eval.show.pages.verdict import LIMITS, calls, choice, rival
+from eval.show.verdict import LIMITS, choice, rival
 
 
-def take(found: list[Line]) -> str:
+def take(lines: list[Line]) -> str:
     """The student to take, what speaks against it, and the command that makes images with it."""
-    line = choice(found)
+    line = choice(lines)
     if line is None:
         return (
             "no student is among these rows: make one with distill.progressive or "
             "distill.consistency, and compare again"
         )
-    words = [f"take {line.name} at {calls(line.record.nfe)}"]
+    words = [f"take {line.name} at {line.calls}"]
     if line.ratio is not None:
         words.append(f"{line.ratio:.2f} times its teacher's distance")
     if line.speed_up is not None:
@@ -27,9 +27,9 @@ def take(found: list[Line]) -> str:
     against = []
     if line.ratio is not None and line.ratio > LIMITS[-1]:
         against.append(f"no student is within {LIMITS[-1]:g} times: train longer")
-    if free := rival(found, line):
+    if free := rival(lines, line):
         against.append(
-            f"{free.title} at {calls(free.record.nfe)} needs no training and is as good"
+            f"{free.title} at {free.calls} needs no training and is as good"
             + (f" ({free.ratio:.2f} times)" if free.ratio is not None else "")
         )
     return f"{', '.join(words)}{'; but '.join(['', *against])}: {generate(line)}"
@@ -40,7 +40,7 @@ def generate(line: Line) -> str:
     path, record = Path(line.record.run), line.record
     run = path.parent if path.name == "model.safetensors" else path
     plan = ["--steps", str(record.steps)]
-    if record.method.endswith(" searched"):  # angles that the checkpoint does not know
+    if record.note == "searched":  # angles that the checkpoint does not know
         plan = ["--angles", *(f"{angle:.6g}" for angle in reversed(record.angles[1:]))]
     words = ["students.generate", str(run), *plan, "--num", "64", "--out", "grid.png"]
     return f"{python()} -m {quoted(*words)}"

@@ -1,6 +1,7 @@
 """The columns of the tables: from a line of the table to what its cell shows."""
 
 from collections.abc import Callable
+from functools import partial
 from statistics import mean
 from typing import NamedTuple
 
@@ -32,28 +33,36 @@ def cell(value: float | None, text: Callable[[float], str] = short) -> Cell:
     return Cell("-") if value is None else Cell(text(value), value)
 
 
-def _repeats(record: Record, batch_size: int, figure: Callable[[float], float]) -> Cell:
-    """A figure of that batch's seconds: of their median, and in brackets of their quartiles."""
-    timing = record.timing(batch_size)
+def _repeats(line: Line, single: bool) -> Cell:
+    """Milliseconds at batch 1, or images/s of the table's batch: of the repeats' median, and in
+    brackets of their quartiles."""
+    size = 1 if single else line.record.batch_size
+    timing = line.record.timing(size)
     if timing is None:
-        failed = (t.failed for t in record.timings if t.batch_size == batch_size and t.failed)
-        return Cell(next(failed, "-"))
-    middle, (low, high) = figure(timing.median), sorted(map(figure, timing.iqr))
+        failures = (t.failed for t in line.record.timings if t.batch_size == size and t.failed)
+        return Cell(next(failures, "-"))
+    middle, low, high = _quartiles(timing, single)
     return Cell(f"{short(middle)} ({short(low)}–{short(high)})", middle)
 
 
-def _milliseconds(seconds: float) -> float:
-    return 1000 * seconds
+def _quartiles(timing: Timing, single: bool) -> tuple[float, float, float]:
+    """Of milliseconds, or of images/s: the median and both quartiles."""
+
+    def figure(seconds: float) -> float:
+        return 1000 * seconds if single else timing.batch_size / seconds
+
+    low, high = sorted(map(figure, timing.iqr))
+    return figure(timing.median), low, high
 
 
-def _first(record: Record) -> float | None:
-    """Seconds of the first call."""
-    return next((timing.first for timing in record.timings if timing.first is not None), None)
+def _first_call(line: Line) -> Cell:
+    timings = line.record.timings
+    return cell(next((timing.first for timing in timings if timing.first is not None), None))
 
 
-def _p90(record: Record) -> float | None:
-    p90 = record.single.p90 if record.single else None
-    return None if p90 is None else 1000 * p90
+def _p90(line: Line) -> Cell:
+    p90 = line.record.single.p90 if line.record.single else None
+    return cell(None if p90 is None else 1000 * p90)
 
 
 def _best(record: Record) -> Timing | None:
@@ -69,26 +78,37 @@ def _best_cell(line: Line) -> Cell:
     return Cell(f"{short(best.images_per_second)} @{best.batch_size}", best.images_per_second)
 
 
+def _fifty_thousand(line: Line) -> Cell:
+    """How long 50,000 images take at the most images/s that were timed."""
+    best = line.record.best
+    return cell(50_000 / best.images_per_second if best else None, duration)
+
+
+def _megabytes(line: Line) -> Cell:
+    batch = line.record.batch
+    return cell(None if batch is None or batch.allocated is None else batch.allocated / 1e6)
+
+
 def _spread(record: Record) -> float | None:
     return record.spread if len(record.quality) > 1 else None
 
 
-def _seconds_for(record: Record, images: int) -> float | None:
-    """At the most images/s that were timed."""
-    best = record.best
-    return images / best.images_per_second if best else None
+def _within(error: float | None, digits: str = ".3g") -> Callable[[float], str]:
+    """The text of a number that has that error, if one is known."""
+    return lambda value: f"{value:{digits}}" + ("" if error is None else f" ± {error:.2g}")
 
 
-def _megabytes(record: Record) -> float | None:
-    batch = record.batch
-    return None if batch is None or batch.allocated is None else batch.allocated / 1e6
+def _bits(name: str, line: Line) -> Cell:
+    likelihood = line.record.likelihood
+    return cell(likelihood.get(name), _within(likelihood.get(f"{name}-error"), ".4g"))
 
 
+TRAININGS = "trainings"
+TIMES = ("ms @1", "images/s", "speed-up")
 NAMES: Columns = {
     "method": lambda line: Cell(line.name, line.name),
     "steps": lambda line: cell(line.record.steps, str),
 }
-TRAININGS = "trainings"
 QUALITY: Columns = NAMES | {
     "NFE": lambda line: cell(line.record.nfe, str),
     TRAININGS: lambda line: cell(len(line.trainings), str),
@@ -99,36 +119,18 @@ QUALITY: Columns = NAMES | {
     "speed-up": lambda line: cell(line.speed_up, lambda times: f"{short(times)}×"),
     "size": lambda line: cell(line.record.parameters, lambda n: f"{n / 1e6:.2f} M"),
 }
-TIMES = ("ms @1", "images/s", "speed-up")
 SPEED: Columns = NAMES | {
-    "first call, s": lambda line: cell(_first(line.record)),
-    "ms @1": lambda line: _repeats(line.record, 1, _milliseconds),
-    "p90, ms": lambda line: cell(_p90(line.record)),
-    "images/s": lambda line: _repeats(
-        line.record, line.record.batch_size, lambda seconds: line.record.batch_size / seconds
-    ),
+    "first call, s": _first_call,
+    "ms @1": partial(_repeats, single=True),
+    "p90, ms": _p90,
+    "images/s": partial(_repeats, single=False),
     "best images/s": _best_cell,
-    "50,000 images": lambda line: cell(_seconds_for(line.record, 50_000), duration),
-    "peak MB": lambda line: cell(_megabytes(line.record)),
+    "50,000 images": _fifty_thousand,
+    "peak MB": _megabytes,
 }
-
-
-def _within(error: float | None, digits: str = ".3g") -> Callable[[float], str]:
-    """The text of a number that has that error, if one is known."""
-    return lambda value: f"{value:{digits}}" + ("" if error is None else f" ± {error:.2g}")
-
-
-def _bits(name: str) -> Callable[[Line], Cell]:
-    def column(line: Line) -> Cell:
-        found = line.record.likelihood
-        return cell(found.get(name), _within(found.get(f"{name}-error"), ".4g"))
-
-    return column
-
-
 LIKELIHOOD: Columns = NAMES | {
-    "bits/dim ≤": _bits("variational-bound"),
-    "bits/dim": _bits("probability-flow"),
+    "bits/dim ≤": partial(_bits, "variational-bound"),
+    "bits/dim": partial(_bits, "probability-flow"),
 }
 
 
@@ -143,20 +145,19 @@ def further(records: list[Record]) -> Columns:
 def plain(line: Line, columns: Columns, times: bool) -> dict[str, object]:
     """The columns' numbers, and what no cell has room for: for a program to read."""
     record = line.record
-    found = {head: column(line).value for head, column in columns.items()}
-    found |= {"method": line.title, "warnings": " ".join(line.warnings), "sampler": record.sampler}
-    found |= {"own": record.own_plan, "spread": _spread(record), "floor": mean(record.floor)}
+    values = {head: column(line).value for head, column in columns.items()}
+    values |= {"method": line.title, "warnings": " ".join(line.warnings), "sampler": record.sampler}
+    values |= {"own": record.own_plan, "guidance": record.guidance}
+    values |= {"spread": _spread(record), "floor": mean(record.floor)}
     if times:
-        for head, timing, figure in (
-            ("ms @1", record.single, _milliseconds),
-            ("images/s", record.batch, lambda seconds: record.batch_size / seconds),
-        ):
-            quartiles = sorted(map(figure, timing.iqr)) if timing else (None, None)
-            found |= dict(zip((f"{head} q1", f"{head} q3"), quartiles, strict=True))
+        for head, timing in (("ms @1", record.single), ("images/s", record.batch)):
+            quartiles = _quartiles(timing, head == "ms @1")[1:] if timing else (None, None)
+            values |= dict(zip((f"{head} q1", f"{head} q3"), quartiles, strict=True))
         best = _best(record)
-        found |= {"best batch size": best.batch_size if best else None}
-        found |= {"batch size": record.batch_size}
-    found |= {"metric": record.metric, "num images": record.num_images}
-    found |= {"seeds": " ".join(map(str, record.seeds)), "run": record.run, "sha256": record.sha256}
+        values |= {"best batch size": best.batch_size if best else None}
+        values |= {"batch size": record.batch_size}
+    values |= {"metric": record.metric, "num images": record.num_images}
+    values |= {"seeds": " ".join(map(str, record.seeds))}
+    values |= {"run": record.run, "sha256": record.sha256}
     place = record.environment  # its precision is not the figure of that name
-    return found | {"device": place["device"], "network precision": place["precision"]}
+    return values | {"device": place["device"], "network precision": place["precision"]}

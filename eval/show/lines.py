@@ -1,5 +1,4 @@
-"""A line of a table: the records that differ in their training's seed alone, its name there, its own
-teacher, and what follows."""
+"""What tables, pictures and pages show: a line for the records that differ in their seed alone."""
 
 from dataclasses import dataclass, replace
 from statistics import mean
@@ -7,7 +6,7 @@ from statistics import mean
 from diffusion.console import UserError
 from eval.measure import quality
 from eval.results.records import ENOUGH, Record, Timing
-from eval.results.together import most_images, setting, titles
+from eval.results.together import most_images, require_comparable, setting, titles
 
 
 @dataclass(frozen=True)
@@ -23,29 +22,40 @@ class Line:
     yardstick: Record | None = None
     """The row of its teacher's that its quality is compared with."""
     fewer: bool = False
-    """Whether it is judged on fewer images than the table's rest, with another bias in its figure."""
-
-    @property
-    def warnings(self) -> list[str]:
-        return quality.warnings(self.record.further, self.record.held_out)
+    """Whether it is judged on fewer images than other rows, with another bias in its figure."""
+    warnings: tuple[str, ...] = ()
+    """What a reader must not miss: collapsed, copies."""
 
     @property
     def name(self) -> str:
-        """The title, and what a reader must not miss."""
+        """The title, and the warnings."""
         return " ".join([self.title, *(f"({word})" for word in self.warnings)])
 
     @property
+    def free(self) -> bool:
+        """Whether it is a solver's row, which needs no training of its own."""
+        return not self.record.own_plan
+
+    @property
+    def calls(self) -> str:
+        return f"{self.record.nfe:,} call" + "s" * (self.record.nfe != 1)
+
+    @property
+    def floor(self) -> float:
+        return mean(self.record.floor)
+
+    @property
     def ratio(self) -> float | None:
-        """To the larger of the yardstick's figure and the floor; None where the two are not above 0,
-        and of a row on fewer images."""
+        """Its figure over the larger of the yardstick's and the floor; None where neither is above
+        0, and for a row on fewer images."""
         if self.yardstick is None or self.fewer:
             return None
-        least = max(self.yardstick.score, mean(self.record.floor))
+        least = max(self.yardstick.score, self.floor)
         return self.record.score / least if least > 0 else None
 
     @property
     def milliseconds(self) -> float | None:
-        """Per image at batch 1."""
+        """Milliseconds of an image at batch 1."""
         return 1000 * self.record.single.median if self.record.single else None
 
     @property
@@ -58,6 +68,22 @@ class Line:
         if self.teacher is None or self.teacher.batch is None or self.record.batch is None:
             return None
         return self.images_per_second / self.teacher.batch.images_per_second
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Records that may share a table, and their lines: what every format and picture starts from."""
+
+    records: list[Record]
+    times: bool
+    """Whether times are shown."""
+    lines: list[Line]
+
+
+def comparison(records: list[Record], times: bool = True) -> Comparison:
+    """UserError where the rows are not comparable, or not measured to the end."""
+    require_comparable(records, times)
+    return Comparison(records, times and any(record.timings for record in records), lines(records))
 
 
 def lines(records: list[Record]) -> list[Line]:
@@ -77,14 +103,15 @@ def lines(records: list[Record]) -> list[Line]:
             kind = (*kind, "again")  # one checkpoint by two plans is not two trainings
         groups.setdefault(kind, []).append(record)
         origins[kind] = teacher, yardstick
-    names = titles([same[0] for same in groups.values()])
+    names = titles([trainings[0] for trainings in groups.values()])
     most = most_images(records)
     made = []
-    for title, (kind, same) in zip(names, groups.items(), strict=True):
-        record, (teacher, yardstick) = pooled(same), origins[kind]
+    for title, (kind, trainings) in zip(names, groups.items(), strict=True):
+        record, (teacher, yardstick) = pooled(trainings), origins[kind]
         fewer = record.num_images < most
         title += f" ({record.num_images:,} images)" if fewer else ""
-        made.append(Line(record, title, teacher, tuple(same), yardstick, fewer))
+        warnings = tuple(quality.warnings(record.further, record.held_out))
+        made.append(Line(record, title, teacher, tuple(trainings), yardstick, fewer, warnings))
     return made
 
 
@@ -96,40 +123,42 @@ def _kind(record: Record, teacher: Record | None) -> tuple:
     return recipe, origin, *plan, record.training.get("total_images"), *setting(record).values()
 
 
-def pooled(same: list[Record]) -> Record:
+def pooled(trainings: list[Record]) -> Record:
     """The first of several trainings, with a figure of each in place of one for each noise seed,
     and with the times of all."""
-    if len(same) == 1:
-        return same[0]
-    shared = [name for name in same[0].others if all(name in record.others for record in same)]
+    first = trainings[0]
+    if len(trainings) == 1:
+        return first
+    shared = [name for name in first.others if all(name in each.others for each in trainings)]
     times: dict[int, Timing] = {}
-    for timing in (timing for record in same for timing in record.timings):
+    for timing in (timing for record in trainings for timing in record.timings):
         before = times.get(timing.batch_size)
         seconds = timing.seconds + (before.seconds if before else ())
         times[timing.batch_size] = replace(before or timing, seconds=seconds)
     return replace(
-        same[0],
-        quality=[record.score for record in same],
-        others={name: [record.further[name] for record in same] for name in shared},
+        first,
+        quality=[record.score for record in trainings],
+        others={name: [record.further[name] for record in trainings] for name in shared},
         timings=list(times.values()),
     )
 
 
 def teachers(records: list[Record]) -> list[Record | None]:
-    """Each row's own: its first ancestor's longest plan; the table's where the line is broken."""
+    """Each row's teacher: its first ancestor's longest plan; any teacher's where the records lack
+    an ancestor."""
     usual = teacher_of(records)
     return [teacher_of(rows) or usual for rows in _ancestors(records)]
 
 
 def yardsticks(records: list[Record]) -> list[Record | None]:
-    """For each row that of its teacher's rows which its quality is compared with."""
+    """For each row, the row of its teacher's that its quality is compared with."""
     usual, most = teacher_of(records), most_images(records)
-    rest = [row for row in records if usual and row.sha256 == usual.sha256]
-    return [yardstick_of(rows or rest, most) for rows in _ancestors(records)]
+    usual_rows = [row for row in records if usual and row.sha256 == usual.sha256]
+    return [yardstick_of(rows or usual_rows, most) for rows in _ancestors(records)]
 
 
 def _ancestors(records: list[Record]) -> list[list[Record]]:
-    """For each row the rows of its first ancestor; none where the line is broken."""
+    """For each row, the rows of its first ancestor; none where the records lack one."""
     parents = {record.sha256: record.parent for record in records}
     made = []
     for record in records:
@@ -141,13 +170,13 @@ def _ancestors(records: list[Record]) -> list[list[Record]]:
 
 
 def teacher_of(records: list[Record]) -> Record | None:
-    """The table's: of first ancestors' own plans the longest."""
+    """The longest of the first ancestors' own plans."""
     roots = [record for record in records if record.own_plan and record.parent is None]
     return max(roots, key=lambda record: record.nfe, default=None)
 
 
 def yardstick_of(rows: list[Record], most: int) -> Record | None:
-    """What quality is compared with, of one teacher's rows: its longest own plan where that is judged
+    """The row of one teacher's to compare quality with: its longest own plan where that is judged
     on as many images as the others (most); else the best of those of 16 steps or more."""
     longest = teacher_of(rows)
     if longest and longest.num_images >= most:

@@ -12,7 +12,7 @@ from torch import Tensor
 from diffusion.console import UserError
 
 BATCH = 128  # images that the network sees at once, at most
-WANTED = "expected uint8 (B, C, H, W) of 0..255 -> float (B, D)"
+EXPECTED = "expected uint8 (B, C, H, W) of 0..255 -> float (B, D)"
 
 
 def _torchscript(path: Path, device: torch.device) -> Callable[[Tensor], Tensor]:
@@ -58,23 +58,23 @@ def network(path: Path, device: torch.device) -> Callable[[Tensor], Tensor]:
 
 def probe(path: Path, extract: Callable[[Tensor], Tensor], images: Tensor) -> int:
     """D, once the network has shown with 2 and with 3 real images that it does what is asked."""
-    shown = []
+    batches = []
     for some in (images[:2], images[:3]):
         try:
-            found = extract(some)
+            features = extract(some)
         except Exception as error:
             raise UserError(
                 f"{path} fails on {len(some)} images, uint8 {tuple(some.shape)} "
-                f"({_reason(error)}): {WANTED} for any B; export with a dynamic batch dimension"
+                f"({_reason(error)}): {EXPECTED} for any B; export with a dynamic batch dimension"
             ) from error
-        if found.ndim != 2 or len(found) != len(some):
+        if features.ndim != 2 or len(features) != len(some):
             raise UserError(
-                f"{path} made {tuple(found.shape)} of {len(some)} images: {WANTED} for any B"
+                f"{path} made {tuple(features.shape)} of {len(some)} images: {EXPECTED} for any B"
             )
-        if not found.isfinite().all():
+        if not features.isfinite().all():
             raise UserError(f"{path} makes features of real images that are not finite numbers")
-        shown.append(found)
-    two, three = shown
+        batches.append(features)
+    two, three = batches
     if (two - three[:2]).abs().max() > 0.01 * three.abs().max():
         raise UserError(
             f"{path} makes other features of an image in another batch: "
