@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
@@ -22,7 +22,7 @@ import torch
 import tyro
 
 from benchmarks import gpu_stages
-from benchmarks.gpu_stages import STAGES, Job
+from benchmarks.gpu_stages import STAGES
 from diffusion.checkpoint import require_folder, write_atomic
 from diffusion.console import UserError, at_least, run, say
 from diffusion.machine import this_device
@@ -78,7 +78,10 @@ def check(options: Options) -> None:
 def start(options: Options, path: Path) -> dict:
     """The content of gpu.json, or a new one's. UserError where it is of another machine."""
     device = this_device()
-    settings = {"shape": "tiny" if options.cpu else options.shape, "batch_size": options.batch_size}
+    settings = {"shape": "tiny", "batch_size": 16}
+    if not options.cpu:
+        settings = {"shape": options.shape, "batch_size": options.batch_size}
+    settings["inception"] = str(options.inception) if options.inception else None
     settings |= machine.environment(device, "fp32" if options.cpu else "bf16", True)
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -96,20 +99,20 @@ def start(options: Options, path: Path) -> dict:
     return whole
 
 
-def perform(job: Job) -> int:
-    """Run the stage in a process of its own, for its seconds at most; the exit code.
+def perform(stage: str, path: Path, seconds: float) -> int:
+    """Run the stage in a process of its own, for so many seconds at most; the exit code.
 
     So a fault of CUDA's, which spoils the process, is that stage's alone.
     """
     with TemporaryDirectory() as cache:  # for features of made-up images
         process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.gpu_stages", json.dumps(asdict(job))],
+            [sys.executable, "-m", "benchmarks.gpu_stages", stage, str(path)],
             stdout=subprocess.DEVNULL,
             env=os.environ | {"FEWSTEP_CACHE": cache},
             start_new_session=True,
         )
         try:
-            return process.wait(job.seconds)
+            return process.wait(seconds)
         except subprocess.TimeoutExpired:
             return 0  # its sheet says that it was cut short
         finally:
@@ -118,18 +121,17 @@ def perform(job: Job) -> int:
                 process.wait()
 
 
-def run_stage(job: Job, alone: bool) -> dict:
+def run_stage(name: str, path: Path, seconds: float, alone: bool) -> dict:
     """All results, with this stage's as far as it came. alone: in a process of its own."""
-    code = perform(job) if alone else gpu_stages.main(job)
-    path = Path(job.path)
+    code = perform(name, path, seconds) if alone else gpu_stages.main(name, path)
     whole = json.loads(path.read_text())
     stage = whole["stages"].setdefault(
-        job.stage, {"state": "cut short before its first figure", "seconds": 0.0, "tables": {}}
+        name, {"state": "cut short before its first figure", "seconds": 0.0, "tables": {}}
     )
     if code:
         stage["state"] = f"failed: exit code {code}"
     write_atomic(path, json.dumps(whole, indent=1))
-    say(f"{job.stage}: {stage['state']}, {stage['seconds']:.0f} s")
+    say(f"{name}: {stage['state']}, {stage['seconds']:.0f} s")
     return whole
 
 
@@ -210,10 +212,7 @@ def main() -> None:
         elif seconds < (0 if options.cpu else LEAST):
             say(f"{name}: left out for lack of time")
         else:
-            inception = str(options.inception) if options.inception else None
-            size = 16 if options.cpu else options.batch_size
-            job = Job(name, str(path), seconds, options.shape, size, options.cpu, inception)
-            whole = run_stage(job, alone=not options.cpu)
+            whole = run_stage(name, path, seconds, alone=not options.cpu)
         write_atomic(out / "gpu.md", page(whole))
     for words in failures(whole):
         say(f"not within its bound: {words}")

@@ -47,9 +47,9 @@ from teachers.presets import preset
 
 CPU = torch.device("cpu")
 # What may differ from the CPU's result, at most, and why so much. Relative: |a - b| / |b| over all.
-# On a CPU with its sums in another order (channels last, oneDNN off) Fashion-MNIST's network differs
-# by 1e-6 in x0, 4e-6 in gradients, forward mode and samples, and in bf16 by 6e-3, 9e-3 and 1.5e-2:
-# the bounds leave 5 to 100 times that for cuDNN's kernels, and a fault moves far more.
+# On a CPU with its sums in another order (channels last, oneDNN off) Fashion-MNIST's network
+# differs by 1e-6 in x0, 4e-6 in gradients, forward mode and samples, and in bf16 by 6e-3, 9e-3 and
+# 1.5e-2: the bounds leave 5 to 100 times that for cuDNN's kernels, and a fault moves far more.
 BOUNDS = {
     "noise": (1e-6, "float64's logarithm may end otherwise: one unit of a float32"),
     "pinned batch": (1e-6, "the same images; a GPU divides by multiplying by the reciprocal"),
@@ -84,35 +84,21 @@ BOUNDS = {
 Outputs = dict[tuple[str, str], Tensor]  # (a name in BOUNDS, what it is of)
 
 
-@dataclass(frozen=True)
-class Job:
-    """One stage to run, here: JSON between the processes."""
-
-    stage: str
-    path: str
-    """The file of all results."""
-    seconds: float
-    shape: str
-    batch_size: int
-    small: bool
-    inception: str | None = None
-
-
 @dataclass
 class Sheet:
     """What a stage has measured so far, on disk after every line; and what it measures it with."""
 
-    job: Job
+    stage: str
+    path: Path
+    """The file of all results, whose settings say how large the network and its batches are."""
     tables: dict[str, list[dict]] = field(default_factory=dict)
     begun: float = field(default_factory=time.monotonic)
 
     def save(self, state: str = "cut short") -> None:
-        path, seconds = Path(self.job.path), time.monotonic() - self.begun
-        whole = json.loads(path.read_text())
-        whole["stages"][self.job.stage] = {
-            "state": state, "seconds": seconds, "tables": self.tables
-        }  # fmt: skip
-        write_atomic(path, json.dumps(whole, indent=1))
+        whole, seconds = json.loads(self.path.read_text()), time.monotonic() - self.begun
+        stage = {"state": state, "seconds": seconds, "tables": self.tables}
+        whole["stages"][self.stage] = stage
+        write_atomic(self.path, json.dumps(whole, indent=1))
 
     def row(self, table: str, **cells) -> None:
         self.tables.setdefault(table, []).append(cells)
@@ -156,25 +142,38 @@ class Sheet:
         return True
 
     @cached_property
+    def settings(self) -> dict:
+        return json.loads(self.path.read_text())["settings"]
+
+    @property
+    def small(self) -> bool:
+        return self.settings["shape"] == "tiny"
+
+    @property
+    def batch_size(self) -> int:
+        return self.settings["batch_size"]
+
+    @cached_property
     def device(self) -> torch.device:
         return this_device()
 
     @property
     def fast(self) -> str:
-        return "fp32" if self.job.small else "bf16"
+        return "fp32" if self.small else "bf16"
 
     @cached_property
     def net(self) -> UNetConfig:
         tiny = UNetConfig(width=8, multipliers=(1, 2), blocks=1, attention=(4,))
-        return tiny if self.job.small else replace(preset(self.job.shape).net, dropout=0.0)
+        return tiny if self.small else replace(preset(self.settings["shape"]).net, dropout=0.0)
 
     @cached_property
     def dataset(self) -> Dataset:
-        return made_up(self.net.channels, self.net.size, 400 if self.job.small else 11_000)
+        return made_up(self.net.channels, self.net.size, 400 if self.small else 11_000)
 
     def config(self, steps: int) -> FitConfig:
         """An endless training of so many steps a line."""
-        config = replace(preset(self.job.shape).teacher, batch_size=self.job.batch_size)
+        name = "digits" if self.small else self.settings["shape"]
+        config = replace(preset(name).teacher, batch_size=self.batch_size)
         return endless(replace(config, log_every=steps, precision=self.fast))
 
     def model(self, precision: str | None = None) -> Model:
@@ -348,7 +347,7 @@ def training(sheet: Sheet) -> None:
 
 def frechet(sheet: Sheet) -> None:
     """The map and the distance of the Fréchet term."""
-    dim = 32 if sheet.job.small else 1024
+    dim = 32 if sheet.small else 1024
     random = torch.Generator().manual_seed(0)
     real = torch.randn(4 * dim, dim, generator=random) @ torch.randn(dim, dim, generator=random)
 
@@ -364,14 +363,14 @@ def frechet(sheet: Sheet) -> None:
 
 def extractor(sheet: Sheet, device: torch.device) -> features.Extractor:
     """clean-fid's Inception where its file was named, else a small network without training."""
-    weights = sheet.job.inception
+    weights = sheet.settings["inception"]
     name = "inception" if weights else "random"
     return features.extractor(name, sheet.dataset, device, Path(weights) if weights else None)
 
 
 def distances(sheet: Sheet) -> None:
     """Features, and the distances that are made of them."""
-    images, dim = sheet.dataset.test[:64], 64 if sheet.job.small else 2048
+    images, dim = sheet.dataset.test[:64], 64 if sheet.small else 2048
     sheet.agree(lambda d: {("features", ""): extractor(sheet, d).extract(images.to(d))})
     random = torch.Generator().manual_seed(0)
     a = torch.randn(2 * dim, dim, generator=random) @ torch.randn(dim, dim, generator=random)
@@ -391,13 +390,13 @@ def distances(sheet: Sheet) -> None:
 
 def line(sheet: Sheet) -> None:
     """The commands themselves on digits: teacher, students of four kinds, and their comparison."""
-    short, many = (20, 300) if sheet.job.small else (200, 1024)
+    short, many = (20, 300) if sheet.small else (200, 1024)
     with TemporaryDirectory() as folder:
         home = Path(folder)
         training = f"--iterations {short} --batch-size 64 --precision {sheet.fast}"
         student = f"{training} --teacher {home}/teacher"
         commands = [
-            f"teachers.ddpm {training} --out {home}/teacher {'--width 8' * sheet.job.small}",
+            f"teachers.ddpm {training} --out {home}/teacher {'--width 8' * sheet.small}",
             f"distill.progressive {student} --start-steps 8 --rounds 4 1",
             f"distill.midtraining {student} --solver-steps 4",
             f"distill.consistency {student} --frechet 0.1 --out {home}/cd",
@@ -429,7 +428,7 @@ def variants(sheet: Sheet, parts: dict) -> Iterator[tuple[str, speed.Variants]]:
 
 def switches_in_training(sheet: Sheet) -> None:
     """benchmarks.speed's training, with each part of the speed off in turn."""
-    small, model = sheet.job.small, sheet.model()
+    small, model = sheet.small, sheet.model()
     config = sheet.config(2 if small else 10)
     for name in ("denoising",) if small else speed.OBJECTIVES:
         for title, chosen in variants(sheet, speed.TRAINING):
@@ -439,11 +438,11 @@ def switches_in_training(sheet: Sheet) -> None:
 
 def switches_in_sampling(sheet: Sheet) -> None:
     """4 calls from noise to uint8, with each part of the speed off in turn."""
-    model, sizes = sheet.model(), (1, sheet.job.batch_size)
+    model, sizes = sheet.model(), (1, sheet.batch_size)
     for title, chosen in variants(sheet, speed.SAMPLING):
         models = speed.sampling_models(model, chosen)
         for comparison in speed.samplings(models, "ddim", 4, sizes):
-            sheet.time(comparison, 3 if sheet.job.small else 20, title)
+            sheet.time(comparison, 3 if sheet.small else 20, title)
 
 
 def peer(sheet: Sheet) -> None:
@@ -453,20 +452,20 @@ def peer(sheet: Sheet) -> None:
         return
     from benchmarks import peer
 
-    for comparison in peer.training(sheet.net, sheet.config(2 if sheet.job.small else 10)):
+    for comparison in peer.training(sheet.net, sheet.config(2 if sheet.small else 10)):
         sheet.time(comparison, 3)
     model, unet = sheet.model(), peer.peer_network(sheet.net).to(sheet.device).eval()
     for num_steps in (4, 50):
-        sheet.time(peer.sampling(model, unet, "ddim", num_steps, sheet.job.batch_size), 3)
+        sheet.time(peer.sampling(model, unet, "ddim", num_steps, sheet.batch_size), 3)
 
 
 def images(sheet: Sheet) -> None:
     """50,000 images at 1, 2 and 4 calls, through the harness to a Fréchet distance."""
-    device, size, model = sheet.device, sheet.job.batch_size, sheet.model()
-    own = extractor(sheet, device)
-    judge = Judge.of(sheet.dataset, own, features.random_network(sheet.dataset, device), device)
-    count = 300 if sheet.job.small else 50_000
-    if not sheet.job.small and sheet.can_compile("torch.compile"):
+    device, size, model = sheet.device, sheet.batch_size, sheet.model()
+    judging = extractor(sheet, device)
+    judge = Judge.of(sheet.dataset, judging, features.random_network(sheet.dataset, device), device)
+    count = 300 if sheet.small else 50_000
+    if not sheet.small and sheet.can_compile("torch.compile"):
         model.denoiser.compile_network()
     for num_steps in (1, 2, 4):
         for comparison in speed.samplings({"images": model}, "ddim", num_steps, (size,)):
@@ -474,7 +473,7 @@ def images(sheet: Sheet) -> None:
         plan, begun = ("ddim", even(model.schedule, num_steps)), time.monotonic()
         with TemporaryDirectory() as folder:
             *_, (_, seen) = look(judge, model, plan, 0, count, size, Path(folder, "part"))
-        cells = {f"{own.name}, {own.dim} dims": judge.distance(seen)}
+        cells = {f"{judging.name}, {judging.dim} dims": judge.distance(seen)}
         seconds = time.monotonic() - begun
         sheet.row("images", calls=num_steps, images=count, **cells, seconds=seconds)
 
@@ -493,12 +492,12 @@ STAGES: dict[str, tuple[Callable[[Sheet], None], float]] = {  # and its share of
 }
 
 
-def main(job: Job) -> None:
-    """Run the stage here, and leave its sheet on disk, whatever fails."""
+def main(stage: str, path: Path) -> None:
+    """Run the stage here, and leave its sheet in the file, whatever fails."""
     torch._dynamo.config.cache_size_limit = 64  # variants of one network, of which 8 are usual
-    sheet = Sheet(job)
+    sheet = Sheet(stage, path)
     try:
-        STAGES[job.stage][0](sheet)
+        STAGES[stage][0](sheet)
         sheet.save("done")
     except Interrupted:
         raise
@@ -508,4 +507,4 @@ def main(job: Job) -> None:
 
 
 if __name__ == "__main__":
-    main(Job(**json.loads(sys.argv[1])))
+    main(sys.argv[1], Path(sys.argv[2]))

@@ -3,8 +3,8 @@
 Both have the same shape of U-Net, batch and precision. Training: `fit` beside the loop that
 diffusers' unconditional example makes (pictures one by one through a DataLoader, noise at one of
 1000 timesteps, the squared error of eps, AdamW, a cosine schedule, an average, the loss read each
-step). Sampling: its DDPMPipeline and DDIMPipeline beside ours, of as many steps, up to images on the
-CPU. Weights and data order differ; no time depends on them.
+step). Sampling: its DDPMPipeline and DDIMPipeline beside ours, of as many steps, up to images on
+the CPU. Weights and data order differ; no time depends on them.
 """
 
 import sys
@@ -83,8 +83,11 @@ class Options(TimingOptions):
 
 
 def peer_network(net: UNetConfig) -> diffusers.UNet2DModel:
-    """Its nearest to our U-Net: it has one attention in the middle, where ours has two, half as many
-    features of the noise level, and as many groups to norm at every level."""
+    """The peer's nearest to our U-Net.
+
+    It has one attention in the middle, where ours has two, half as many features of the noise
+    level, and as many groups to norm at every level.
+    """
     sizes = [net.size >> level for level in range(len(net.multipliers))]
     widths = [net.width * multiplier for multiplier in net.multipliers]
     attended = [size in net.attention for size in sizes]

@@ -1,4 +1,4 @@
-"""The timing loop of all benchmarks: alternatives in turns, so that a drifting machine favours none."""
+"""The timing loop of all benchmarks: in turns, so that a drifting machine favours none."""
 
 import json
 from collections.abc import Callable, Iterable, Mapping
@@ -19,7 +19,7 @@ from eval.measure.timing import timed
 
 @dataclass(frozen=True)
 class TimingOptions:
-    """What every benchmark is told."""
+    """The options of every benchmark."""
 
     repeats: int = 30
     """How often each alternative is timed."""

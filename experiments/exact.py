@@ -29,7 +29,7 @@ class Mixture:
     scales: tuple[float, ...] = (0.5, 0.3)
 
     def _components(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, ...]:
-        """For each component, in a last dimension: weight, mean, posterior mean's slope, z-score."""
+        """In a last dimension, each component's weight, mean, posterior mean's slope, z-score."""
         cos, sin = column(t).cos()[..., None], column(t).sin()[..., None]
         numbers = (self.weights, self.means, self.scales)
         weight, mean, scale = (torch.tensor(n, dtype=torch.float64) for n in numbers)

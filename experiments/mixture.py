@@ -46,9 +46,9 @@ class Method:
 
 
 # The exact map is a mean over the data that x_t may come from. In one dimension the norm of a
-# difference is least at a median, and normalised tangents cancel at one: methods that learn from the
-# data take the square and plain tangents. So few iterations need, in continuous time, a start near
-# the map.
+# difference is least at a median, and normalised tangents cancel at one: methods that learn from
+# the data take the square and plain tangents. So few iterations need, in continuous time, a start
+# near the map.
 SQUARED = {"distance": "squared"}
 SCM = replace(FIT, iterations=4000, learning_rate=1e-3)
 ECT = Method("ect", {"stages": 8, **SQUARED})
@@ -143,9 +143,9 @@ class Options:
     Gaussians."""
 
     methods: tuple[str, ...] = tuple(METHODS)
-    """The methods to try, by name; besides these, other settings of ct and ict: ct-150-0.9, ct-80-0,
-    ct-40-0.1 (angles, decay of the target), ict-160-gap, ict-320-gap and ict-320 (angles,
-    --weight)."""
+    """The methods to try, by name; besides these, other settings of ct and ict: ct-150-0.9,
+    ct-80-0, ct-40-0.1 (angles, decay of the target), ict-160-gap, ict-320-gap and ict-320
+    (angles, --weight)."""
     dimensions: tuple[int, ...] = (1, 2)
     """Dimensions of the data, one comparison a number."""
     share: float = 1.0

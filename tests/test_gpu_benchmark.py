@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from benchmarks import gpu, gpu_stages
-from benchmarks.gpu_stages import BOUNDS, STAGES, Job
+from benchmarks.gpu_stages import BOUNDS, STAGES
 from eval.measure import features, machine
+
+TINY = {"shape": "tiny", "batch_size": 8, "inception": None}
 
 
 @pytest.fixture
@@ -95,21 +97,19 @@ def test_a_stage_that_fails_or_has_no_time_is_said_and_the_others_go_on(bare, co
 )
 def test_a_stage_in_a_process_of_its_own_ends_with_its_time(bare, seconds, state):
     path = bare / "gpu.json"
-    gpu.write_atomic(path, json.dumps({"stages": {}}))
-    job = Job("peer", str(path), seconds, "digits", 8, small=True)
-    whole = gpu.run_stage(job, alone=True)
+    gpu.write_atomic(path, json.dumps({"settings": TINY, "stages": {}}))
+    whole = gpu.run_stage("peer", path, seconds, alone=True)
     assert whole["stages"]["peer"]["state"] == state
     assert stages(bare) == whole["stages"]
 
 
 def test_a_stage_whose_process_fails_is_a_failure(bare):
     path = bare / "gpu.json"
-    gpu.write_atomic(path, json.dumps({"stages": {}}))
-    job = Job("none", str(path), 300.0, "digits", 8, small=True)
-    whole = gpu.run_stage(job, alone=True)
+    gpu.write_atomic(path, json.dumps({"settings": TINY, "stages": {}}))
+    whole = gpu.run_stage("none", path, 300.0, alone=True)
     assert gpu.failures(whole) == ["none: failed: KeyError: 'none'"]
     path.write_text("cut")  # which the stage cannot read
-    assert gpu.perform(job) == 1
+    assert gpu.perform("none", path, 300.0) == 1
 
 
 def test_without_a_gpu_it_says_so_in_one_line(tmp_path, command):
@@ -147,10 +147,10 @@ def test_features_are_of_full_float32_wherever_they_are_computed(digits, monkeyp
         return features.replace(made, extract=extract)
 
     monkeypatch.setattr(features, "random_network", spied)
-    own = features.extractor("random", digits, torch.device("cpu"))
+    random = features.extractor("random", digits, torch.device("cpu"))
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     for _ in range(2):
-        own.extract(digits.train[:2])
+        random.extract(digits.train[:2])
     assert seen == [False, False]
     assert torch.backends.cudnn.allow_tf32
 

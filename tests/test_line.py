@@ -141,16 +141,16 @@ def test_a_command_that_fails_stops_the_line_with_one_line(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("told", "match"),
+    ("changes", "match"),
     [
         ({"line": "none"}, "no line"),
         ({"jobs": 0}, "--jobs"),
         ({"students": ("cd", "dc")}, "--students must be of cd, .* got dc"),
     ],
 )
-def test_a_line_that_is_not_there_is_refused(told, match, tmp_path):
+def test_a_line_that_is_not_there_is_refused(changes, match, tmp_path):
     with pytest.raises(UserError, match=match):
-        line.run_line(line.Options(**{"line": "digits", "out": tmp_path} | told))
+        line.run_line(line.Options(**{"line": "digits", "out": tmp_path} | changes))
 
 
 def test_a_signal_to_a_line_goes_on_to_its_commands_and_the_line_waits_for_them(tmp_path):

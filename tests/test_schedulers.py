@@ -61,7 +61,7 @@ def difference(peer: str, denoise: Denoise, num_steps: int, prediction: str = "e
 @pytest.mark.parametrize("peer", PEERS)
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_a_sampler_makes_its_peers_images_with_one_random_network(peer, prediction):
-    """Both in float64, but for their tables; their Euler starts from sigma for sqrt(sigma^2 + 1)."""
+    """In float64 but for their tables; their Euler starts from sigma for sqrt(sigma^2 + 1)."""
     net = random_unet(width=16, multipliers=(1, 2), blocks=1, attention=()).double()
     assert difference(peer, Denoiser(net), 10, prediction) < 1e-4
 
