@@ -57,7 +57,7 @@ class Samplers(TimingOptions):
             calls = {"network": partial(network, steps)}
             for name in ("ddim", "dpm-solver++", "ancestral"):
                 calls[name] = partial(model.sample, model.plan(steps, name), 0, numbers)
-            yield Comparison(f"samplers, {steps} steps", calls)
+            yield Comparison(f"samplers, steps: {steps}", calls)
 
 
 def step_calls(
@@ -148,7 +148,7 @@ class Evaluation(TimingOptions):
                 "with the distance": partial(distance, plan),
                 "with every figure": partial(every_figure, plan),
             }
-            yield Comparison(f"evaluation, {steps} calls", calls)
+            yield Comparison(f"evaluation, steps: {steps}", calls)
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,7 @@ class FrechetDistance(TimingOptions):
                 "ours": ours,
                 "ours, reference known": partial(frechet_distance, images, reference),
             }
-            yield Comparison(f"Fréchet distance, {dim} dimensions", calls)
+            yield Comparison(f"Fréchet distance, dimensions: {dim}", calls)
 
 
 def noisy_digits(count: int, dim: int, noise: float) -> Tensor:

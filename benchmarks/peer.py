@@ -31,7 +31,7 @@ from benchmarks.speed import lap
 from benchmarks.subjects import endless, made_up, untrained
 from benchmarks.turns import Comparison, TimingOptions, compare
 from diffusion.config import FitConfig
-from diffusion.console import err, run, say
+from diffusion.console import at_least, err, run, say
 from diffusion.machine import this_device
 from diffusion.model import Model, build
 from diffusion.networks import UNetConfig
@@ -192,10 +192,11 @@ def sampling(
             return pipeline(batch_size=batch_size, **settings).images
 
     calls = {"diffusers": theirs, "ours": lambda: model.sample(plan, 0, *numbers).cpu()}
-    return Comparison(f"{sampler}, {num_steps} steps", calls, batch_size)
+    return Comparison(f"{sampler}, steps: {num_steps}", calls, batch_size)
 
 
 def comparisons(options: Options) -> Iterator[Comparison]:
+    at_least(0, options, "workers")
     chosen = preset(options.data)
     width, blocks = options.width or chosen.net.width, options.blocks or chosen.net.blocks
     net = replace(chosen.net, width=width, blocks=blocks)

@@ -170,7 +170,7 @@ def samplings(
 ) -> Iterator[Comparison]:
     for size in sizes:
         calls = {name: partial(images, m, sampler, num_steps, size) for name, m in models.items()}
-        yield Comparison(f"{sampler}, {num_steps} steps, batch {size}", calls, size)
+        yield Comparison(f"{sampler}, steps: {num_steps}, batch: {size}", calls, size)
 
 
 @dataclass(frozen=True)

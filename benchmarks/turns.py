@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from statistics import median
 from typing import Literal
@@ -100,8 +100,8 @@ def compare(
 
     UserError, before the first is begun, for a count below 1 or an --out that cannot be written.
     """
-    numbers = {name: n for name, n in vars(options).items() if isinstance(n, int | tuple)}
-    at_least(1, options, *(name for name, n in numbers.items() if not isinstance(n, bool)))
+    counts = [f.name for f in fields(options) if f.default and type(f.default) in (int, tuple)]
+    at_least(1, options, *counts)
     if options.out:
         require_folder(options.out.parent)
     device = this_device()

@@ -102,9 +102,13 @@ def test_the_parts_that_a_cpu_has_not_are_named_and_not_timed(command, tmp_path,
     comparisons = {c["title"]: c for c in json.loads(file.read_text())["comparisons"]}
     assert comparisons.keys() == {
         *(f"training, {name}" for name in speed.OBJECTIVES),
-        *(f"{sampler}, 1 steps, batch {n}" for sampler in ("ddim", "consistency") for n in (1, 4)),
+        *(
+            f"{sampler}, steps: 1, batch: {n}"
+            for sampler in ("ddim", "consistency")
+            for n in (1, 4)
+        ),
     }
-    timed = comparisons["ddim, 1 steps, batch 4"]["seconds"]
+    timed = comparisons["ddim, steps: 1, batch: 4"]["seconds"]
     assert {name: len(seconds) for name, seconds in timed.items()} == {ALL: 1, "without bf16": 1}
 
 
@@ -259,3 +263,14 @@ def test_both_loops_train_as_many_steps_a_call(peer, tiny, quick):
             assert len(theirs()) == 3
             assert ours().iteration == done
         assert comparison.images == 12
+
+
+def test_the_peer_is_timed_by_its_command(peer, command, tmp_path):
+    sizes = ("--width", 16, "--blocks", 1, "--batch-size", 4, "--training-steps", 1)
+    steps = ("--ancestral-steps", 2, "--ddim-steps", 2, "--repeats", 1, "--precision", "fp32")
+    file = tmp_path / "peer.json"
+    outcome = command(peer.main, "--data", "digits", *sizes, *steps, "--out", file)
+    assert outcome.code == 0, outcome
+    titles = [comparison["title"] for comparison in json.loads(file.read_text())["comparisons"]]
+    assert titles == ["training", "ancestral, steps: 2", "ddim, steps: 2"]
+    assert outcome.out.count("times as many") == 3
