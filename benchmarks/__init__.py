@@ -1,3 +1,3 @@
-"""The workshop: what the suite's parts cost, alone and beside their peers."""
+"""The workshop: how fast our parts are, alone and beside their peers."""
 
 import diffusion  # noqa: F401  before torch

@@ -5,27 +5,28 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
+from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from unittest import mock
 
 import torch
-import torch.nn.functional as F
+from distill.continuous import derivative
 from torch import Tensor, nn
 
-from benchmarks import parts, speed, step_cost
-from benchmarks.rounds import relative, rounds
+from benchmarks import speed
+from benchmarks.subjects import endless, made_up, objectives, untrained
+from benchmarks.turns import Comparison, take_turns
 from diffusion.batches import Batch, Batches, batch_seed
-from diffusion.checkpoint import weights_sha256, write_atomic
+from diffusion.checkpoint import write_atomic
 from diffusion.config import FitConfig, check_compiler
-from diffusion.console import UserError
-from diffusion.data import Dataset, ImageSpec
+from diffusion.console import Interrupted, UserError
+from diffusion.data import Dataset
 from diffusion.denoiser import Denoiser
 from diffusion.machine import layout, this_device
 from diffusion.model import Model
@@ -34,27 +35,21 @@ from diffusion.noise import Noise
 from diffusion.samplers import SOLVERS
 from diffusion.schedules import even
 from diffusion.training import Average, fit
-from distill import cd, midtraining, progressive, scm
-from distill.frechet import Frechet, sums, with_frechet
-from distill.scm import derivative
-from distill.shared import angles_of
-from eval import compare
-from eval.measure import evaluate, features, inception, sets
+from distill.frechet import Frechet, sums
+from eval.measure import features, sets
 from eval.measure.machine import full_float32
 from eval.measure.metrics import Moments, frechet_distance
-from eval.measure.plans import Row
 from eval.measure.quality import Judge
-from eval.measure.race import race
+from eval.measure.stream import look
 from eval.results.store import Store
-from teachers import ddpm
 from teachers.ddpm import Denoising
 from teachers.presets import preset
 
 CPU = torch.device("cpu")
 # What may differ from the CPU's result, at most, and why so much. Relative: |a - b| / |b| over all.
-# On a CPU with its sums in another order (channels last, oneDNN off) Fashion-MNIST's network differs
-# by 1e-6 in x0, 4e-6 in gradients, forward mode and samples, and in bf16 by 6e-3, 9e-3 and 1.5e-2:
-# the bounds leave 5 to 100 times that for cuDNN's kernels, and a fault moves far more.
+# On a CPU with its sums in another order (channels last, oneDNN off) Fashion-MNIST's network
+# differs by 1e-6 in x0, 4e-6 in gradients, forward mode and samples, and in bf16 by 6e-3, 9e-3 and
+# 1.5e-2: the bounds leave 5 to 100 times that for cuDNN's kernels, and a fault moves far more.
 BOUNDS = {
     "noise": (1e-6, "float64's logarithm may end otherwise: one unit of a float32"),
     "pinned batch": (1e-6, "the same images; a GPU divides by multiplying by the reciprocal"),
@@ -86,35 +81,24 @@ BOUNDS = {
     "a whole line": (100.0, "any finite figure: these trainings are too short for good ones"),
 }
 
-
-@dataclass(frozen=True)
-class Job:
-    """One stage to run, here: JSON between the processes."""
-
-    stage: str
-    path: str
-    """The file of all results."""
-    seconds: float
-    shape: str
-    batch_size: int
-    small: bool
-    inception: str | None = None
+Outputs = dict[tuple[str, str], Tensor]  # (a name in BOUNDS, what it is of)
 
 
 @dataclass
 class Sheet:
     """What a stage has measured so far, on disk after every line; and what it measures it with."""
 
-    job: Job
+    stage: str
+    path: Path
+    """The file of all results, whose settings say how large the network and its batches are."""
     tables: dict[str, list[dict]] = field(default_factory=dict)
     begun: float = field(default_factory=time.monotonic)
 
-    def save(self, state: str = "cut short", **more) -> None:
-        path, seconds = Path(self.job.path), time.monotonic() - self.begun
-        whole = json.loads(path.read_text())
-        stage = {"state": state, "seconds": seconds, **more, "tables": self.tables}
-        whole["stages"] |= {self.job.stage: stage}
-        write_atomic(path, json.dumps(whole, indent=1))
+    def save(self, state: str = "cut short") -> None:
+        whole, seconds = json.loads(self.path.read_text()), time.monotonic() - self.begun
+        stage = {"state": state, "seconds": seconds, "tables": self.tables}
+        whole["stages"][self.stage] = stage
+        write_atomic(self.path, json.dumps(whole, indent=1))
 
     def row(self, table: str, **cells) -> None:
         self.tables.setdefault(table, []).append(cells)
@@ -126,15 +110,48 @@ class Sheet:
         cells = {"bound": bound, "measured": measured, "ok": ok, "why": why}
         self.row("checks", what=f"{kind}, {detail}" if detail else kind, **cells)
 
+    def agree(self, outputs: Callable[[torch.device], Outputs], absolute: bool = False) -> None:
+        """Check what this device makes, in full float32, against what the CPU makes."""
+        with full_float32():
+            expected, here = outputs(CPU), outputs(self.device)
+        for (kind, detail), value in here.items():
+            measure = distance if absolute else relative
+            self.check(kind, measure(value, expected[kind, detail]), detail)
+
+    def time(self, comparison: Comparison, repeats: int, title: str = "") -> None:
+        """Images/s of every alternative, and how many times as many as the first one's."""
+        times = take_turns(comparison.calls, repeats, self.device)
+        first, *_ = comparison.calls
+        for name in comparison.calls:
+            cells = {"alternative": name, "images/s": comparison.images / times.median(name)}
+            if name != first:
+                ratio = times.ratio(first, name)
+                cells |= zip(("times as many", "from", "to"), ratio, strict=True)
+            self.row("times", what=f"{comparison.title}{title}", **cells)
+
     def skip(self, what: str, why: str) -> None:
         self.row("left out", what=what, why=why)
 
-    def switches(self, what: str, rates: dict[str, float], every: str) -> None:
-        """images/s by variant; `every`: of what is on in the first."""
-        for variant, rate in list(rates.items())[1:]:
-            cells = {"on": rates[parts.ALL], "off": rate, "on / off": rates[parts.ALL] / rate}
-            self.row("switches", what=what, switch=variant.removeprefix("without "), **cells)
-        self.row("images per second", what=f"{what}, {every}", rate=rates[parts.ALL])
+    def can_compile(self, what: str) -> bool:
+        """Whether torch.compile works here; where it does not, `what` is left out."""
+        try:
+            check_compiler(True)
+        except UserError as error:
+            self.skip(what, str(error))
+            return False
+        return True
+
+    @cached_property
+    def settings(self) -> dict:
+        return json.loads(self.path.read_text())["settings"]
+
+    @property
+    def small(self) -> bool:
+        return self.settings["shape"] == "tiny"
+
+    @property
+    def batch_size(self) -> int:
+        return self.settings["batch_size"]
 
     @cached_property
     def device(self) -> torch.device:
@@ -142,33 +159,25 @@ class Sheet:
 
     @property
     def fast(self) -> str:
-        return "fp32" if self.job.small else "bf16"
+        return "fp32" if self.small else "bf16"
 
     @cached_property
     def net(self) -> UNetConfig:
         tiny = UNetConfig(width=8, multipliers=(1, 2), blocks=1, attention=(4,))
-        return tiny if self.job.small else replace(preset(self.job.shape).net, dropout=0.0)
+        return tiny if self.small else replace(preset(self.settings["shape"]).net, dropout=0.0)
 
     @cached_property
     def dataset(self) -> Dataset:
-        """Made-up images of that shape, smooth ones: no time depends on them."""
-        shape, random = (self.net.channels, self.net.size), torch.Generator().manual_seed(0)
-        count = 400 if self.job.small else 11_000
-        coarse = torch.rand(count, shape[0], 4, 4, generator=random)
-        images = F.interpolate(coarse, size=shape[1], mode="bilinear").mul(255).round()
-        spec = ImageSpec("made-up", *shape, 0, float(images.mean()), float(images.std()))
-        train, test = images.to(torch.uint8).split([count - count // 11, count // 11])
-        return Dataset(spec, train, None, test, None)
+        return made_up(self.net.channels, self.net.size, 400 if self.small else 11_000)
+
+    def config(self, steps: int) -> FitConfig:
+        """An endless training of so many steps a line."""
+        name = "digits" if self.small else self.settings["shape"]
+        config = replace(preset(name).teacher, batch_size=self.batch_size)
+        return endless(replace(config, log_every=steps, precision=self.fast))
 
     def model(self, precision: str | None = None) -> Model:
-        """An untrained teacher whose last layers are not zero, so that all of it counts."""
-        model = parts.untrained(self.net, self.dataset, precision or self.fast)
-        random = torch.Generator().manual_seed(0)
-        for weight in model.denoiser.parameters():
-            if weight.ndim > 1 and not weight.any():
-                values = torch.randn(weight.shape, generator=random) / weight[0].numel() ** 0.5
-                weight.copy_(values)
-        return replace(model, sha256=weights_sha256(model.denoiser.net.state_dict()))
+        return untrained(self.net, self.dataset.spec, precision or self.fast)
 
     def batch(self, device: torch.device, size: int = 16) -> Batch:
         """The same numbers on every device."""
@@ -179,20 +188,26 @@ class Sheet:
         return Batch(*(part.to(device) for part in (x0, eps, level)), label=None, seed=0)
 
 
-def on(model: Model, device: torch.device, precision: str = "fp32", order=None) -> Model:
-    """A copy there, in that device's layout unless told another order of memory."""
+def placed(
+    model: Model,
+    device: torch.device,
+    precision: str = "fp32",
+    order: torch.memory_format | None = None,
+) -> Model:
+    """A copy there, in that device's layout where no order of memory is given."""
     order = order or (layout() if device.type == "cuda" else torch.contiguous_format)
     net = deepcopy(model.denoiser.net).to(device)
     return replace(model, denoiser=Denoiser(net, precision, order).eval().requires_grad_(False))
 
 
-def far(a: Tensor, b: Tensor) -> float:
+def relative(a: Tensor, b: Tensor) -> float:
     """|a - b| / |b| over all elements."""
     a, b = a.detach().double().cpu(), b.detach().double().cpu()
     return float((a - b).norm() / b.norm())
 
 
-def most(a: Tensor, b: Tensor) -> float:
+def distance(a: Tensor, b: Tensor) -> float:
+    """The largest difference of any element."""
     return float((a.detach().cpu().double() - b.detach().cpu().double()).abs().max())
 
 
@@ -200,108 +215,99 @@ def flat(tensors) -> Tensor:
     return torch.cat([tensor.detach().flatten() for tensor in tensors])
 
 
-def passes(model: Model, batch: Batch, gradient: bool) -> tuple[Tensor, Tensor]:
-    """x0, and the gradient of its mean square in every weight."""
-    denoiser = model.denoiser.requires_grad_(gradient)
-    x0 = denoiser(batch.eps, 0.2 + batch.level)
-    if not gradient:
-        return x0, x0
-    denoiser.zero_grad()
-    x0.square().mean().backward()
-    return x0, flat(weight.grad for weight in denoiser.parameters())
-
-
-def no_compiler(sheet: Sheet, what: str) -> bool:
-    """Whether torch.compile cannot work here, which is then said in place of `what`."""
-    try:
-        check_compiler(True)
-    except UserError as error:
-        sheet.skip(what, str(error))
-        return True
-    return False
-
-
 def numbers(sheet: Sheet) -> None:
     """Noise, batches and samplers."""
-    device, dataset, spec = sheet.device, sheet.dataset, sheet.dataset.spec
-    draws = [next(Noise(3, torch.arange(256).to(d), spec.shape)) for d in (CPU, device)]
-    sheet.check("noise", most(*draws))
-    config, worker = FitConfig(batch_size=32), SimpleNamespace(device=device)
-    worker.num_processes, worker.process_index = 1, 0
+    device, dataset = sheet.device, sheet.dataset
+
+    def noise(place: torch.device) -> Outputs:
+        return {("noise", ""): next(Noise(3, torch.arange(256).to(place), dataset.spec.shape))}
+
+    sheet.agree(noise, absolute=True)
+    config = FitConfig(batch_size=32)
+    worker = SimpleNamespace(device=device, num_processes=1, process_index=0)
     for kind, fits, home in (("pinned", False, CPU), ("resident", True, device)):
         with mock.patch("diffusion.batches._fits", lambda images, d, fits=fits: fits):
             x0 = Batches(dataset, config, worker).draw(5).x0
         random = torch.Generator(home).manual_seed(batch_seed(config.seed, 5))
-        which = torch.randint(len(dataset.train), (32,), generator=random, device=home).cpu()
-        sheet.check(f"{kind} batch", most(x0, spec.to_unit(dataset.train[which])))
-    model, indices = sheet.model("fp32"), torch.arange(8)
-    for sampler in SOLVERS.keys() - {"ancestral-learned"}:
-        plan = sampler, SOLVERS[sampler].angles(model.schedule, 6)
-        with full_float32():
-            images = [on(model, d).x0(plan, 0, indices.to(d)) for d in (CPU, device)]
-        sheet.check("sampler", most(*images), sampler)
+        rows = torch.randint(len(dataset.train), (32,), generator=random, device=home).cpu()
+        sheet.check(f"{kind} batch", distance(x0, dataset.spec.to_unit(dataset.train[rows])))
+    model = sheet.model("fp32")
+
+    def samples(place: torch.device) -> Outputs:
+        one, indices = placed(model, place), torch.arange(8).to(place)
+        plans = {name: SOLVERS[name].angles(model.schedule, 6) for name in SOLVERS}
+        del plans["ancestral-learned"]
+        return {("sampler", name): one.x0((name, plans[name]), 0, indices) for name in plans}
+
+    sheet.agree(samples, absolute=True)
+
+
+def passes(model: Model, batch: Batch) -> dict[str, Tensor]:
+    """x0, the gradient of its mean square in every weight, and its derivative along x and t."""
+    denoiser, t = model.denoiser.requires_grad_(True), 0.2 + batch.level
+    denoiser.zero_grad()
+    x0 = denoiser(batch.eps, t)
+    x0.square().mean().backward()
+    gradient = flat(weight.grad for weight in denoiser.parameters())
+    along = (batch.x0, torch.ones_like(t))
+    _, change = derivative(denoiser, (batch.eps, t), along)
+    return {"network": x0, "gradient": gradient, "forward mode": change}
 
 
 def network(sheet: Sheet) -> None:
     """One network in every precision, layout and way to run it."""
     model, device = sheet.model("fp32"), sheet.device
-    batch, there = sheet.batch(CPU), sheet.batch(device)
-    x0, gradient = passes(on(model, CPU), batch, True)
+    batch = sheet.batch(device)
+    expected = passes(placed(model, CPU), sheet.batch(CPU))
+
+    def check(kind: str, outputs: dict[str, Tensor], *names: str, detail: str = "") -> None:
+        for name in names:
+            sheet.check(f"{name}, {kind}", relative(outputs[name], expected[name]), detail)
+
     with full_float32():
-        found, slope = passes(on(model, device), there, True)
-        sheet.check("network, fp32", far(found, x0))
-        sheet.check("gradient, fp32", far(slope, gradient))
+        check("fp32", passes(placed(model, device), batch), *expected)
         for order in (torch.contiguous_format, torch.channels_last):
-            other, _ = passes(on(model, device, order=order), there, False)
-            sheet.check("network, other layout", far(other, x0), str(order).split(".")[1])
-    sheet.check("network, TF32", far(passes(on(model, device), there, False)[0], x0))
-    rounded = on(model, device, "bf16")
-    sheet.check("network, bf16", far(passes(rounded, there, False)[0], x0))
-    moved = {}
-    places = {"cpu": (on(model, CPU), batch), "fp32": (on(model, device), there)}
-    for name, (one, b) in (places | {"bf16": (rounded, there)}).items():
-        along = (b.x0, torch.ones_like(b.level))
-        with full_float32():
-            moved[name] = derivative(one.denoiser, (b.eps, 0.2 + b.level), along)[1]
-    sheet.check("forward mode, fp32", far(moved["fp32"], moved["cpu"]))
-    sheet.check("forward mode, bf16", far(moved["bf16"], moved["cpu"]))
-    if no_compiler(sheet, "torch.compile and CUDA graphs"):
+            outputs = passes(placed(model, device, order=order), batch)
+            check("other layout", outputs, "network", detail=str(order).split(".")[1])
+    check("TF32", passes(placed(model, device), batch), "network")
+    check("bf16", passes(placed(model, device, "bf16"), batch), "network", "forward mode")
+    if not sheet.can_compile("torch.compile and CUDA graphs"):
         return
-    eager, compiled = on(model, device, sheet.fast), on(model, device, sheet.fast)
+    eager, compiled, graphs = (placed(model, device, sheet.fast) for _ in range(3))
+    expected = passes(eager, batch)
     compiled.denoiser.net.compile()
-    pairs = list(zip(passes(compiled, there, True), passes(eager, there, True), strict=True))
-    for kind, pair in zip(("network", "gradient"), pairs, strict=True):
-        sheet.check(f"{kind}, compiled", far(*pair))
-    graphs = on(model, device, sheet.fast)
+    check("compiled", passes(compiled, batch), "network", "gradient")
+    eager.denoiser.requires_grad_(False)
     graphs.denoiser.compile_network()
     plan, indices = model.plan(4, "ddim"), torch.arange(8, device=device)
     images = [graphs.x0(plan, seed, indices) for seed in (0, 0, 0)]  # warmed, recorded, replayed
     before = images[-1].clone()
     graphs.x0(plan, 1, indices)
-    sheet.check("images kept over later calls", most(images[-1], before))
-    sheet.check("4 calls, compiled for sampling", far(before, eager.x0(plan, 0, indices)))
+    sheet.check("images kept over later calls", distance(images[-1], before))
+    sheet.check("4 calls, compiled for sampling", relative(before, eager.x0(plan, 0, indices)))
 
 
 def training(sheet: Sheet) -> None:
     """Every objective's loss and gradient, and what moves the weights."""
     model, device = sheet.model("fp32"), sheet.device
-    found: dict[str, list[tuple[Tensor, Tensor]]] = {}
-    for place in (CPU, device):
-        teacher, batch = on(model, place), sheet.batch(place)
-        student = on(model, place).denoiser.requires_grad_(True).train()
-        with full_float32():
-            for row in step_cost.rows(teacher, student):
-                student.zero_grad()
-                loss = row.objective(student, batch, 0.5).mean()
-                loss.backward()
-                slope = flat(weight.grad for weight in student.net.parameters())
-                found.setdefault(row.name, []).append((loss, slope))
-    for name, ((loss, slope), (loss_there, slope_there)) in found.items():
-        sheet.check("loss", far(loss_there, loss), name)
-        sheet.check("loss gradient", far(slope_there, slope), name)
-    begun, moved, kept = flat(model.denoiser.parameters()).cpu(), [], []
-    for place, fused in ((CPU, False), (device, True)):
-        student, average = (on(model, place).denoiser.requires_grad_(True) for _ in range(2))
+
+    def losses(place: torch.device) -> Outputs:
+        teacher, batch, outputs = placed(model, place), sheet.batch(place), {}
+        student = placed(model, place).denoiser.requires_grad_(True).train()
+        for subject in objectives(teacher, student):
+            student.zero_grad()
+            loss = subject.objective(student, batch, 0.5).mean()
+            loss.backward()
+            gradient = flat(weight.grad for weight in student.net.parameters())
+            outputs |= {("loss", subject.name): loss, ("loss gradient", subject.name): gradient}
+        return outputs
+
+    sheet.agree(losses)
+    begun = flat(model.denoiser.parameters()).cpu()
+
+    def updated(place: torch.device, fused: bool) -> tuple[Tensor, Tensor]:
+        """The changes that three steps of AdamW make, and their average's weights."""
+        student, average = (placed(model, place).denoiser.requires_grad_(True) for _ in range(2))
         options = {"betas": (0.9, 0.99), "fused": fused, "foreach": False}
         optimizer = torch.optim.AdamW(student.parameters(), 1e-3, **options)
         random = torch.Generator().manual_seed(2)
@@ -311,10 +317,11 @@ def training(sheet: Sheet) -> None:
                 weight.grad.copy_(torch.randn(weight.shape, generator=random))
             optimizer.step()
             Average(average, lambda done, progress: 0.9, fused).follow(student, done)
-        moved.append(flat(student.parameters()).cpu() - begun)
-        kept.append(flat(average.parameters()).cpu() - begun)
-    sheet.check("fused AdamW", far(moved[1], moved[0]))
-    sheet.check("fused average", far(kept[1] + begun, kept[0] + begun))
+        return flat(student.parameters()).cpu() - begun, flat(average.parameters()).cpu()
+
+    pairs = zip(updated(device, True), updated(CPU, False), strict=True)
+    for kind, pair in zip(("fused AdamW", "fused average"), pairs, strict=True):
+        sheet.check(kind, relative(*pair))
     config = FitConfig(iterations=10, batch_size=32, warmup=2, anneal="none", log_every=5)
     config = replace(config, precision=sheet.fast, save_every=0.0)
 
@@ -322,10 +329,10 @@ def training(sheet: Sheet) -> None:
         """The change of all weights, and the last loss; at a stop the state is saved and read."""
         with TemporaryDirectory() as folder:
             for stop in (*stops, 10):
-                student = on(model, device, sheet.fast).denoiser.requires_grad_(True)
-                aim = Denoising(model.schedule.to(device))
+                student = placed(model, device, sheet.fast).denoiser.requires_grad_(True)
+                objective = Denoising(model.schedule.to(device))
                 chosen = replace(config, compile=compiled)
-                loop = fit(student, aim, sheet.dataset, chosen, Path(folder, "state"))
+                loop = fit(student, objective, sheet.dataset, chosen, Path(folder, "state"))
                 with closing(loop):
                     last = next(line for line in loop if line.iteration == stop)
                     if stop == 10:
@@ -333,121 +340,75 @@ def training(sheet: Sheet) -> None:
         return flat(student.parameters()).cpu() - begun, last.loss
 
     (whole, loss), (resumed, _) = trained(False), trained(False, 5)
-    sheet.check("resumed training", far(resumed, whole))
-    if not no_compiler(sheet, "compiled training"):
+    sheet.check("resumed training", relative(resumed, whole))
+    if sheet.can_compile("compiled training"):
         sheet.check("compiled training", abs(trained(True)[1] / loss - 1))
 
 
 def frechet(sheet: Sheet) -> None:
-    """The Fréchet term: its map and distance, and what it adds to a training step."""
-    device, dim = sheet.device, 32 if sheet.job.small else 1024
+    """The map and the distance of the Fréchet term."""
+    dim = 32 if sheet.small else 1024
     random = torch.Generator().manual_seed(0)
     real = torch.randn(4 * dim, dim, generator=random) @ torch.randn(dim, dim, generator=random)
-    made = []
-    for place in (CPU, device):
+
+    def term(place: torch.device) -> Outputs:
         term = Frechet(sums(real.to(place)), 784)
         term((0.9 * real + 0.3 * real.roll(1, 0)).to(place))
         term.follow(nn.Identity(), 1)
         term.update()
-        made.append(term)
-    sheet.check("Frechet map", far(made[1].map, made[0].map))
-    sheet.check("Frechet distance", far(made[1].distance, made[0].distance))
-    model, calls = sheet.model(), {}
-    for name, weight in (("without", 0.0), ("with", 0.1)):
-        student = on(model, device, sheet.fast).denoiser.requires_grad_(True).train()
-        aim = cd.objective(cd.Loss(), model.denoiser, student, angles_of(model))
-        aim = with_frechet(aim, weight, model, sheet.dataset, FitConfig())
-        batch = sheet.batch(device, sheet.job.batch_size)
+        return {("Frechet map", ""): term.map, ("Frechet distance", ""): term.distance}
 
-        def steps(student=student, aim=aim, batch=batch) -> None:
-            for done in range(8, 16):  # one of eight makes a new map
-                aim(student, batch, 0.5).mean().backward()
-                for average in aim.averages:
-                    average.follow(student, done)
-
-        calls[name] = steps
-    took = rounds(calls, 3, device)
-    rates = {n: 8 * sheet.job.batch_size / sorted(s)[1] for n, s in took.items()}
-    slower = relative(took["with"], took["without"])
-    cells = {"on": rates["with"], "off": rates["without"], "on / off": 1 / slower}
-    sheet.row("switches", what="consistency step", switch="Fréchet term", **cells)
+    sheet.agree(term)
 
 
 def extractor(sheet: Sheet, device: torch.device) -> features.Extractor:
-    """clean-fid's Inception where its file was named, else an untrained one: the same time."""
-    if sheet.job.inception:
-        return features.extractor("inception", sheet.dataset, device, Path(sheet.job.inception))
-    if sheet.job.small:
-        return features.extractor("random", sheet.dataset, device)
-    from torchvision.models import inception_v3
-
-    torch.manual_seed(0)
-    net = inception_v3(weights=None, init_weights=False, aux_logits=False)
-    net.fc = nn.Identity()
-
-    def scaled(images: Tensor) -> Tensor:
-        with ThreadPoolExecutor() as pool:
-            return inception.resize(images, pool) / 127.5 - 1
-
-    norms = [layer for layer in net.modules() if isinstance(layer, nn.BatchNorm2d)]
-    for norm in norms:
-        norm.momentum = 1.0
-    with torch.no_grad():
-        net.train()(scaled(sheet.dataset.train[:32]))  # else its features would all but vanish
-    net = net.eval().to(device)
-
-    @torch.no_grad()
-    def extract(images: Tensor) -> Tensor:
-        with full_float32():
-            return torch.cat([net(scaled(part)) for part in images.split(inception.BATCH)])
-
-    sha256 = weights_sha256(net.state_dict())
-    return features.Extractor("fd-untrained-inception", sha256, inception.DIM, extract)
+    """clean-fid's Inception where its file was named, else a small network without training."""
+    weights = sheet.settings["inception"]
+    name = "inception" if weights else "random"
+    return features.extractor(name, sheet.dataset, device, Path(weights) if weights else None)
 
 
 def distances(sheet: Sheet) -> None:
     """Features, and the distances that are made of them."""
-    images, device = sheet.dataset.test[:64], sheet.device
-    there, here = (extractor(sheet, d).extract(images.to(d)) for d in (device, CPU))
-    sheet.check("features", far(there, here))
-    dim = 64 if sheet.job.small else 2048
+    images, dim = sheet.dataset.test[:64], 64 if sheet.small else 2048
+    sheet.agree(lambda d: {("features", ""): extractor(sheet, d).extract(images.to(d))})
     random = torch.Generator().manual_seed(0)
     a = torch.randn(2 * dim, dim, generator=random) @ torch.randn(dim, dim, generator=random)
     a /= dim**0.5
-    b, found = 0.8 * a.roll(1, 1) + 0.1, {}
-    for place in (CPU, device):
+    b = 0.8 * a.roll(1, 1) + 0.1
+
+    def figures(place: torch.device) -> Outputs:
         x, y = a.to(place), b.to(place)
-        begun = time.perf_counter()
-        fd = frechet_distance(Moments.of(x), Moments.of(y))
-        took = time.perf_counter() - begun
-        sheet.row("seconds", what=f"FD at {dim} dimensions on {place.type}", seconds=took)
-        wasserstein = sets.sliced_wasserstein(x, y, 16, torch.Generator().manual_seed(0))
-        found[place] = torch.tensor([fd, sets.kid(x, y), wasserstein], dtype=torch.float64)
-    fd, kid, wasserstein = zip(found[CPU], found[device], strict=True)
-    sheet.check("FD", far(*fd[::-1]))
-    sheet.check("KID", most(*kid))
-    sheet.check("sliced Wasserstein", far(*wasserstein[::-1]))
+        frechet = frechet_distance(Moments.of(x), Moments.of(y))
+        sliced = sets.sliced_wasserstein(x, y, 16, torch.Generator().manual_seed(0))
+        values = {"FD": frechet, "sliced Wasserstein": sliced}
+        return {(name, ""): torch.tensor(value).double() for name, value in values.items()}
+
+    sheet.agree(figures)
+    sheet.agree(lambda d: {("KID", ""): torch.tensor(sets.kid(a.to(d), b.to(d)))}, absolute=True)
 
 
 def line(sheet: Sheet) -> None:
     """The commands themselves on digits: teacher, students of four kinds, and their comparison."""
-    short = 20 if sheet.job.small else 200
+    short, many = (20, 300) if sheet.small else (200, 1024)
     with TemporaryDirectory() as folder:
         home = Path(folder)
-        base = ddpm.Options.default("digits")
-        config = replace(base.fit, iterations=short, minutes=None, batch_size=64)
-        config = replace(config, precision=sheet.fast)
-        net = replace(base.net, width=8) if sheet.job.small else base.net
-        ddpm.train_teacher(replace(base, net=net, fit=config, out=home / "teacher"))
-        told = {"teacher": home / "teacher", "fit": config}
-        progressive.distill(progressive.Options(**told, start_steps=8, rounds=(4, 1)))
-        midtraining.distill(midtraining.Options(**told, solver_steps=4))
-        cd.distill(cd.Options(**told, out=home / "consistency-cd", loss=cd.Loss(frechet=0.1)))
-        scm.distill(scm.Options(**told, out=home / "consistency-scm"))
-        many = 300 if sheet.job.small else 1024
-        asked = compare.Options((home,), steps="1", long=False, num_images=many, seeds=(0,))
-        asked = replace(asked, features="random", precision=sheet.fast, likelihood=2, times=False)
-        records = compare.compare(asked)
+        training = f"--iterations {short} --batch-size 64 --precision {sheet.fast}"
+        student = f"{training} --teacher {home}/teacher"
+        commands = [
+            f"teachers.ddpm {training} --out {home}/teacher {'--width 8' * sheet.small}",
+            f"distill.progressive {student} --start-steps 8 --rounds 4 1",
+            f"distill.midtraining {student} --solver-steps 4",
+            f"distill.consistency {student} --frechet 0.1 --out {home}/cd",
+            f"distill.consistency {student} --mode scm --out {home}/scm",
+            f"eval.compare {home} --out {home}/compare --steps 1 --no-long --num-images {many} "
+            f"--seeds 0 --features random --precision {sheet.fast} --likelihood 2 --no-times",
+        ]
+        for command in commands:
+            module, *_ = words = command.split()
+            with mock.patch("sys.argv", words):
+                import_module(module).main()
+        records = Store.open(home / "compare").records.values()
     for record in records:
         sheet.check("a whole line", record.score, f"{record.title} at {record.nfe}")
 
@@ -455,44 +416,33 @@ def line(sheet: Sheet) -> None:
 COMPILING = ("torch.compile", "CUDA graphs")
 
 
-def turns(sheet: Sheet, every: dict) -> Iterator[tuple[str, dict[str, frozenset[str]]]]:
+def variants(sheet: Sheet, parts: dict) -> Iterator[tuple[str, speed.Variants]]:
     """Variants that compile nothing first, which take no minutes; then what compiling adds."""
-    off = parts.absent(sheet.device, True)
-    yield "all but torch.compile on", parts.variants(every, {**off, **dict.fromkeys(COMPILING)})
-    if not no_compiler(sheet, "torch.compile"):
-        names = {parts.ALL, *(f"without {name}" for name in COMPILING)}
-        whole = parts.variants(every, off)
-        yield "everything on", {name: on for name, on in whole.items() if name in names}
+    off = speed.absent(sheet.device, True)
+    yield ", not compiled", speed.variants(parts, {**off, **dict.fromkeys(COMPILING)})
+    if sheet.can_compile("torch.compile"):
+        names = {speed.ALL, *(f"without {name}" for name in COMPILING)}
+        whole = speed.variants(parts, off)
+        yield ", compiled", {name: on for name, on in whole.items() if name in names}
 
 
 def switches_in_training(sheet: Sheet) -> None:
     """benchmarks.speed's training, with each part of the speed off in turn."""
-    small, model = sheet.job.small, sheet.model()
-    options = speed.Options(repeats=1 if small else 3)
-    told = replace(preset(sheet.job.shape).teacher, batch_size=sheet.job.batch_size)
-    told = parts.endless(replace(told, log_every=2 if small else 10, precision=sheet.fast))
-    for name in ("teacher",) if small else speed.OBJECTIVES:
-        for every, variants in turns(sheet, parts.TRAINING):
-            cells = speed.time_training(model, name, sheet.dataset, told, options, variants)
-            rates = {variant: cell["images_per_second"] for variant, cell in cells.items()}
-            sheet.switches(f"{name} training", rates, every)
+    small, model = sheet.small, sheet.model()
+    config = sheet.config(2 if small else 10)
+    for name in ("denoising",) if small else speed.OBJECTIVES:
+        for title, chosen in variants(sheet, speed.TRAINING):
+            for comparison in speed.trainings(model, name, sheet.dataset, config, chosen):
+                sheet.time(comparison, 1 if small else 3, title)
 
 
 def switches_in_sampling(sheet: Sheet) -> None:
     """4 calls from noise to uint8, with each part of the speed off in turn."""
-    model, budget = sheet.model(), 0.2 if sheet.job.small else 1.0
-    for every, variants in turns(sheet, parts.SAMPLING):
-        models = parts.sampling_models(model, variants)
-        for size in (1, sheet.job.batch_size):
-            calls = {variant: sampling(other, 4, size) for variant, other in models.items()}
-            laps = {lap.key: lap.timing for lap in race(calls, size, sheet.device, budget)}
-            rates = {variant: timing.images_per_second for variant, timing in laps.items()}
-            sheet.switches(f"4 calls, batch {size}", rates, every)
-
-
-def sampling(model: Model, calls: int, size: int) -> Callable[[], Tensor]:
-    plan = "ddim", even(model.schedule, calls)
-    return partial(evaluate.sample, Row(Path("made-up"), model, *plan, own=False), size)
+    model, sizes = sheet.model(), (1, sheet.batch_size)
+    for title, chosen in variants(sheet, speed.SAMPLING):
+        models = speed.sampling_models(model, chosen)
+        for comparison in speed.samplings(models, "ddim", 4, sizes):
+            sheet.time(comparison, 3 if sheet.small else 20, title)
 
 
 def peer(sheet: Sheet) -> None:
@@ -502,49 +452,30 @@ def peer(sheet: Sheet) -> None:
         return
     from benchmarks import peer
 
-    small, size = sheet.job.small, sheet.job.batch_size
-    model, unet = sheet.model(), peer.peer_network(sheet.net).to(sheet.device)
-    steps = 2 if small else 10
-    options = peer.Options(batch_size=size, precision=sheet.fast, training_steps=steps, repeats=3)
-    config = parts.endless(preset(sheet.job.shape).teacher)
-    config = replace(config, precision=sheet.fast, batch_size=size, log_every=steps)
-
-    def row(what: str, images: int, seconds: dict[str, list[float]]) -> None:
-        ours, theirs = (images / sorted(seconds[who])[1] for who in ("ours", "diffusers"))
-        ratio = relative(seconds["diffusers"], seconds["ours"])
-        sheet.row("peer", what=what, ours=ours, diffusers=theirs, **{"ours / theirs": ratio})
-
-    row("training", size * steps, peer.time_training(model, unet, sheet.dataset, config, options))
-    unet = peer.peer_network(sheet.net).to(sheet.device).eval()
-    for sampler, calls in [("ddim", 4), ("ddim", 50)]:
-        took = peer.time_sampling(model, unet, sampler, calls, options)
-        row(f"{sampler}, {calls} steps", size, took)
+    for comparison in peer.training(sheet.net, sheet.config(2 if sheet.small else 10)):
+        sheet.time(comparison, 3)
+    model, unet = sheet.model(), peer.peer_network(sheet.net).to(sheet.device).eval()
+    for num_steps in (4, 50):
+        sheet.time(peer.sampling(model, unet, "ddim", num_steps, sheet.batch_size), 3)
 
 
 def images(sheet: Sheet) -> None:
     """50,000 images at 1, 2 and 4 calls, through the harness to a Fréchet distance."""
-    device, size, model = sheet.device, sheet.job.batch_size, sheet.model()
-    own = extractor(sheet, device)
-    judge = Judge.of(sheet.dataset, own, features.random_network(sheet.dataset, device), device)
-    count = 300 if sheet.job.small else 50_000
-    if not sheet.job.small and not no_compiler(sheet, "torch.compile"):
+    device, size, model = sheet.device, sheet.batch_size, sheet.model()
+    judging = extractor(sheet, device)
+    judge = Judge.of(sheet.dataset, judging, features.random_network(sheet.dataset, device), device)
+    count = 300 if sheet.small else 50_000
+    if not sheet.small and sheet.can_compile("torch.compile"):
         model.denoiser.compile_network()
-    settings = {"num_images": count, "long_images": count, "seeds": (0,), "batch_size": size}
-    settings |= {"precision": sheet.fast, "compile": False, "times": False, "sweep": False}
-    settings |= {"likelihood": 0, "floors": {count: judge.floor(count, 2)}, "held_out": {count: {}}}
-    bench = evaluate.Bench(judge, **settings)
-    with TemporaryDirectory() as folder:
-        store = Store.open(Path(folder))
-        for calls in (1, 2, 4):
-            call = sampling(model, calls, size)
-            *_, lap = race({calls: call}, size, device, budget=1.0)
-            begun = time.monotonic()
-            ((record,), refused) = evaluate.measure_rows(bench, [call.args[0]], store)
-            assert not refused
-            took = time.monotonic() - begun
-            cells = {"images": count, "made per second": lap.timing.images_per_second}
-            cells |= {"seconds with FD": took, f"{own.name}, {own.dim} dims": record.score}
-            sheet.row("images", calls=calls, **cells)
+    for num_steps in (1, 2, 4):
+        for comparison in speed.samplings({"images": model}, "ddim", num_steps, (size,)):
+            sheet.time(comparison, 5)
+        plan, begun = ("ddim", even(model.schedule, num_steps)), time.monotonic()
+        with TemporaryDirectory() as folder:
+            *_, (_, seen) = look(judge, model, plan, 0, count, size, Path(folder, "part"))
+        cells = {f"{judging.name}, {judging.dim} dims": judge.distance(seen)}
+        seconds = time.monotonic() - begun
+        sheet.row("images", calls=num_steps, images=count, **cells, seconds=seconds)
 
 
 STAGES: dict[str, tuple[Callable[[Sheet], None], float]] = {  # and its share of the time
@@ -561,13 +492,19 @@ STAGES: dict[str, tuple[Callable[[Sheet], None], float]] = {  # and its share of
 }
 
 
-def main(job: Job) -> None:
-    """Run the stage here, and leave its sheet on disk."""
+def main(stage: str, path: Path) -> None:
+    """Run the stage here, and leave its sheet in the file, whatever fails."""
     torch._dynamo.config.cache_size_limit = 64  # variants of one network, of which 8 are usual
-    sheet = Sheet(job)
-    STAGES[job.stage][0](sheet)
-    sheet.save("done")
+    sheet = Sheet(stage, path)
+    try:
+        STAGES[stage][0](sheet)
+        sheet.save("done")
+    except Interrupted:
+        raise
+    except Exception as error:  # a result like others, and the other stages go on
+        first_line = (str(error).splitlines() or [""])[0]
+        sheet.save(f"failed: {type(error).__name__}: {first_line}")
 
 
 if __name__ == "__main__":
-    main(Job(**json.loads(sys.argv[1])))
+    main(sys.argv[1], Path(sys.argv[2]))

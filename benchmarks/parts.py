@@ -1,151 +1,207 @@
-"""Training and sampling with parts of their speed off, for benchmarks.speed and benchmarks.peer."""
+"""What our parts cost over the bare work in them: `python -m benchmarks.parts NAME`.
 
-from collections.abc import Iterator, Mapping
+samplers, over their network calls; training-step, over its network passes; evaluation, over making
+the images and running the extractor; frechet-distance, beside clean-fid's.
+"""
+
+from collections.abc import Callable, Iterator
 from copy import deepcopy
-from dataclasses import asdict, replace
-from itertools import count
-from math import inf
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
+import tyro
+from distill.continuous import derivative
 from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
 
-from benchmarks.step_cost import rows
-from diffusion.batches import batch_seed
-from diffusion.checkpoint import Card, require_folder
-from diffusion.config import FitConfig
-from diffusion.console import at_least
-from diffusion.data import Dataset
-from diffusion.denoiser import Denoiser
-from diffusion.model import Model, build, this_device
-from diffusion.networks import UNetConfig
-from diffusion.schedules import cosine
-from diffusion.training import Progress, fit
-from teachers import ddpm
+from benchmarks.subjects import Subject, objectives
+from benchmarks.turns import Comparison, TimingOptions, compare
+from diffusion import data
+from diffusion.batches import Batch
+from diffusion.console import run
+from diffusion.model import Model, load
+from eval.measure.features import extractor
+from eval.measure.metrics import Moments, frechet_distance
+from eval.measure.quality import Judge, Seen
+from eval.measure.stream import indices, look
 
-ALL = "everything on"
-# A part of the speed, and what else its going takes along.
-TRAINING = {
-    "bf16": (),
-    "channels_last": (),
-    "fused updates": (),
-    "resident data": (),
-    "torch.compile": (),
-    "one wait a line": (),
-}
-SAMPLING = {"bf16": (), "channels_last": (), "CUDA graphs": (), "torch.compile": ("CUDA graphs",)}
-OFF_ON_CPU = {
-    "channels_last": "on a CPU the denoiser is contiguous: group norm is slow in any other layout",
-    "CUDA graphs": "there are none without CUDA",
-    "torch.compile": "on a CPU it is off unless --compile is told",
-}
+TEACHER = Path("runs/digits/teacher")
 
 
-def begin(options, *counts: str) -> None:
-    """UserError for an option of these that is below 1, or an --out that cannot be written."""
-    at_least(1, options, *counts)
-    if options.out:
-        require_folder(options.out.parent)
+@dataclass(frozen=True)
+class Samplers(TimingOptions):
+    """Time samplers beside their bare network calls."""
+
+    checkpoint: tyro.conf.Positional[Path] = TEACHER
+    """A teacher's run or checkpoint."""
+    steps: tuple[int, ...] = (1, 4, 16)
+    """Network calls for each image, one comparison a number."""
+    batch_size: int = 256
+    """Images of a network call."""
+
+    def comparisons(self) -> Iterator[Comparison]:
+        model = load(self.checkpoint, "bf16")
+        numbers = torch.arange(self.batch_size, device=model.device)
+        x = torch.randn(self.batch_size, *model.spec.shape, device=model.device)
+        t = torch.rand(self.batch_size, device=model.device)
+
+        @torch.no_grad()
+        def network(steps: int) -> None:
+            with torch.autocast(model.device.type, torch.bfloat16):
+                for _ in range(steps):
+                    model.denoiser.net(x, t, None)
+
+        for steps in self.steps:
+            calls = {"network": partial(network, steps)}
+            for name in ("ddim", "dpm-solver++", "ancestral"):
+                calls[name] = partial(model.sample, model.plan(steps, name), 0, numbers)
+            yield Comparison(f"samplers, steps: {steps}", calls)
 
 
-def absent(device: torch.device, compiled: bool) -> dict[str, str]:
-    """The parts that this device has not, and why."""
-    off = {} if device.type == "cuda" else dict(OFF_ON_CPU)
-    if compiled:
-        off.pop("torch.compile", None)
-    return off
+def step_calls(
+    subject: Subject, teacher: Model, student, batch: Batch
+) -> dict[str, Callable[[], None]]:
+    """An objective's loss with its gradient, and the network passes alone that are in it."""
+    net, dx, t = student.net, torch.randn_like(batch.x0), batch.level.float()
+
+    def step() -> None:
+        subject.objective(student, batch, 0.5).mean().backward()
+
+    def passes() -> None:
+        with torch.autocast(teacher.device.type, torch.bfloat16):
+            with torch.no_grad():
+                for _ in range(subject.without_gradient):
+                    net(batch.eps, t, None)
+            for _ in range(subject.forward_mode):
+                along = (dx, torch.ones_like(t))
+                derivative(lambda x, t: net(x, t, None), (batch.eps, t), along)
+            prediction = net(batch.eps, t, None)
+        prediction.float().backward(dx)
+
+    return {"passes": passes, "step": step}
 
 
-def variants(parts: Mapping[str, tuple[str, ...]], off: Mapping) -> dict[str, frozenset[str]]:
-    """Everything on, then each part off: by name, what is on."""
-    on = frozenset(parts) - off.keys()
-    without = {f"without {part}": on - {part, *more} for part, more in parts.items() if part in on}
-    return {ALL: on} | without
+@dataclass(frozen=True)
+class TrainingStep(TimingOptions):
+    """Time a training step of each objective beside its bare network passes."""
+
+    teacher: tyro.conf.Positional[Path] = TEACHER
+    """A teacher's run or checkpoint."""
+    batch_size: int = 256
+    """Images of a network call."""
+
+    def comparisons(self) -> Iterator[Comparison]:
+        teacher = load(self.teacher, "bf16")
+        student = deepcopy(teacher.denoiser).requires_grad_(True).train()
+        x0, eps = torch.randn(2, self.batch_size, *teacher.spec.shape, device=teacher.device)
+        level = (torch.arange(self.batch_size).double() + 0.5) / self.batch_size
+        batch = Batch(x0, eps, level.to(teacher.device), label=None, seed=0)
+        for subject in objectives(teacher, student):
+            calls = step_calls(subject, teacher, student, batch)
+            yield Comparison(f"training step, {subject.name}", calls)
 
 
-class Collated:
-    """Images in the CPU's memory that a DataLoader collates and a step copies to the device.
+@dataclass(frozen=True)
+class Evaluation(TimingOptions):
+    """Time evaluating images beside making them and running the extractor alone."""
 
-    It has torch's default of no workers, whose batches would be made while others are timed. On
-    a CPU its images are those that `Batches.draw` asks for; elsewhere as many others, for to be
-    asked it would have to wait for the device.
-    """
+    checkpoint: tyro.conf.Positional[Path] = TEACHER
+    """A teacher's run or checkpoint."""
+    steps: tuple[int, ...] = (1, 4)
+    """Network calls for each image, one comparison a number."""
+    num_images: int = 10_000
+    """Images that are made and evaluated each time."""
+    batch_size: int = 256
+    """Images of a network call."""
+    features: str = "classifier"
+    """The extractor, as in eval.compare."""
+    repeats: int = 5
+    """How often each alternative is timed."""
 
-    def __init__(self, images: Tensor, config: FitConfig):
-        def numbers() -> Iterator[list[int]]:
-            for i in count():
-                random = torch.Generator().manual_seed(batch_seed(config.seed, i))
-                drawn = torch.randint(len(images), (config.batch_size,), generator=random)
-                yield drawn.tolist()
+    def comparisons(self) -> Iterator[Comparison]:
+        model = load(self.checkpoint, "bf16")
+        dataset, device = data.reload(model.spec), model.device
+        features = extractor(self.features, dataset, device)
+        judge = Judge.of(dataset, features, extractor("random", dataset, device), device)
 
-        self.length, self.nbytes, self.device = len(images), images.nbytes, this_device()
-        self.batches = iter(DataLoader(TensorDataset(images), batch_sampler=numbers()))
+        def bare(plan) -> None:
+            for start in range(0, self.num_images, self.batch_size):
+                end = min(start + self.batch_size, self.num_images)
+                features.extract(model.sample(plan, 0, *indices(model, start, end)))
 
-    def to(self, device: torch.device) -> "Collated":
-        return self
+        def distance(plan) -> Seen:
+            with TemporaryDirectory() as folder:
+                part = Path(folder, "part")
+                *_, (_, seen) = look(judge, model, plan, 0, self.num_images, self.batch_size, part)
+            judge.distance(seen)
+            return seen
 
-    def __len__(self) -> int:
-        return self.length
+        def every_figure(plan) -> None:
+            judge.others(distance(plan))
 
-    def __getitem__(self, which: Tensor) -> Tensor:
-        return next(self.batches)[0]
-
-
-def refitted(denoiser: Denoiser, on: frozenset[str]) -> Denoiser:
-    """A copy in the precision and the layout of what is on."""
-    layout = torch.channels_last if "channels_last" in on else torch.contiguous_format
-    return Denoiser(deepcopy(denoiser.net), "bf16" if "bf16" in on else "fp32", layout)
-
-
-def training(
-    teacher: Model,
-    objective: str,
-    dataset: Dataset,
-    config: FitConfig,
-    on: frozenset[str],
-    state: Path,
-) -> tuple[Denoiser, Iterator[Progress]]:
-    """A student that begins as the teacher, and the loop that trains it with these parts on.
-
-    objective: one of step_cost's names.
-    """
-    own = refitted(teacher.denoiser, on).eval().requires_grad_(False)
-    if "torch.compile" in on:
-        own.net.compile()
-    student = refitted(teacher.denoiser, on).requires_grad_(True)
-    made = rows(replace(teacher, denoiser=own), student)
-    aim = next(row.objective for row in made if row.name == objective)
-    fused = "fused updates" in on
-    aim = replace(aim, averages=[replace(average, fused=fused) for average in aim.averages])
-    if "resident data" not in on:
-        dataset = replace(dataset, train=Collated(dataset.train, config))
-    log_every = config.log_every if "one wait a line" in on else 1
-    config = replace(config, log_every=log_every, compile="torch.compile" in on)
-    return student, fit(student, aim, dataset, config, state, fused)
+        for steps in self.steps:
+            plan = model.plan(steps)
+            calls = {
+                "generate and extract": partial(bare, plan),
+                "with the distance": partial(distance, plan),
+                "with every figure": partial(every_figure, plan),
+            }
+            yield Comparison(f"evaluation, steps: {steps}", calls)
 
 
-def sampling_models(model: Model, chosen: Mapping[str, frozenset[str]]) -> dict[str, Model]:
-    models = {}
-    for variant, on in chosen.items():
-        denoiser = refitted(model.denoiser, on).eval().requires_grad_(False)
-        if "CUDA graphs" in on:
-            denoiser.compile_network()
-        elif "torch.compile" in on:
-            denoiser.net.compile()
-        models[variant] = replace(model, denoiser=denoiser)
-    return models
+@dataclass(frozen=True)
+class FrechetDistance(TimingOptions):
+    """Time our Fréchet distance beside clean-fid's, of random features of noisy digits."""
+
+    dims: tuple[int, ...] = (64, 512, 2048)
+    """Dimensions of the features, one comparison a number."""
+    repeats: int = 3
+    """How often each alternative is timed."""
+
+    def comparisons(self) -> Iterator[Comparison]:
+        from cleanfid import fid
+        from scipy import linalg
+
+        sqrtm = linalg.sqrtm
+        # clean-fid 0.1.35 asks for a second result by an argument that SciPy 1.18 does not take
+        fid.linalg.sqrtm = lambda x, disp=True: sqrtm(x) if disp else (sqrtm(x), 0)
+        for dim in self.dims:
+            images, reference = (Moments.of(noisy_digits(2 * dim, dim, n)) for n in (40, 30))
+            gaussians = [
+                part.numpy() for m in (images, reference) for part in (m.mean, m.covariance)
+            ]
+
+            def ours(images=images, reference=reference) -> float:
+                again = Moments.from_tensors(reference.tensors())  # which forgets its root
+                return frechet_distance(images, again)
+
+            calls = {
+                "clean-fid": partial(fid.frechet_distance, *gaussians),
+                "ours": ours,
+                "ours, reference known": partial(frechet_distance, images, reference),
+            }
+            yield Comparison(f"Fréchet distance, dimensions: {dim}", calls)
 
 
-def untrained(net: UNetConfig, dataset: Dataset, precision: str = "bf16") -> Model:
-    angles = cosine()
-    plans, spec = {len(angles) - 1: angles.tolist()}, asdict(dataset.spec)
-    card = Card("teacher", "ancestral", plans, ddpm.SOLVERS, asdict(net), spec)
-    torch.manual_seed(0)
-    denoiser = build(net, precision).to(this_device()).eval().requires_grad_(False)
-    return Model(denoiser, card, sha256="")
+def noisy_digits(count: int, dim: int, noise: float) -> Tensor:
+    """(count, dim) random features of digits that have noise of that many grey levels."""
+    random = torch.Generator().manual_seed(0)
+    directions = 0.1 * torch.randn(64, dim, generator=random)
+    phases = 2 * torch.pi * torch.rand(dim, generator=random)
+    images = data.load("digits").train
+    images = images[torch.randint(len(images), (count,), generator=random)].float()
+    images += noise * torch.randn(images.shape, generator=random)
+    return torch.cos((images.round().clamp(0, 255).flatten(1) / 127.5 - 1) @ directions + phases)
 
 
-def endless(config: FitConfig) -> FitConfig:
-    """A training that neither ends nor is saved while it is timed."""
-    return replace(config, iterations=10**9, save_every=inf)
+def main() -> None:
+    parts = Samplers | TrainingStep | Evaluation | FrechetDistance
+    config = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
+    options = tyro.cli(parts, prog="python -m benchmarks.parts", config=config)
+    compare(options, options.comparisons())
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,21 +1,19 @@
-"""Ours against diffusers and accelerate, as one uses them: `python -m benchmarks.peer`.
+"""Ours beside diffusers and accelerate, as one uses them: `python -m benchmarks.peer`.
 
-The same shape of U-Net, batch and precision. Training: `fit` against the loop that diffusers'
-unconditional example makes (pictures one by one through a DataLoader, noise at one of 1000
-timesteps, the squared error of eps, AdamW, a cosine schedule, an average, the loss read each step).
-Sampling: its DDPMPipeline and DDIMPipeline against ours, of as many steps, up to images on the CPU.
-All in turn, in an order that is reversed every other round. Weights and data order differ; no
-time depends on them.
+Both have the same shape of U-Net, batch and precision. Training: `fit` beside the loop that
+diffusers' unconditional example makes (pictures one by one through a DataLoader, noise at one of
+1000 timesteps, the squared error of eps, AdamW, a cosine schedule, an average, the loss read each
+step). Sampling: its DDPMPipeline and DDIMPipeline beside ours, of as many steps, up to images on
+the CPU. Weights and data order differ; no time depends on them.
 """
 
-import json
+import sys
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, islice, repeat
 from pathlib import Path
-from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Literal
 
@@ -25,26 +23,31 @@ import tyro
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from PIL import Image
-from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision import transforms
 
-from benchmarks.parts import begin, endless, untrained
-from benchmarks.rounds import rounds
-from benchmarks.theirs import EMAModel, diffusers, get_scheduler
-from diffusion import data as datasets
-from diffusion.checkpoint import write_atomic
+from benchmarks.speed import lap
+from benchmarks.subjects import endless, made_up, untrained
+from benchmarks.turns import Comparison, TimingOptions, compare
 from diffusion.config import FitConfig
-from diffusion.console import UserError, out, run, say
-from diffusion.data import Dataset
+from diffusion.console import at_least, err, run, say
+from diffusion.machine import this_device
 from diffusion.model import Model, build
 from diffusion.networks import UNetConfig
 from diffusion.schedules import cosine
 from diffusion.training import fit
-from eval.measure import machine, stream
+from eval.measure import stream
 from teachers.ddpm import Denoising
 from teachers.presets import preset
+
+try:
+    import diffusers
+    from diffusers.optimization import get_scheduler
+    from diffusers.training_utils import EMAModel
+except ModuleNotFoundError as missing:
+    err.print(f"error: {missing.name} is not installed: pip install -e '.[bench]'", markup=False)
+    sys.exit(2)
 
 PIPELINES = {  # by our sampler's name
     "ancestral": (diffusers.DDPMPipeline, diffusers.DDPMScheduler),
@@ -53,11 +56,11 @@ PIPELINES = {  # by our sampler's name
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(TimingOptions):
     """Train and sample a U-Net with fewstep and with diffusers, and compare images/s."""
 
     data: Literal["digits", "fashion-mnist", "cifar10"] = "fashion-mnist"
-    """The images. The network has the shape of their preset, but for the options below."""
+    """The data whose preset the network has, but for the options below. The images are made up."""
     width: int | None = None
     """Channels of the network at its finest level."""
     blocks: int | None = None
@@ -77,13 +80,14 @@ class Options:
     """Steps of our ddim and of its DDIMPipeline."""
     repeats: int = 5
     """How often each side is timed."""
-    out: Path | None = None
-    """A .json file to write all figures to."""
 
 
 def peer_network(net: UNetConfig) -> diffusers.UNet2DModel:
-    """Its nearest to our U-Net: it has one attention in the middle, where ours has two, half as many
-    features of the noise level, and as many groups to norm at every level."""
+    """The peer's nearest to our U-Net.
+
+    It has one attention in the middle, where ours has two, half as many features of the noise
+    level, and as many groups to norm at every level.
+    """
     sizes = [net.size >> level for level in range(len(net.multipliers))]
     widths = [net.width * multiplier for multiplier in net.multipliers]
     attended = [size in net.attention for size in sizes]
@@ -121,7 +125,7 @@ class Pictures(torch.utils.data.Dataset):
 
 
 def peer_training(
-    unet: nn.Module, pictures: Pictures, config: FitConfig, workers: int
+    unet: nn.Module, pictures: Pictures, config: FitConfig, workers: int = 0
 ) -> Iterator[float]:
     """The peer's loop: each step's loss."""
     mixed, cpu = "no" if config.precision == "fp32" else "bf16", not torch.cuda.is_available()
@@ -157,88 +161,64 @@ def peer_training(
         yield loss.item()
 
 
-def time_training(
-    model: Model, unet: nn.Module, images: Dataset, config: FitConfig, options: Options
-) -> dict[str, list[float]]:
-    """Seconds of each repeat, ours and theirs."""
-    denoiser = build(model.card.net, config.precision)
-    objective = Denoising(cosine().to(model.device))
-    pictures = Pictures(images.train, config.flip)
-    theirs = peer_training(unet, pictures, config, options.workers)
+def training(net: UNetConfig, config: FitConfig, workers: int = 0) -> Iterator[Comparison]:
+    """One comparison, log_every steps a call."""
+    dataset = made_up(net.channels, net.size, max(11_000, 2 * config.batch_size))
+    unet, denoiser = peer_network(net), build(net, config.precision)
+    theirs = peer_training(unet, Pictures(dataset.train, config.flip), config, workers)
+    objective, steps = Denoising(cosine().to(this_device())), config.log_every
     with TemporaryDirectory() as folder:
-        with closing(fit(denoiser, objective, images, config, Path(folder, "state"))) as ours:
+        with closing(fit(denoiser, objective, dataset, config, Path(folder, "state"))) as ours:
             calls = {  # the peer begins: the state that it is prepared with is not `fit`'s
-                "diffusers": lambda: [*islice(theirs, options.training_steps)],
-                "ours": partial(next, ours),
+                "diffusers": lambda: [*islice(theirs, steps)],
+                "ours": partial(lap, ours, steps),
             }
-            return rounds(calls, options.repeats, model.device)
+            yield Comparison("training", calls, steps * config.batch_size)
 
 
-def time_sampling(
-    model: Model, unet: nn.Module, ours: str, steps: int, options: Options
-) -> dict[str, list[float]]:
-    """Seconds of each repeat, ours and theirs, of a batch of uint8 or numpy images on the CPU."""
-    device, size = model.device, options.batch_size
-    plan, numbers = model.plan(steps, ours), stream.indices(model, 0, size)
-    kind, noising = PIPELINES[ours]
+def sampling(
+    model: Model, unet: nn.Module, sampler: str, num_steps: int, batch_size: int
+) -> Comparison:
+    """A batch of uint8 images, ours, beside numpy ones, theirs, on the CPU."""
+    plan, numbers = model.plan(num_steps, sampler), stream.indices(model, 0, batch_size)
+    kind, noising = PIPELINES[sampler]
     pipeline = kind(unet=unet, scheduler=noising(num_train_timesteps=1000))
     pipeline.set_progress_bar_config(disable=True)
+    bf16 = model.denoiser.precision == "bf16"
 
     def theirs():
-        with torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bf16"):
-            return pipeline(batch_size=size, num_inference_steps=steps, output_type="np").images
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+            settings = {"num_inference_steps": num_steps, "output_type": "np"}
+            return pipeline(batch_size=batch_size, **settings).images
 
-    calls = {"ours": lambda: model.sample(plan, 0, *numbers).cpu(), "diffusers": theirs}
-    return rounds(calls, options.repeats, device)
+    calls = {"diffusers": theirs, "ours": lambda: model.sample(plan, 0, *numbers).cpu()}
+    return Comparison(f"{sampler}, steps: {num_steps}", calls, batch_size)
 
 
-def main() -> None:
-    options = tyro.cli(Options, prog="python -m benchmarks.peer")
-    begin(options, "batch_size", "training_steps", "repeats")
+def comparisons(options: Options) -> Iterator[Comparison]:
+    at_least(0, options, "workers")
     chosen = preset(options.data)
     width, blocks = options.width or chosen.net.width, options.blocks or chosen.net.blocks
     net = replace(chosen.net, width=width, blocks=blocks)
-    images = replace(datasets.load(options.data), train_labels=None)
-    model = untrained(net, images, options.precision)
-    unet = peer_network(net).to(model.device)
+    model = untrained(net, made_up(net.channels, net.size, 11).spec, options.precision)
+    unet = peer_network(net).to(model.device).eval()
+    for name, network in {"ours": model.denoiser, "diffusers": unet}.items():
+        say(f"{name}: {sum(p.numel() for p in network.parameters()):,} parameters")
     config = replace(
         endless(chosen.teacher),
         precision=options.precision,
         batch_size=options.batch_size,
         log_every=options.training_steps,
     )
-    if options.batch_size > len(images.train):
-        raise UserError(f"--batch-size must be at most {len(images.train)}, all images there are")
-    networks = {"ours": model.denoiser, "diffusers": unet}
-    parameters = {who: sum(p.numel() for p in n.parameters()) for who, n in networks.items()}
-    environment = machine.environment(model.device, options.precision, False)
-    say(f"{environment['device']}, {options.precision}, batches of {options.batch_size}")
+    yield from training(net, config, options.workers)
+    runs = [("ancestral", n) for n in options.ancestral_steps]
+    for sampler, num_steps in runs + [("ddim", n) for n in options.ddim_steps]:
+        yield sampling(model, unet, sampler, num_steps, options.batch_size)
 
-    shown = Table("", "ours", "diffusers", "ours / theirs")
-    shown.add_row("parameters", *(f"{n:,}" for n in parameters.values()))
-    figures = {}
 
-    def row(name: str, images: int, seconds: dict[str, list[float]]) -> None:
-        rates = {who: images / median(seconds[who]) for who in ("ours", "diffusers")}
-        pairs = zip(seconds["diffusers"], seconds["ours"], strict=True)
-        ratio = median(theirs / ours for theirs, ours in pairs)
-        shown.add_row(name, *(f"{rate:,.1f} images/s" for rate in rates.values()), f"{ratio:.2f}")
-        figures[name] = {"images_per_second": rates, "ratio": ratio, "seconds": seconds}
-        say(f"{name}: {ratio:.2f}")
-
-    seconds = time_training(model, unet, images, config, options)
-    row("training", options.batch_size * options.training_steps, seconds)
-    unet = peer_network(net).to(model.device).eval()  # without the loop's autocast
-    runs = [("ancestral", steps) for steps in options.ancestral_steps]
-    for sampler, steps in runs + [("ddim", steps) for steps in options.ddim_steps]:
-        seconds = time_sampling(model, unet, sampler, steps, options)
-        row(f"{sampler}, {steps} steps", options.batch_size, seconds)
-    out.print(shown)
-    if options.out:
-        found = {"environment": environment, "conditions": machine.conditions(model.device)}
-        found |= {"diffusers": diffusers.__version__, "parameters": parameters, "figures": figures}
-        write_atomic(options.out, json.dumps(found, indent=1))
-        say(str(options.out))
+def main() -> None:
+    options = tyro.cli(Options, prog="python -m benchmarks.peer")
+    compare(options, comparisons(options), options.precision)
 
 
 if __name__ == "__main__":

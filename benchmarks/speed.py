@@ -1,219 +1,227 @@
 """What each part of the speed is worth: `python -m benchmarks.speed [TEACHER]`.
 
-Training is `fit` itself, as the teacher, a progressive and a consistency student take it; sampling
-is from noise to uint8. Each is timed with everything on, then with one part off at a time, all in
-turn and in an order that is reversed every other round, so that a drifting machine favours none.
-Without a checkpoint the network is untrained, of the shape that is told: its times are the same.
+Training is `fit` itself, as the teacher, a halved and a consistency student take it; sampling is
+from noise to uint8. Each is timed with everything on, then with one part off at a time.
 """
 
-import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, field, replace
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
+from itertools import count
 from pathlib import Path
-from statistics import median
 from tempfile import TemporaryDirectory
+from typing import Literal
 
 import torch
 import tyro
-from rich.table import Table
 from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
 
-from benchmarks.parts import (
-    ALL,
-    SAMPLING,
-    TRAINING,
-    absent,
-    begin,
-    endless,
-    sampling_models,
-    training,
-    untrained,
-    variants,
-)
-from benchmarks.rounds import relative, rounds
-from benchmarks.step_cost import costs
-from diffusion import data as datasets
-from diffusion.checkpoint import write_atomic
+from benchmarks.subjects import endless, made_up, objectives, untrained
+from benchmarks.turns import Comparison, TimingOptions, compare
+from diffusion.batches import batch_seed
 from diffusion.config import FitConfig
-from diffusion.console import out, run, say, track
+from diffusion.console import run, say
 from diffusion.data import Dataset
+from diffusion.denoiser import Denoiser
+from diffusion.machine import this_device
 from diffusion.model import Model, load
-from diffusion.networks import UNetConfig
 from diffusion.samplers import SOLVERS
-from eval.measure import machine, stream
-from eval.measure.race import Lap, sweep
-from eval.measure.timing import Timing
-from teachers import ddpm
+from diffusion.training import Progress, fit
+from eval.measure import stream
 from teachers.presets import preset
 
-OBJECTIVES = {"teacher": "denoising", "progressive": "halving", "consistency": "cd, heun"}
-SAMPLERS = {"teacher, progressive": "ddim", "consistency": "consistency"}
-Cells = dict[str, dict[str, float | int | list[float]]]  # by variant
+ALL = "everything on"
+# A part of the speed -> the parts that go with it.
+TRAINING: dict[str, tuple[str, ...]] = {
+    "bf16": (),
+    "channels_last": (),
+    "fused updates": (),
+    "resident data": (),
+    "torch.compile": (),
+    "one wait a line": (),
+}
+SAMPLING = {"bf16": (), "channels_last": (), "CUDA graphs": (), "torch.compile": ("CUDA graphs",)}
+OFF_ON_CPU = {
+    "channels_last": "on a CPU the denoiser is contiguous: group norm is slow in any other layout",
+    "CUDA graphs": "there are none without CUDA",
+    "torch.compile": "on a CPU it is off without --compile",
+}
+OBJECTIVES = ("denoising", "halving", "cd, heun")
+Variants = Mapping[str, frozenset[str]]  # by name, the parts that are on; ALL is the first
 
 
-def time_training(
+def absent(device: torch.device, compiled: bool) -> dict[str, str]:
+    """The parts that this device has not, and why."""
+    off = {} if device.type == "cuda" else dict(OFF_ON_CPU)
+    if compiled:
+        off.pop("torch.compile", None)
+    return off
+
+
+def variants(parts: Mapping[str, tuple[str, ...]], off: Mapping[str, str]) -> Variants:
+    """Everything on, then each part off."""
+    on = frozenset(parts) - off.keys()
+    without = {f"without {part}": on - {part, *more} for part, more in parts.items() if part in on}
+    return {ALL: on} | without
+
+
+class Collated:
+    """Images in the CPU's memory that a DataLoader collates and a step copies to the device.
+
+    It has torch's default of no workers, whose batches would be made while others are timed. On
+    a CPU its images are those that `Batches.draw` asks for; elsewhere as many others, for to be
+    asked it would have to wait for the device.
+    """
+
+    def __init__(self, images: Tensor, config: FitConfig):
+        def numbers() -> Iterator[list[int]]:
+            for i in count():
+                random = torch.Generator().manual_seed(batch_seed(config.seed, i))
+                yield torch.randint(len(images), (config.batch_size,), generator=random).tolist()
+
+        self.length, self.nbytes, self.device = len(images), images.nbytes, this_device()
+        self.batches = iter(DataLoader(TensorDataset(images), batch_sampler=numbers()))
+
+    def to(self, device: torch.device) -> "Collated":
+        return self
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, indices: Tensor) -> Tensor:
+        return next(self.batches)[0]
+
+
+def refitted(denoiser: Denoiser, on: frozenset[str]) -> Denoiser:
+    """A copy in the precision and the layout of the parts that are on."""
+    layout = torch.channels_last if "channels_last" in on else torch.contiguous_format
+    precision = "bf16" if "bf16" in on else "fp32"
+    return Denoiser(deepcopy(denoiser.net), precision, layout).eval().requires_grad_(False)
+
+
+def training(
     teacher: Model,
     name: str,
     dataset: Dataset,
     config: FitConfig,
-    options: "Options",
-    chosen: Mapping[str, frozenset[str]] | None = None,
-) -> Cells:
-    """Variant -> images/s, and that over what it is with everything on.
+    on: frozenset[str],
+    state: Path,
+) -> tuple[Denoiser, Iterator[Progress]]:
+    """A student that begins as the teacher, and the loop that trains it with these parts on.
 
-    chosen: the variants, ALL among them; an option left out turns every part off in turn.
+    name: of one of benchmarks.subjects.objectives.
     """
-    calls, chosen = {}, chosen or variants(TRAINING, absent(teacher.device, options.compile))
+    guide = refitted(teacher.denoiser, on)
+    if "torch.compile" in on:
+        guide.net.compile()
+    student = refitted(teacher.denoiser, on).requires_grad_(True)
+    subjects = objectives(replace(teacher, denoiser=guide), student)
+    objective = next(subject.objective for subject in subjects if subject.name == name)
+    fused = "fused updates" in on
+    averages = [replace(average, fused=fused) for average in objective.averages]
+    objective = replace(objective, averages=averages)
+    if "resident data" not in on:
+        dataset = replace(dataset, train=Collated(dataset.train, config))
+    log_every = config.log_every if "one wait a line" in on else 1
+    config = replace(config, log_every=log_every, compile="torch.compile" in on)
+    return student, fit(student, objective, dataset, config, state, fused)
+
+
+def lap(loop: Iterator[Progress], steps: int) -> Progress:
+    """Train to the next multiple of so many steps."""
+    return next(line for line in loop if line.iteration % steps == 0)
+
+
+def trainings(
+    teacher: Model, name: str, dataset: Dataset, config: FitConfig, chosen: Variants
+) -> Iterator[Comparison]:
+    """One comparison of `training` in these variants, log_every steps a call."""
     with ExitStack() as stack:
-        state = Path(stack.enter_context(TemporaryDirectory()), "state")
+        state, calls = Path(stack.enter_context(TemporaryDirectory()), "state"), {}
         for variant, on in chosen.items():
-            made = training(teacher, OBJECTIVES[name], dataset, config, on, state)
-            loop = stack.enter_context(closing(made[1]))
-            lines = 1 if "one wait a line" in on else config.log_every
-            calls[variant] = lambda loop=loop, lines=lines: [*islice(loop, lines)]
-        seconds = rounds(calls, options.repeats, teacher.device)
-    images = config.log_every * config.batch_size
-    return {
-        variant: {
-            "images_per_second": images / median(took),
-            "ratio": relative(seconds[ALL], took),
-            "seconds": took,
-        }
-        for variant, took in seconds.items()
-    }
+            _, loop = training(teacher, name, dataset, config, on, state)
+            calls[variant] = partial(lap, stack.enter_context(closing(loop)), config.log_every)
+        yield Comparison(f"training, {name}", calls, config.log_every * config.batch_size)
 
 
-def time_sampling(
-    models: dict[str, Model], sampler: str, steps: int, budget: float
-) -> tuple[Cells, Cells]:
-    """Variant -> its times, at batch 1 and at the batch size that is best for it."""
-    first = models[ALL]
-    plan = (sampler, SOLVERS[sampler].angles(first.schedule, steps))
-
-    def images(model: Model, size: int) -> Tensor:
-        return model.sample(plan, 0, *stream.indices(model, 0, size))
-
-    calls = {variant: partial(images, model) for variant, model in models.items()}
-    found: dict[str, dict[int, Timing]] = {variant: {} for variant in calls}
-    laps = sweep(calls, first.device, budget=budget)
-    for lap in track(laps, f"{sampler} {steps}", Lap.progress):
-        if lap.timing.seconds:
-            found[lap.key][lap.timing.batch_size] = lap.timing
-
-    def cells(chosen: dict[str, Timing]) -> Cells:
-        most = chosen[ALL].images_per_second
-        return {
-            variant: {
-                "batch_size": timing.batch_size,
-                "images_per_second": timing.images_per_second,
-                "ratio": timing.images_per_second / most,
-                "seconds": list(timing.seconds),
-            }
-            for variant, timing in chosen.items()
-        }
-
-    best = {v: max(t.values(), key=lambda t: t.images_per_second) for v, t in found.items()}
-    return cells({variant: timings[1] for variant, timings in found.items()}), cells(best)
+def sampling_models(model: Model, chosen: Variants) -> dict[str, Model]:
+    models = {}
+    for variant, on in chosen.items():
+        denoiser = refitted(model.denoiser, on)
+        if "CUDA graphs" in on:
+            denoiser.compile_network()
+        elif "torch.compile" in on:
+            denoiser.net.compile()
+        models[variant] = replace(model, denoiser=denoiser)
+    return models
 
 
-def table(title: str, parts: Mapping, off: Mapping[str, str], columns: dict[str, Cells]) -> Table:
-    """Images/s and their ratio to everything on; "-" for what this device has not."""
-    shown = Table(title=f"{title}: images/s, and over everything on", title_justify="left")
-    shown.add_column("")
-    for column in columns:
-        shown.add_column(column, justify="right")
-    for variant in [ALL, *(f"without {part}" for part in parts)]:
-        cells = [found.get(variant) for found in columns.values()]
-        shown.add_row(variant, *(cell_text(cell) if cell else "-" for cell in cells))
-    shown.caption = "\n".join(f"- {part}: {off[part]}" for part in parts if part in off) or None
-    shown.caption_justify = "left"
-    return shown
+def images(model: Model, sampler: str, num_steps: int, size: int) -> Tensor:
+    """That many images from noise, as uint8."""
+    plan = sampler, SOLVERS[sampler].angles(model.schedule, num_steps)
+    return model.sample(plan, 0, *stream.indices(model, 0, size))
 
 
-def cell_text(cell: dict) -> str:
-    size = f" @{cell['batch_size']}" if cell.get("batch_size", 1) > 1 else ""
-    return f"{cell['images_per_second']:,.0f}{size} {cell['ratio']:.2f}"
+def samplings(
+    models: Mapping[str, Model], sampler: str, num_steps: int, sizes: tuple[int, ...]
+) -> Iterator[Comparison]:
+    for size in sizes:
+        calls = {name: partial(images, m, sampler, num_steps, size) for name, m in models.items()}
+        yield Comparison(f"{sampler}, steps: {num_steps}, batch: {size}", calls, size)
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(TimingOptions):
     """Say what each part of the speed is worth: time training and sampling with each part off in
     turn."""
 
     teacher: tyro.conf.Positional[Path | None] = None
-    """A teacher's run or checkpoint. If left out: an untrained network of the shape below."""
-    data: str = "fashion-mnist"
-    """Images for the untrained network: digits, fashion-mnist, cifar10, or a folder of images."""
-    net: UNetConfig = field(default_factory=UNetConfig)
+    """A teacher's run or checkpoint. If left out: an untrained network of the data's preset."""
+    data: Literal["digits", "fashion-mnist", "cifar10"] = "fashion-mnist"
+    """The data whose preset the untrained network has. The images are made up."""
     batch_size: int = 256
-    """Images of a training step."""
-    log_every: int = 25
-    """Training steps of a repeat and of a log line."""
-    repeats: int = 10
-    """How often each variant of training is timed."""
+    """Images of a training step, and of a sampler's call beside calls of one image."""
+    training_steps: int = 25
+    """Training steps of each repeat, and of a log line."""
     steps: tuple[int, ...] = (1, 4)
     """Steps of the samplers, one comparison a number."""
-    budget: float = 1.0
-    """Seconds for which each variant of sampling is repeated, at each batch size."""
     compile: bool = False
     """Use torch.compile on a CPU too. On a GPU it is always one of the parts."""
-    out: Path | None = None
-    """A .json file to write all figures to."""
+    repeats: int = 10
+    """How often each variant is timed."""
 
 
-def subject(options: Options) -> tuple[Model, Dataset]:
-    if options.teacher is None:
-        asked = ddpm.Options(data=options.data, net=options.net)
-        dataset = ddpm.load_data(asked)
-        model = untrained(options.net, dataset)
-    else:
+def comparisons(options: Options) -> Iterator[Comparison]:
+    # variants of one network, which past the usual 8 would be eager
+    torch._dynamo.config.cache_size_limit = 64
+    if options.teacher:
         model = load(options.teacher, "bf16")
-        spec = model.spec
-        dataset = replace(datasets.reload(spec), spec=spec)
-    return model, replace(dataset, train_labels=None)  # whose pictures are whose is no matter here
+        dataset, config = made_up(*model.spec.shape[:2]), preset(model.spec.name).teacher
+    else:
+        chosen = preset(options.data)
+        dataset, config = made_up(chosen.net.channels, chosen.net.size), chosen.teacher
+        model = untrained(chosen.net, dataset.spec)
+    off = absent(model.device, options.compile)
+    say(f"{sum(p.numel() for p in model.denoiser.parameters()):,} parameters")
+    for part in dict.fromkeys([*TRAINING, *SAMPLING]):
+        if part in off:
+            say(f"not timed: {part}: {off[part]}")
+    config = replace(config, batch_size=options.batch_size, log_every=options.training_steps)
+    for name in OBJECTIVES:
+        yield from trainings(model, name, dataset, endless(config), variants(TRAINING, off))
+    models = sampling_models(model, variants(SAMPLING, off))
+    for sampler in ("ddim", "consistency"):
+        for num_steps in options.steps:
+            yield from samplings(models, sampler, num_steps, (1, options.batch_size))
 
 
 def main() -> None:
-    default = Options(net=preset(ddpm.peek("--data", "fashion-mnist")).net)
     config = (tyro.conf.OmitArgPrefixes,)
-    options = tyro.cli(Options, prog="python -m benchmarks.speed", default=default, config=config)
-    begin(options, "batch_size", "log_every", "repeats")
-    # variants of one network, which past the usual 8 would be eager
-    torch._dynamo.config.cache_size_limit = 64
-    model, dataset = subject(options)
-    device, size = model.device, options.batch_size
-    environment = machine.environment(device, "bf16", options.compile or device.type == "cuda")
-    parameters = sum(p.numel() for p in model.denoiser.parameters())
-    say(f"{parameters:,} parameters, {environment['device']}")
-
-    step = {}
-    for name, seconds, ratio in costs(model, size, options.repeats, [*OBJECTIVES.values()]):
-        say(f"{name:10} passes {1000 * seconds:8.2f} ms  step / passes {ratio:.3f}")
-        step[name] = {"passes": seconds, "ratio": ratio}
-    told = replace(preset(model.spec.name).teacher, batch_size=size, log_every=options.log_every)
-    fits = {
-        name: time_training(model, name, dataset, endless(told), options) for name in OBJECTIVES
-    }
-    off = absent(device, options.compile)
-    out.print(table("training", TRAINING, off, fits))
-
-    models, sampled = sampling_models(model, variants(SAMPLING, off)), {}
-    for name, sampler in SAMPLERS.items():
-        columns: dict[str, Cells] = {}
-        for steps in options.steps:
-            one, best = time_sampling(models, sampler, steps, options.budget)
-            noun = "1 step" if steps == 1 else f"{steps} steps"
-            columns |= {f"{noun}, batch 1": one, f"{noun}, best batch": best}
-        out.print(table(f"sampling, {name} ({sampler})", SAMPLING, off, columns))
-        sampled[sampler] = columns
-    if options.out:
-        found = {"environment": environment, "conditions": machine.conditions(device)}
-        found |= {"parameters": parameters, "step": step, "training": fits, "sampling": sampled}
-        write_atomic(options.out, json.dumps(found, indent=1))
-        say(str(options.out))
+    options = tyro.cli(Options, prog="python -m benchmarks.speed", config=config)
+    compare(options, comparisons(options), compiled=options.compile)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ A distribution here is also its own teacher, (x_t, t, condition) -> E[x0 | x_t],
 All is computed in float64 and rounded once, to the images' type.
 """
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -15,6 +14,8 @@ from diffusion.batches import Batch
 from diffusion.condition import Guidance, Kinds, Label
 from diffusion.denoiser import Denoiser, DenoiserConfig
 from diffusion.networks import UNet, UNetConfig
+from experiments.exact import DATA, Mixture, column
+from experiments.exact import NOISE as NOISE
 
 
 def normals(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> Iterator[Tensor]:
@@ -61,10 +62,6 @@ def random_denoiser(
     return Denoiser(random_unet(outputs, kinds, **shape), config=config, kinds=kinds)
 
 
-def _column(angle: Tensor) -> Tensor:
-    return angle.double().reshape(-1, 1, 1, 1)
-
-
 @dataclass(frozen=True)
 class Gaussian:
     """Data N(mean, scale^2)."""
@@ -74,12 +71,12 @@ class Gaussian:
 
     def _marginal(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of x_t."""
-        cos, sin = _column(t).cos(), _column(t).sin()
+        cos, sin = column(t).cos(), column(t).sin()
         return cos * self.mean, (cos**2 * self.scale**2 + sin**2).sqrt()
 
     def __call__(self, x_t: Tensor, t: Tensor, condition=None, dropout=None) -> Tensor:
         mean, deviation = self._marginal(t)
-        slope = self.scale**2 * _column(t).cos() / deviation**2
+        slope = self.scale**2 * column(t).cos() / deviation**2
         return (self.mean + slope * (x_t - mean)).to(x_t.dtype)
 
     def flow(self, x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
@@ -88,57 +85,8 @@ class Gaussian:
         return (mean_s + (x_t - mean_t) * deviation_s / deviation_t).to(x_t.dtype)
 
 
-@dataclass(frozen=True)
-class Mixture:
-    """Data from a mixture of Gaussians in one dimension: every pixel is a sample of its own."""
-
-    weights: tuple[float, ...] = (0.3, 0.7)
-    means: tuple[float, ...] = (-1.2, 0.6)
-    scales: tuple[float, ...] = (0.5, 0.3)
-
-    def _components(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, ...]:
-        """Per component, in a last dimension: weight, mean, posterior mean's slope, x_t's z-score."""
-        cos, sin = _column(t).cos()[..., None], _column(t).sin()[..., None]
-        numbers = (self.weights, self.means, self.scales)
-        weight, mean, scale = (torch.tensor(n, dtype=torch.float64) for n in numbers)
-        deviation = (cos**2 * scale**2 + sin**2).sqrt()
-        z = (x_t.double()[..., None] - cos * mean) / deviation
-        return weight / deviation, mean, scale**2 * cos / deviation, z
-
-    def __call__(self, x_t: Tensor, t: Tensor, condition=None, dropout=None) -> Tensor:
-        density, mean, slope, z = self._components(x_t, t)
-        share = (density.log() - z**2 / 2).softmax(-1)
-        return (share * (mean + slope * z)).sum(-1).to(x_t.dtype)
-
-    def cdf(self, x_t: Tensor, t: Tensor) -> Tensor:
-        *_, z = self._components(x_t, t)
-        return torch.special.ndtr(z) @ torch.tensor(self.weights, dtype=torch.float64)
-
-    def density(self, x_t: Tensor, t: Tensor) -> Tensor:
-        density, *_, z = self._components(x_t, t)
-        return (density * (-(z**2) / 2).exp()).sum(-1) / math.sqrt(2 * math.pi)
-
-    def flow(self, x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
-        """x_s: in one dimension a point keeps its quantile; F_s is inverted by bisection.
-
-        A last step of Newton's gives it its derivatives in x_t and t.
-        """
-        quantile = self.cdf(x_t, t)
-        with torch.no_grad():
-            low, high = torch.full_like(quantile, -16.0), torch.full_like(quantile, 16.0)
-            for _ in range(60):
-                middle = (low + high) / 2
-                below = self.cdf(middle, s) < quantile
-                low, high = torch.where(below, middle, low), torch.where(below, high, middle)
-            x_s = (low + high) / 2
-            reached, density = self.cdf(x_s, s), self.density(x_s, s)
-        return (x_s + (quantile - reached) / density).to(x_t.dtype)
-
-
 SKEWED = Gaussian(mean=0.3, scale=0.5)
 BIMODAL = Mixture()
-NOISE = torch.tensor(math.pi / 2, dtype=torch.float64)
-DATA = torch.zeros((), dtype=torch.float64)
 
 
 def consistency_function(data: Gaussian | Mixture) -> Callable:

@@ -12,13 +12,13 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import line
 from diffusion import checkpoint, data, folders
 from diffusion.console import UserError
 from diffusion.folders import MARK, check_claim, check_home, claim, is_ours
 from diffusion.model import Model
 from distill import consistency, guidance, midtraining, progressive
 from eval import compare, human
+from experiments import line
 from students import generate, soup
 from teachers import ddpm
 from tests.made_up import record
@@ -84,7 +84,7 @@ def test_a_folder_of_somebody_elses_is_refused_before_any_work_and_left_as_it_is
     theirs = fill(tmp_path / "theirs", names)
     monkeypatch.chdir(theirs if out == "." else tmp_path)
     monkeypatch.setattr(data, "load", refuse)
-    monkeypatch.setattr(signal, "signal", lambda *_: None)  # benchmarks.line would keep its own
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # experiments.line would keep its own
     before = contents(tmp_path)
     outcome = command(module.main, *arguments(module), "--out", out)
     assert outcome.code == 2

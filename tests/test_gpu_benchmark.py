@@ -1,16 +1,17 @@
-"""benchmarks.gpu tries every stage, resumes, and says what is not as it must be."""
+"""benchmarks.gpu tries every stage, resumes, and names each result beyond its bound."""
 
 import json
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks import gpu, gpu_stages
-from benchmarks.gpu_stages import BOUNDS, STAGES, Job
+from benchmarks.gpu_stages import BOUNDS, STAGES
 from eval.measure import features, machine
+
+TINY = {"shape": "tiny", "batch_size": 8, "inception": None}
 
 
 @pytest.fixture
@@ -58,9 +59,8 @@ def test_every_stage_has_a_result_within_its_bounds_and_is_skipped_when_asked_ag
 
 def test_a_violated_bound_is_a_failure_now_and_when_asked_again(bare, command, monkeypatch):
     right = gpu_stages.Noise
-    monkeypatch.setattr(
-        gpu_stages, "Noise", lambda *told: iter([next(right(*told)) * torch.rand(1)])
-    )
+    wrong = lambda *settings: iter([next(right(*settings)) * torch.rand(1)])  # noqa: E731
+    monkeypatch.setattr(gpu_stages, "Noise", wrong)
     arguments = (gpu.main, "--cpu", "--out", bare, "--stages", "numbers")
     for _ in range(2):
         outcome = command(*arguments)
@@ -72,7 +72,7 @@ def test_a_violated_bound_is_a_failure_now_and_when_asked_again(bare, command, m
 
 def test_a_stage_that_fails_or_has_no_time_is_said_and_the_others_go_on(bare, command, monkeypatch):
     def broken(sheet) -> None:
-        sheet.row("seconds", what="before it broke", seconds=1.0)
+        sheet.row("times", what="before it broke", rate=1.0)
         raise ValueError("a broken kernel")
 
     monkeypatch.setitem(gpu_stages.STAGES, "network", (broken, 1))
@@ -82,7 +82,7 @@ def test_a_stage_that_fails_or_has_no_time_is_said_and_the_others_go_on(bare, co
     assert stages(bare)["distances"]["state"] == "done"
     failed = stages(bare)["network"]
     assert failed["state"] == "failed: ValueError: a broken kernel"
-    assert failed["tables"]["seconds"]
+    assert failed["tables"]["times"]
     assert "a broken kernel" in (bare / "gpu.md").read_text()
 
     monkeypatch.setattr(gpu, "LEAST", 1e9)
@@ -92,19 +92,24 @@ def test_a_stage_that_fails_or_has_no_time_is_said_and_the_others_go_on(bare, co
     assert "| numbers | - | left out" in (bare / "gpu.md").read_text()
 
 
-@pytest.mark.parametrize(("seconds", "state"), [(300.0, "done"), (0.2, None)])
+@pytest.mark.parametrize(
+    ("seconds", "state"), [(300.0, "done"), (0.2, "cut short before its first figure")]
+)
 def test_a_stage_in_a_process_of_its_own_ends_with_its_time(bare, seconds, state):
     path = bare / "gpu.json"
-    gpu.write_atomic(path, json.dumps({"stages": {}}))
-    job = Job("peer", str(path), seconds, "digits", 8, small=True)
-    assert gpu.perform(job, alone=True) == ""
-    assert stages(bare).get("peer", {}).get("state") == state
+    gpu.write_atomic(path, json.dumps({"settings": TINY, "stages": {}}))
+    whole = gpu.run_stage("peer", path, seconds, alone=True)
+    assert whole["stages"]["peer"]["state"] == state
+    assert stages(bare) == whole["stages"]
 
 
-def test_a_process_that_fails_says_why(bare):
-    job = Job("none", str(bare / "gpu.json"), 300.0, "digits", 8, small=True)
-    assert gpu.perform(job, alone=True) == "KeyError: 'none'"
-    assert asdict(job)["stage"] == "none"
+def test_a_stage_whose_process_fails_is_a_failure(bare):
+    path = bare / "gpu.json"
+    gpu.write_atomic(path, json.dumps({"settings": TINY, "stages": {}}))
+    whole = gpu.run_stage("none", path, 300.0, alone=True)
+    assert gpu.failures(whole) == ["none: failed: KeyError: 'none'"]
+    path.write_text("cut")  # which the stage cannot read
+    assert gpu.perform("none", path, 300.0) == 1
 
 
 def test_without_a_gpu_it_says_so_in_one_line(tmp_path, command):
@@ -142,10 +147,10 @@ def test_features_are_of_full_float32_wherever_they_are_computed(digits, monkeyp
         return features.replace(made, extract=extract)
 
     monkeypatch.setattr(features, "random_network", spied)
-    own = features.extractor("random", digits, torch.device("cpu"))
+    random = features.extractor("random", digits, torch.device("cpu"))
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     for _ in range(2):
-        own.extract(digits.train[:2])
+        random.extract(digits.train[:2])
     assert seen == [False, False]
     assert torch.backends.cudnn.allow_tf32
 

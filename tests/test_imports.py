@@ -14,7 +14,12 @@ MAY_IMPORT = {
     "distill": {"diffusion", "teachers", "students", "distill"},
     "eval": {"diffusion", "students", "eval"},
 }
-OURS = {*MAY_IMPORT, "benchmarks", "tests"}
+ROOMS = set(MAY_IMPORT)
+MAY_IMPORT |= {
+    "experiments": {*ROOMS, "experiments"},
+    "benchmarks": {*ROOMS, "experiments", "benchmarks"},
+}
+OURS = {*MAY_IMPORT, "tests"}
 PICKLES = {"pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 MODULES = sorted(path for package in MAY_IMPORT for path in (ROOT / package).rglob("*.py"))
 

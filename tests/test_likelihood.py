@@ -7,17 +7,21 @@ from itertools import pairwise, repeat
 
 import pytest
 import torch
-from analytic import BIMODAL, NOISE, SKEWED, Gaussian, normal, normals, random_unet
+from analytic import BIMODAL, NOISE, SKEWED, Gaussian, normal, normals, random_denoiser
 from torch import Tensor, nn
 from torch.distributions import MultivariateNormal, Normal, kl_divergence
 
+from diffusion import codec
 from diffusion.checkpoint import Card
 from diffusion.circle import FROM_X0, add_noise
+from diffusion.codec import Scale
+from diffusion.condition import Condition, Label, to_json
 from diffusion.console import UserError
 from diffusion.data import ImageSpec
 from diffusion.denoiser import Denoiser
 from diffusion.model import Model
 from diffusion.noise import Noise
+from diffusion.plan import plan
 from diffusion.schedules import cosine, karras, linear_beta
 from eval.measure.likelihood import (
     bits_per_dim,
@@ -98,7 +102,7 @@ def correlated() -> tuple[MultivariateNormal, Callable]:
     covariance = root @ root.T / 4 + 0.05 * torch.eye(4, dtype=DOUBLE)
     mean, eye = normal(4, 4, dtype=DOUBLE), torch.eye(4, dtype=DOUBLE)
 
-    def denoise(x_t, t, label=None):
+    def denoise(x_t, t, condition=None):
         cos, sin = t.cos(), t.sin()
         gain = cos * covariance @ torch.linalg.inv(cos**2 * covariance + sin**2 * eye)
         return (mean + (x_t.flatten(1) - cos * mean) @ gain.T).reshape(x_t.shape)
@@ -248,16 +252,17 @@ class Atoms:
     @property
     def spec(self) -> ImageSpec:
         channels, size, _ = self.images.shape[1:]
-        mean, std = (
-            self.images.double().mean().item(),
-            self.images.double().std(correction=0).item(),
-        )
-        return ImageSpec("atoms", channels, size, len(self.images), mean, std)
+        return ImageSpec("atoms", channels, size)
 
-    def __call__(self, x_t: Tensor, t: Tensor, label: Tensor | None) -> Tensor:
-        atoms = (self.images.double() - self.spec.mean).flatten(1) / self.spec.std
-        if label is not None:
-            return atoms[label].reshape(x_t.shape) + self.shift
+    @property
+    def codec(self) -> Scale:
+        levels = self.images.double()
+        return Scale(levels.mean().item(), levels.std(correction=0).item())
+
+    def __call__(self, x_t: Tensor, t: Tensor, condition: Condition | None) -> Tensor:
+        atoms = (self.images.double() - self.codec.mean).flatten(1) / self.codec.std
+        if condition is not None:
+            return atoms[condition["label"]].reshape(x_t.shape) + self.shift
         cos, sin = t.double().cos()[:, None], t.double().sin()[:, None]
         inner = cos * (x_t.double().flatten(1) @ atoms.T) - cos**2 * atoms.square().sum(1) / 2
         share = (inner / sin**2).softmax(1)
@@ -271,15 +276,29 @@ class Velocity(nn.Module):
         super().__init__()
         self.denoise, self.device = denoise, nn.Parameter(torch.zeros(()), requires_grad=False)
 
-    def forward(self, x_t: Tensor, t: Tensor, label: Tensor | None) -> Tensor:
-        return FROM_X0["v"](x_t, self.denoise(x_t, t, label), t).float()
+    def forward(self, x_t: Tensor, t: Tensor, condition: Condition | None) -> Tensor:
+        return FROM_X0["v"](x_t, self.denoise(x_t, t, condition), t).float()
+
+
+def card_of(spec: ImageSpec, scale: Scale, angles: Tensor, kinds: dict) -> Card:
+    """A teacher's, of a network that no card describes."""
+    return Card(
+        method="teacher",
+        plans=(plan("ancestral", angles),),
+        abilities=(),
+        net={},
+        denoiser={},
+        condition=to_json(kinds),
+        codec=codec.to_json(scale),
+        data=asdict(spec),
+    )
 
 
 def model(data: Atoms, angles: Tensor | None = None) -> Model:
     angles = cosine() if angles is None else angles
-    plans = {len(angles) - 1: angles.tolist()}
-    card = Card("teacher", "ancestral", plans, (), {}, asdict(data.spec))
-    return Model(Denoiser(Velocity(data)), card, "")
+    kinds = {"label": Label(len(data.images))}
+    card = card_of(data.spec, data.codec, angles, kinds)
+    return Model(Denoiser(Velocity(data), kinds=kinds), card, "")
 
 
 def atoms(count: int, size: int, shift: float = 0.0) -> Atoms:
@@ -294,7 +313,8 @@ GREYS = Atoms(torch.arange(256, dtype=torch.uint8).reshape(256, 1, 1, 1))
 
 def measured(data: Atoms, repeats: int, labels: Tensor | None = None, angles=None) -> list[float]:
     """Both bounds and both errors."""
-    found = bits_per_dim(model(data, angles), data.images.repeat(repeats, 1, 1, 1), labels)
+    condition = None if labels is None else {"label": labels}
+    found = bits_per_dim(model(data, angles), data.images.repeat(repeats, 1, 1, 1), condition)
     assert found["images"] == repeats * len(data.images)
     return [found[name + end] for end in ("", "-error") for name in NAMES]
 
@@ -316,7 +336,7 @@ def test_one_pixel_of_any_grey_takes_eight_bits():
 def test_bits_are_the_datas_entropy_and_the_decoders_rounding(count, size, angles):
     data = atoms(count, size)
     entropy = math.log2(count) / size**2
-    rounding = -math.log2(math.erf(0.5 / (angles[1].sin() * data.spec.std * math.sqrt(2))))
+    rounding = -math.log2(math.erf(0.5 / (angles[1].sin() * data.codec.std * math.sqrt(2))))
     variational, flow, variational_error, flow_error = measured(
         data, -(-500 // count), None, angles
     )
@@ -339,11 +359,11 @@ def test_bits_that_the_label_tells_are_not_paid_for():
 
 
 def test_the_batch_size_changes_only_the_rounding(digits):
-    net = random_unet(width=8, multipliers=(1,), blocks=1, attention=(), num_classes=10)
-    spec, plans = digits.spec, {20: cosine(20).tolist()}
-    card = Card("teacher", "ancestral", plans, (), {}, asdict(spec))
-    conditional = Model(Denoiser(net).eval().requires_grad_(False), card, "")
-    images, labels = digits.test[:9], digits.test_labels[:9]
+    shape = {"width": 8, "multipliers": (1,), "blocks": 1, "attention": ()}
+    denoiser = random_denoiser(num_classes=10, **shape).eval().requires_grad_(False)
+    card = card_of(digits.spec, digits.codec, cosine(20), denoiser.kinds)
+    conditional = Model(denoiser, card, "")
+    images, labels = digits.test.take(torch.arange(9))
     parts, whole = (bits_per_dim(conditional, images, labels, 3, size) for size in (7, 64))
     assert parts == pytest.approx(whole, rel=1e-5)
     assert whole != pytest.approx(bits_per_dim(conditional, images, None, 3), rel=1e-5)

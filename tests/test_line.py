@@ -5,17 +5,20 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
 from itertools import chain
 
 import pytest
 import tyro
 
-from benchmarks import line
-from benchmarks.lines import LINES, Line
 from diffusion.console import UserError
 from distill import consistency, midtraining, progressive
 from eval import compare
+from experiments import line
+from experiments.lines import LINES, Line
 from teachers import ddpm
+from teachers.presets import preset
 
 QUICK = "--iterations 2 --batch-size 8 --warmup 1"
 
@@ -32,44 +35,67 @@ def test_a_student_of_several_commands_starts_each_from_the_one_before(tmp_path)
         assert second[second.index("--seed") + 1] == str(seed)
 
 
-def images(command: str) -> int:
-    """That a command takes gradients of."""
-    module, *words = command.split()
-    told = {"--batch-size": ["256"]}
+def typed_options(command: str) -> dict[str, list[str]]:
+    """Option -> the words that follow it."""
+    _, *words = command.split()
+    options: dict[str, list[str]] = {}
     for word in words:
         if word.startswith("--"):
-            flag = told[word] = []
+            values = options[word] = []
         else:
-            flag.append(word)
-    rounds = told.get("--round-iterations") or told["--iterations"]
+            values.append(word)
+    return options
+
+
+def images(command: str) -> int:
+    """How many images a command takes gradients of."""
+    options = {"--batch-size": ["256"]} | typed_options(command)
+    rounds = options.get("--round-iterations") or options["--iterations"]
     shares = 1.0
-    if module == "distill.progressive" and "--round-iterations" not in told:
-        shares = sum(progressive.ROUNDS["digits"].values())
-    return round(sum(map(int, rounds)) * int(told["--batch-size"][0]) * shares)
+    if command.startswith("distill.progressive") and "--round-iterations" not in options:
+        shares = sum(preset("digits").rounds.values())
+    return round(sum(map(int, rounds)) * int(options["--batch-size"][0]) * shares)
 
 
 @pytest.mark.parametrize("name", LINES)
 def test_every_student_of_a_line_takes_a_fifth_of_its_teachers_images(name):
-    found = LINES[name]
-    fifth = images(found.teacher) / 5
-    for student, commands in found.students.items():
+    chosen = LINES[name]
+    fifth = images(chosen.teacher) / 5
+    for student, commands in chosen.students.items():
         spent = sum(map(images, commands))
         assert 0.99 * fifth <= spent <= fifth, student
 
 
-@pytest.mark.parametrize("name", LINES)
-def test_the_commands_of_a_line_are_understood(name, tmp_path, monkeypatch):
-    modules = {"ddpm": ddpm, "progressive": progressive, "midtraining": midtraining}
-    modules |= {"compare": compare}
-    found = LINES[name]
-    for command in [found.teacher, *chain(*found.students.values()), found.compare]:
-        module, *flags = command.split()
-        monkeypatch.setattr("sys.argv", [module, *flags])
-        if module == "distill.consistency":
-            consistency.read_command()
+def values(options) -> Iterator[tuple[str, list[str]]]:
+    """(option as it is typed, its value as words), of nested dataclasses too."""
+    for field in fields(options):
+        value, name = getattr(options, field.name), field.name.replace("_", "-")
+        if is_dataclass(value):
+            yield from values(value)
+        elif isinstance(value, bool):
+            yield f"--{name}" if value else f"--no-{name}", []
         else:
-            options = modules[module.split(".")[-1]].Options
-            tyro.cli(options, config=(tyro.conf.OmitArgPrefixes,), args=flags)
+            several = value if isinstance(value, tuple) else (value,)
+            yield f"--{name}", [str(each) for each in several]
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_an_option_in_a_command_of_a_line_has_the_value_that_is_typed(name, monkeypatch):
+    modules = {"ddpm": ddpm, "progressive": progressive, "consistency": consistency}
+    modules |= {"midtraining": midtraining, "compare": compare}
+    chosen = LINES[name]
+    for command in [chosen.teacher, *chain(*chosen.students.values()), chosen.compare]:
+        module, *words = command.split()
+        monkeypatch.setattr("sys.argv", [module, *words])
+        options = modules[module.split(".")[-1]].Options
+        parsed = dict(values(tyro.cli(options, config=(tyro.conf.OmitArgPrefixes,), args=words)))
+        for option, typed in typed_options(command).items():
+            numbers = [str(type_of(word)(word)) for word in typed]
+            assert parsed[option] in (typed, numbers), (command, option)
+
+
+def type_of(word: str) -> type:
+    return float if word.replace("e-", "").replace(".", "").isdigit() else str
 
 
 def test_a_line_goes_from_data_to_report_and_resumes(tmp_path, monkeypatch):
@@ -115,16 +141,16 @@ def test_a_command_that_fails_stops_the_line_with_one_line(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("told", "match"),
+    ("changes", "match"),
     [
         ({"line": "none"}, "no line"),
         ({"jobs": 0}, "--jobs"),
         ({"students": ("cd", "dc")}, "--students must be of cd, .* got dc"),
     ],
 )
-def test_a_line_that_is_not_there_is_refused(told, match, tmp_path):
+def test_a_line_that_is_not_there_is_refused(changes, match, tmp_path):
     with pytest.raises(UserError, match=match):
-        line.run_line(line.Options(**{"line": "digits", "out": tmp_path} | told))
+        line.run_line(line.Options(**{"line": "digits", "out": tmp_path} | changes))
 
 
 def test_a_signal_to_a_line_goes_on_to_its_commands_and_the_line_waits_for_them(tmp_path):
@@ -132,10 +158,12 @@ def test_a_signal_to_a_line_goes_on_to_its_commands_and_the_line_waits_for_them(
     command = [
         sys.executable,
         "-c",
-        "from benchmarks import line; from diffusion.console import run",
+        "from experiments import line; from diffusion.console import run",
     ]
     toy = "Line('teachers.ddpm --iterations 1000000 --width 8', {}, 'eval.compare')"
-    command[-1] += f"; from benchmarks.lines import Line; line.LINES['toy'] = {toy}; run(line.main)"
+    command[-1] += (
+        f"; from experiments.lines import Line; line.LINES['toy'] = {toy}; run(line.main)"
+    )
     out = tmp_path / "toy"
     process = subprocess.Popen(
         [*command, "toy", "--out", str(out)], stderr=subprocess.PIPE, text=True

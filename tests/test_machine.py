@@ -101,7 +101,9 @@ def test_compile_says_what_is_missing(monkeypatch):
     assert "no-such-compiler was not found" in machine.compiler()
 
 
-@pytest.mark.parametrize("package", ["teachers", "distill", "students", "eval", "benchmarks"])
+@pytest.mark.parametrize(
+    "package", ["teachers", "distill", "students", "eval", "experiments", "benchmarks"]
+)
 def test_threads_spin_briefly_before_torch_is_loaded_in_every_package(package):
     code = (
         f"import {package}, os, sys; assert 'torch' not in sys.modules; "

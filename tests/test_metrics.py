@@ -24,7 +24,9 @@ def features(digits) -> dict[str, torch.Tensor]:
         "digits": extract(digits.train.images),
         "held out": extract(digits.test.images),
         "noisy": extract(noisy),
-        "pixels": digits.train.images.flatten(1).float(),  # a singular covariance: corners are black
+        "pixels": digits.train.images.flatten(
+            1
+        ).float(),  # a singular covariance: corners are black
         "noisy pixels": noisy.flatten(1).float(),
     }
 

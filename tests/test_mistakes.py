@@ -10,11 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import evaluation, frechet, overhead, step_cost
+from benchmarks import parts
 from diffusion import checkpoint
 from diffusion.plan import Plan
 from distill import consistency, midtraining, progressive
 from eval import compare, human, report
+from experiments import mixture
 from students import generate, soup
 from teachers import ddpm
 
@@ -27,10 +28,8 @@ BASE = {
     soup: "",
     report: "",
     human: "",
-    overhead: "",
-    evaluation: "",
-    step_cost: "",
-    frechet: "",
+    parts: "",
+    mixture: "",
     compare: "--num-images 80 --features random --precision fp32 --steps 1",
 }
 
@@ -159,10 +158,13 @@ MISTAKES = [
     (compare, "runs --features inception --inception file", ["--inception", "f58cb9b6"]),
     (compare, "missing.jsonl", ["missing.jsonl"]),
     (compare, "cut.jsonl --out new", ["cut.jsonl, line 1"]),
-    (overhead, "runs/teacher --steps 1 0", ["--steps", "1", "1 0"]),
-    (evaluation, "runs/teacher --repeats 0", ["--repeats", "0"]),
-    (step_cost, "runs/teacher --repeats 0", ["--repeats", "0"]),
-    (frechet, "--dims 0", ["--dims", "0"]),
+    (parts, "samplers runs/teacher --steps 1 0", ["--steps", "1", "1 0"]),
+    (parts, "evaluation runs/teacher --repeats 0", ["--repeats", "0"]),
+    (parts, "training-step runs/missing", ["runs/missing"]),
+    (parts, "frechet-distance --dims 0", ["--dims", "0"]),
+    (parts, "frechet-distance --out file/new.json", ["file"]),
+    (mixture, "--methods cd dc", ["--methods", "dc", "cd"]),
+    (mixture, "--share 0", ["--share", "0"]),
     (report, "empty", ["results.jsonl", "eval.compare"]),
     (human, "make runs/student missing", ["missing"]),
     (human, "make runs/student empty --pairs 0", ["--pairs", "0"]),

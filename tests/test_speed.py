@@ -1,5 +1,7 @@
-"""What benchmarks.speed and .peer time is the same work, and a CUDA graph's memory may be reused."""
+"""What benchmarks time is the same work, in turns; and a CUDA graph's memory may be reused."""
 
+import json
+from copy import deepcopy
 from dataclasses import replace
 from itertools import islice
 
@@ -7,26 +9,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks.parts import (
-    ALL,
-    SAMPLING,
-    TRAINING,
-    absent,
-    endless,
-    sampling_models,
-    training,
-    untrained,
-    variants,
-)
-from benchmarks.rounds import rounds
-from benchmarks.speed import table
-from diffusion.denoiser import Denoiser, DenoiserConfig
-from diffusion.images import InMemory
+from benchmarks import parts, speed
+from benchmarks.speed import ALL, SAMPLING, TRAINING, absent, sampling_models, training, variants
+from benchmarks.subjects import endless, made_up, objectives, untrained
+from benchmarks.turns import Comparison, Times, interval, summary, take_turns
+from diffusion.denoiser import Denoiser
+from diffusion.model import load
+from diffusion.networks import UNetConfig
 from diffusion.noise import Noise
-from diffusion.samplers import SOLVERS, sample
+from diffusion.samplers import SAMPLERS, sample
 from diffusion.schedules import linear_beta, respace
 from diffusion.training import Average
 from eval.measure import stream
+from tests.analytic import grid_batch
 
 CPU = torch.device("cpu")
 # the parts that leave the rounding of the network's passes as it is
@@ -35,12 +30,12 @@ EXACT = frozenset(TRAINING) - {"bf16", "channels_last", "torch.compile"}
 
 @pytest.fixture(scope="session")
 def unlabelled(digits):
-    return replace(digits, train=InMemory(digits.train.images), kinds={})
+    return replace(digits, train_labels=None)
 
 
 @pytest.fixture
 def model(tiny, unlabelled):
-    return untrained(tiny, unlabelled, "fp32")
+    return untrained(tiny, unlabelled.spec, "fp32")
 
 
 def weights(model, objective: str, dataset, config, on, path) -> Tensor:
@@ -63,15 +58,15 @@ def test_a_training_with_any_part_off_makes_the_same_weights(
     # elsewhere than on a CPU a DataLoader's images are others
     elsewhere = frozenset() if model.device == CPU else {"resident data"}
     for part in EXACT - elsewhere:
-        found = weights(*arguments, EXACT - {part}, tmp_path)
-        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4, msg=part)
+        other = weights(*arguments, EXACT - {part}, tmp_path)
+        torch.testing.assert_close(other, expected, atol=1e-5, rtol=1e-4, msg=part)
 
 
 def test_a_looped_average_is_the_fused_one(tiny, unlabelled):
-    student = untrained(tiny, unlabelled).denoiser
+    student = untrained(tiny, unlabelled.spec).denoiser
     for parameter in student.parameters():
         parameter.copy_(torch.randn_like(parameter))
-    kept = [untrained(tiny, unlabelled).denoiser for _ in range(2)]
+    kept = [untrained(tiny, unlabelled.spec).denoiser for _ in range(2)]
     for module, fused in zip(kept, (True, False), strict=True):
         Average(module, lambda done, progress: 0.9, fused).follow(student, 1)
     for a, b in zip(*(module.parameters() for module in kept), strict=True):
@@ -80,9 +75,6 @@ def test_a_looped_average_is_the_fused_one(tiny, unlabelled):
 
 def test_images_are_the_same_whatever_is_on(model):
     """But for rounding, of which bf16 has more: each is near the whole's."""
-    random = torch.Generator().manual_seed(0)
-    for parameter in model.denoiser.parameters():
-        parameter.add_(0.05 * torch.randn(parameter.shape, generator=random).to(parameter.device))
     models = sampling_models(model, variants(SAMPLING, absent(CPU, compiled=False)))
     plan = model.plan(4, "ddim")
     images = {name: m.x0(plan, 0, stream.indices(m, 0, 8)[0]) for name, m in models.items()}
@@ -91,44 +83,117 @@ def test_images_are_the_same_whatever_is_on(model):
     assert 0 < error < 0.1
 
 
-@pytest.mark.parametrize("parts", [TRAINING, SAMPLING])
-def test_a_variant_lacks_what_it_names_and_what_that_carries(parts):
-    found = variants(parts, off={})
-    assert found.pop(ALL) == frozenset(parts)
-    missing = {name: frozenset(parts) - on for name, on in found.items()}
-    assert missing == {f"without {part}": {part, *more} for part, more in parts.items()}
+@pytest.mark.parametrize("switches", [TRAINING, SAMPLING])
+def test_a_variant_lacks_the_part_that_it_names_and_those_that_go_with_it(switches):
+    chosen = dict(variants(switches, off={}))
+    assert chosen.pop(ALL) == frozenset(switches)
+    missing = {name: frozenset(switches) - on for name, on in chosen.items()}
+    assert missing == {f"without {part}": {part, *more} for part, more in switches.items()}
 
 
-def test_what_a_cpu_has_not_is_neither_timed_nor_shown_as_a_figure():
-    off = absent(CPU, compiled=False)
-    timed = variants(SAMPLING, off)
-    assert timed.keys() == {ALL, "without bf16"}
-    cell = {"images_per_second": 5.0, "ratio": 1.0}
-    shown = table("sampling", SAMPLING, off, {"1 step": dict.fromkeys(timed, cell)})
-    rows = dict(zip(*(list(column.cells) for column in shown.columns), strict=True))
-    assert {name for name, text in rows.items() if text == "-"} == {f"without {p}" for p in off}
-    assert all(reason in shown.caption for reason in off.values())
+def test_the_parts_that_a_cpu_has_not_are_named_and_not_timed(command, tmp_path, monkeypatch, tiny):
+    preset = replace(speed.preset("digits"), net=tiny)
+    monkeypatch.setattr(speed, "preset", lambda data: preset)
+    sizes = ("--batch-size", 4, "--training-steps", 1, "--repeats", 1, "--steps", 1)
+    file = tmp_path / "speed.json"
+    outcome = command(speed.main, "--data", "digits", *sizes, "--out", file)
+    assert outcome.code == 0, outcome
+    assert all(f"not timed: {part}: {why}" in outcome.out for part, why in speed.OFF_ON_CPU.items())
+    comparisons = {c["title"]: c for c in json.loads(file.read_text())["comparisons"]}
+    assert comparisons.keys() == {
+        *(f"training, {name}" for name in speed.OBJECTIVES),
+        *(
+            f"{sampler}, steps: 1, batch: {n}"
+            for sampler in ("ddim", "consistency")
+            for n in (1, 4)
+        ),
+    }
+    timed = comparisons["ddim, steps: 1, batch: 4"]["seconds"]
+    assert {name: len(seconds) for name, seconds in timed.items()} == {ALL: 1, "without bf16": 1}
 
 
-def test_rounds_reverse_their_order_and_leave_the_first_out():
+def test_turns_reverse_their_order_and_leave_the_first_round_out():
     order = []
     calls = {name: lambda name=name: order.append(name) for name in "abc"}
-    seconds = rounds(calls, 3, CPU)
+    times = take_turns(calls, 3, CPU)
     assert "".join(order) == "abccbaabccba"
-    assert {name: len(took) for name, took in seconds.items()} == dict.fromkeys("abc", 3)
+    assert {name: len(rounds) for name, rounds in times.seconds.items()} == dict.fromkeys("abc", 3)
+
+
+def test_a_drift_that_slows_all_alike_moves_no_ratio():
+    drift = [1.0, 2.0, 4.0, 8.0, 16.0]
+    times = Times({"a": drift, "b": [3 * seconds for seconds in drift]})
+    assert times.ratio("b", "a") == (3, 3, 3)
+    text = summary(Comparison("both", dict.fromkeys("ab"), images=8), times)
+    assert "0.333 (0.333–0.333) times as many" in text
+    assert "2 images/s" in text
+
+
+def test_the_interval_of_a_median_holds_it_in_95_of_100_samples():
+    random = torch.Generator().manual_seed(0)
+    samples = torch.rand(2000, 30, generator=random).pow(2).tolist()  # whose median is 1/4
+    bounds = [interval(sample)[1:] for sample in samples]
+    assert 0.94 < sum(low <= 0.25 <= high for low, high in bounds) / 2000 < 0.98
+    assert interval([3.0, 1.0, 2.0]) == (2.0, 1.0, 3.0)
+
+
+@pytest.mark.parametrize("name", ["samplers", "training-step", "evaluation", "frechet-distance"])
+def test_each_part_is_timed_beside_the_bare_work_in_it(name, command, teacher, monkeypatch):
+    sizes = {
+        "samplers": (teacher, "--steps", 2, "--batch-size", 4),
+        "training-step": (teacher, "--batch-size", 4),
+        "evaluation": (
+            *(teacher, "--steps", 2, "--num-images", 40, "--batch-size", 20),
+            *("--features", "random"),
+        ),
+        "frechet-distance": ("--dims", 4),
+    }
+    calls = []
+    monkeypatch.setattr("benchmarks.turns.timed", lambda call, device: (calls.append(call()), 1.0))
+    outcome = command(parts.main, name, *sizes[name], "--repeats", 1)
+    assert outcome.code == 0, outcome
+    assert outcome.out.count("1.000 (1.000–1.000) times as long") == len(calls) / 2 - (
+        10 if name == "training-step" else 1
+    )
+    if name == "frechet-distance":
+        theirs, ours, known = calls[:3]
+        assert ours == known == pytest.approx(theirs, rel=1e-6)
+
+
+def test_the_bare_passes_of_a_step_are_those_that_the_step_makes(teacher):
+    model = load(teacher)
+    student = deepcopy(model.denoiser).requires_grad_(True).train()
+    batch = grid_batch(4, *model.spec.shape)
+    runs = []
+    for net in (model.denoiser.net, student.net):
+        net.register_forward_hook(lambda *_: runs.append(torch.is_grad_enabled()))
+    for subject in objectives(model, student):
+        both = {}
+        for name, call in parts.step_calls(subject, model, student, batch).items():
+            runs.clear()
+            call()
+            both[name] = sorted(runs)
+        assert both["step"] == both["passes"], subject.name
+
+
+def test_made_up_images_are_of_many_levels_and_all_different():
+    images = made_up(3, 16, 44)
+    assert (images.train.shape, images.test.shape) == ((40, 3, 16, 16), (4, 3, 16, 16))
+    assert len(images.train.flatten(1).unique(dim=0)) == 40
+    assert len(images.train.unique()) > 200
 
 
 class Overwriting(nn.Module):
     """A network whose output lies where its last one lay, as a CUDA graph's does."""
 
-    def __init__(self, learned_variance: bool, reused: bool):
+    def __init__(self, config: UNetConfig, reused: bool):
         super().__init__()
-        self.learned_variance, self.reused, self.output = learned_variance, reused, None
+        self.config, self.reused, self.output = config, reused, None
         self.weight = nn.Parameter(torch.tensor(0.7), requires_grad=False)
 
-    def forward(self, x: Tensor, t: Tensor, condition=None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, label=None) -> Tensor:
         output = (self.weight * x + t[:, None, None, None]).tanh()
-        if self.learned_variance:
+        if self.config.learned_variance:
             output = torch.cat([output, output.sigmoid()], dim=1)
         if self.reused and self.output is not None:
             return self.output.copy_(output)
@@ -137,16 +202,14 @@ class Overwriting(nn.Module):
 
 
 @pytest.mark.parametrize("prediction", ["v", "x0", "eps"])
-@pytest.mark.parametrize("sampler", SOLVERS)
+@pytest.mark.parametrize("sampler", SAMPLERS)
 def test_a_sampler_reads_nothing_that_the_next_call_overwrites(sampler, prediction):
-    learned = sampler == "ancestral-learned"
-    config = DenoiserConfig(prediction, learned)
+    config = UNetConfig(prediction=prediction, learned_variance=sampler == "ancestral-learned")
     angles = respace(linear_beta(), 6)
 
     def images(reused: bool) -> Tensor:
         noise = Noise(0, torch.arange(4), (1, 8, 8))
-        denoiser = Denoiser(Overwriting(learned, reused), config=config)
-        return sample(denoiser, noise, sampler, angles)
+        return sample(Denoiser(Overwriting(config, reused)), noise, sampler, angles)
 
     assert torch.equal(images(reused=True), images(reused=False))
 
@@ -176,8 +239,8 @@ def test_the_peers_network_has_our_number_of_parameters(peer, data, small):
     assert theirs == pytest.approx(ours, rel=0.1)
 
 
-def test_the_peers_loop_learns_in_the_precision_that_is_told(peer, tiny, unlabelled, quick):
-    found = {}
+def test_the_peers_loop_learns_in_the_precision_of_the_config(peer, tiny, unlabelled, quick):
+    seen = {}
     for precision in ("bf16", "fp32"):
         torch.manual_seed(0)
         unet, dtypes = peer.peer_network(tiny), set()
@@ -188,5 +251,26 @@ def test_the_peers_loop_learns_in_the_precision_that_is_told(peer, tiny, unlabel
         config = replace(endless(quick), precision=precision)
         losses = [*islice(peer.peer_training(unet, pictures, config, workers=0), 40)]
         assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
-        found[precision] = dtypes
-    assert found == {"bf16": {torch.bfloat16}, "fp32": {torch.float32}}
+        seen[precision] = dtypes
+    assert seen == {"bf16": {torch.bfloat16}, "fp32": {torch.float32}}
+
+
+def test_both_loops_train_as_many_steps_a_call(peer, tiny, quick):
+    config = replace(endless(quick), batch_size=4, log_every=3)
+    for comparison in peer.training(tiny, config):
+        theirs, ours = (comparison.calls[name] for name in ("diffusers", "ours"))
+        for done in (3, 6):
+            assert len(theirs()) == 3
+            assert ours().iteration == done
+        assert comparison.images == 12
+
+
+def test_the_peer_is_timed_by_its_command(peer, command, tmp_path):
+    sizes = ("--width", 16, "--blocks", 1, "--batch-size", 4, "--training-steps", 1)
+    steps = ("--ancestral-steps", 2, "--ddim-steps", 2, "--repeats", 1, "--precision", "fp32")
+    file = tmp_path / "peer.json"
+    outcome = command(peer.main, "--data", "digits", *sizes, *steps, "--out", file)
+    assert outcome.code == 0, outcome
+    titles = [comparison["title"] for comparison in json.loads(file.read_text())["comparisons"]]
+    assert titles == ["training", "ancestral, steps: 2", "ddim, steps: 2"]
+    assert outcome.out.count("times as many") == 3

@@ -1,4 +1,4 @@
-"""Whole comparisons that benchmarks.line runs: each command as it is typed, but for where it writes."""
+"""The comparisons of experiments.line: each command as it is typed, but for where it writes."""
 
 from dataclasses import dataclass
 
@@ -14,6 +14,7 @@ class Line:
 
 
 # Every method at a fifth of the teacher's images: 409,600 gradients of an image.
+FROM_DATA = "--iterations 6400 --batch-size 64 --learning-rate 1e-3"
 DIGITS = Line(
     teacher="teachers.ddpm --iterations 8000 --patch 1 --no-clamp",
     students={
@@ -29,59 +30,43 @@ DIGITS = Line(
             "distill.midtraining --iterations 1300 --batch-size 256",
             "distill.consistency --mode scm --iterations 300 --learning-rate 1e-4",
         ),
-        "ict": (
-            "distill.consistency --mode ict --iterations 6400 --batch-size 64 --learning-rate 1e-3",
-        ),
-        "ct": (
-            "distill.consistency --mode ct --iterations 6400 --batch-size 64 --learning-rate 1e-3",
-        ),
+        "ict": (f"distill.consistency --mode ict {FROM_DATA}",),
+        "ct": (f"distill.consistency --mode ct {FROM_DATA}",),
     },
     compare="eval.compare --no-times --solvers ddim unipc --num-images 1024 --long-images 1024 "
     "--seeds 0 1 --likelihood 1024",
     seeds=3,
 )
 
-# 2 CPU cores and a C++ compiler: with `--jobs 2` 140 minutes on a slow machine, 86 of them with
-# `--students cd-frechet progressive`. A network of 0.7 M weights on patches of 2x2 pixels; every
+# A network of 0.7 M weights on patches of 2x2 pixels, for 2 CPU cores and a C++ compiler; every
 # student at a fifth of the teacher's 1,280,000 images.
+BATCHES_OF_128 = "--iterations 2000 --batch-size 128 --learning-rate 1e-3 --warmup 50"
+BATCHES_OF_64 = "--iterations 4000 --batch-size 64 --learning-rate 1e-3 --warmup 50"
 FASHION_CPU = Line(
     teacher="teachers.ddpm --data fashion-mnist --width 32 --multipliers 1 2 --blocks 1 "
     "--attention --patch 2 --iterations 10000 --batch-size 128 --learning-rate 1e-3 --warmup 200 "
     "--ema 0.999 --compile",
     students={
-        "cd": (
-            "distill.consistency --mode cd --iterations 2000 --batch-size 128 "
-            "--learning-rate 1e-3 --warmup 50 --num-angles 32 --compile",
-        ),
+        "cd": (f"distill.consistency --mode cd {BATCHES_OF_128} --num-angles 32 --compile",),
         "cd-frechet": (
-            "distill.consistency --mode cd --frechet 3 --iterations 2000 --batch-size 128 "
-            "--learning-rate 1e-3 --warmup 50 --num-angles 32 --compile",
+            f"distill.consistency --mode cd --frechet 3 {BATCHES_OF_128} --num-angles 32 --compile",
         ),
         "multistep": (
-            "distill.consistency --mode cd --segments 2 --iterations 2000 --batch-size 128 "
-            "--learning-rate 1e-3 --warmup 50 --num-angles 32 --compile",
+            f"distill.consistency --mode cd --segments 2 {BATCHES_OF_128} --num-angles 32 "
+            "--compile",
         ),
         "progressive": (
             "distill.progressive --solver heun --start-steps 24 --rounds 4 2 1 --batch-size 64 "
             "--round-iterations 2400 700 900 --learning-rate 1e-3 --compile",
         ),
-        "ect": (
-            "distill.consistency --mode ect --solver heun --iterations 2000 --batch-size 128 "
-            "--learning-rate 1e-3 --warmup 50 --compile",
-        ),
+        "ect": (f"distill.consistency --mode ect --solver heun {BATCHES_OF_128} --compile",),
         "midtraining-scm": (
             "distill.midtraining --iterations 1640 --batch-size 128 --learning-rate 1e-3 --compile",
             "distill.consistency --mode scm --iterations 360 --batch-size 128 "
             "--learning-rate 1e-4 --warmup 20",
         ),
-        "ict": (
-            "distill.consistency --mode ict --iterations 4000 --batch-size 64 "
-            "--learning-rate 1e-3 --warmup 50 --compile",
-        ),
-        "ct": (
-            "distill.consistency --mode ct --iterations 4000 --batch-size 64 "
-            "--learning-rate 1e-3 --warmup 50 --compile",
-        ),
+        "ict": (f"distill.consistency --mode ict {BATCHES_OF_64} --compile",),
+        "ct": (f"distill.consistency --mode ct {BATCHES_OF_64} --compile",),
     },
     compare="eval.compare --steps 1,2,4,8,10,50 --solvers ddim unipc --batch-size 64 "
     "--num-images 1024 --long-images 1024 --seeds 0 1 --likelihood 128 --compile",

@@ -1,7 +1,7 @@
-"""A whole comparison by one command, from data to report: `python -m benchmarks.line digits`.
+"""A whole comparison by one command, from data to report: `python -m experiments.line digits`.
 
-A line is a teacher, its students by every method at one budget, and how they are judged. Each of
-its parts is a command that a user could type; what is done is skipped and what was stopped goes on.
+A line is a teacher, its students by several methods, and their comparison. Each part is a command
+that a user could type. What is done is skipped, and what was stopped goes on.
 """
 
 import json
@@ -19,12 +19,12 @@ from pathlib import Path
 import torch
 import tyro
 
-from benchmarks.lines import LINES, Line
 from diffusion.checkpoint import write_atomic
 from diffusion.console import Interrupted, UserError, at_least, run, say
 from diffusion.folders import check_claim, check_home, claim
+from experiments.lines import LINES, Line
 
-LOCK = threading.Lock()  # of the log
+LOG_LOCK = threading.Lock()
 RUNNING: set[subprocess.Popen] = set()
 
 
@@ -33,8 +33,8 @@ class Options:
     """Run a whole comparison: a teacher, students of it by several methods, the tables and the
     page.
 
-    benchmarks/lines.py has the comparisons by name. The same command resumes where it was stopped.
-    commands.json beside the table lists every command and the minutes that it took.
+    experiments/lines.py has the comparisons by name. The same command resumes where it was
+    stopped. commands.json beside the table lists every command and the minutes that it took.
     """
 
     line: tyro.conf.Positional[str]
@@ -56,22 +56,25 @@ def python(command: str, *more: str) -> list[str]:
     return [sys.executable, "-m", *shlex.split(command), *more]
 
 
+def out_of(command: list[str]) -> Path:
+    """The folder that a student's command writes."""
+    return Path(command[command.index("--out") + 1])
+
+
 def students(line: Line, folder: Path, teacher: Path) -> list[list[list[str]]]:
-    """For each student and seed its commands, one after the other."""
-    found = []
+    """One chain of commands for each seed and student; each starts from the one before it."""
+    chains = []
     for seed in range(line.seeds):
         for name, commands in line.students.items():
-            home = folder / f"{name}-{seed}"
-            chain, before = [], ""
-            for i, command in enumerate(commands):
-                last = i == len(commands) - 1
-                out = home if last else folder / "before" / f"{name}-{seed}-{i}"
-                told = ["--teacher", str(teacher), "--seed", str(seed), "--out", str(out)]
-                start = ["--start", before] if i else []
-                chain.append(python(command, *told, *start))
-                before = str(out)
-            found.append(chain)
-    return found
+            outs = [folder / "before" / f"{name}-{seed}-{i}" for i in range(len(commands) - 1)]
+            outs.append(folder / f"{name}-{seed}")
+            chain = []
+            for i, (command, out) in enumerate(zip(commands, outs, strict=True)):
+                more = ["--teacher", str(teacher), "--seed", str(seed), "--out", str(out)]
+                start = ["--start", str(outs[i - 1])] if i else []
+                chain.append(python(command, *more, *start))
+            chains.append(chain)
+    return chains
 
 
 def call(command: list[str], log: Path, threads: int | None = None) -> None:
@@ -84,26 +87,25 @@ def call(command: list[str], log: Path, threads: int | None = None) -> None:
     try:
         code = process.wait()
     except (KeyboardInterrupt, Interrupted):
-        process.wait()  # it was told, too, and saves
+        process.wait()  # the same signal reached it, and it saves
         raise
     finally:
         RUNNING.discard(process)
-        with LOCK:
+        with LOG_LOCK:
             minutes = json.loads(log.read_text()) if log.exists() else {}
             minutes[typed] = round(minutes.get(typed, 0) + (time.monotonic() - begun) / 60, 2)
             write_atomic(log, json.dumps(minutes, indent=1) + "\n")
     if code:
-        raise UserError(
-            f"exit code {code} of: {typed}: the same command of benchmarks.line resumes"
-        )
+        raise UserError(f"exit code {code} of: {typed}: the same experiments.line command resumes")
 
 
-def each(chain: list[list[str]], log: Path, threads: int | None) -> None:
+def call_each(chain: list[list[str]], log: Path, threads: int | None) -> None:
     for command in chain:
         call(command, log, threads)
 
 
-def run_line(options: Options) -> None:
+def chosen_line(options: Options) -> Line:
+    """The line that the options name, with their seeds and students. UserError for wrong ones."""
     if options.line not in LINES:
         raise UserError(f"no line {options.line!r}: expected one of {', '.join(LINES)}")
     at_least(1, options, "jobs")
@@ -113,14 +115,24 @@ def run_line(options: Options) -> None:
         raise UserError(
             f"--students must be of {', '.join(line.students)}, got {', '.join(sorted(unknown))}"
         )
-    chosen = {name: line.students[name] for name in options.students or line.students}
-    line = replace(line, seeds=options.seeds or line.seeds, students=chosen)
+    names = options.students or line.students
+    chosen = {name: line.students[name] for name in names}
+    return replace(line, seeds=options.seeds or line.seeds, students=chosen)
+
+
+def run_line(options: Options) -> None:
+    """Train what is not trained yet, then compare and report.
+
+    After the first student that fails no other begins; of the comparison, the methods' page and
+    the report each is made, whichever fails. UserError names the first failure.
+    """
+    line = chosen_line(options)
     folder = options.out or Path("runs") / options.line
     compare, teacher = folder / "compare", options.teacher or folder / "teacher"
     log = compare / "commands.json"
     chains = students(line, folder, teacher)
     check_claim(compare, "comparison")
-    outs = [Path(command[command.index("--out") + 1]) for chain in chains for command in chain]
+    outs = [out_of(command) for chain in chains for command in chain]
     for out in (folder, *outs, *([] if options.teacher else [teacher])):
         check_home(out)  # a run, or the runs of a chain
     claim(compare, "comparison")
@@ -128,24 +140,25 @@ def run_line(options: Options) -> None:
         call(python(line.teacher, "--out", str(teacher)), log)
     threads = max(1, torch.get_num_threads() // options.jobs) if options.jobs > 1 else None
     with ThreadPoolExecutor(options.jobs) as pool:
-        started = [pool.submit(each, chain, log, threads) for chain in chains]
+        futures = [pool.submit(call_each, chain, log, threads) for chain in chains]
         try:
-            for future in as_completed(started):
+            for future in as_completed(futures):
                 future.result()
-        finally:  # after the first failure no other begins
+        finally:
             pool.shutdown(cancel_futures=True)
-    runs = [str(teacher), *(chain[-1][chain[-1].index("--out") + 1] for chain in chains)]
-    last = [python(line.compare, *runs, "--out", str(compare))]
-    last += [python("eval.methods", str(compare / "results.jsonl"))]
-    last += [python("eval.report", str(compare))]
-    failed = []
-    for command in last:  # rows that compare refuses are no reason to do without the others
+    runs = [str(teacher), *(str(out_of(chain[-1])) for chain in chains)]
+    failures = []
+    for command in (
+        python(line.compare, *runs, "--out", str(compare)),
+        python("eval.methods", str(compare / "results.jsonl")),
+        python("eval.report", str(compare)),
+    ):
         try:
             call(command, log)
         except UserError as error:
-            failed.append(error)
-    if failed:
-        raise failed[0]
+            failures.append(error)
+    if failures:
+        raise failures[0]
 
 
 def stop(number: int, _) -> None:
@@ -158,7 +171,7 @@ def stop(number: int, _) -> None:
 def main() -> None:
     config = (tyro.conf.OmitArgPrefixes,)
     signal.signal(signal.SIGTERM, stop)
-    run_line(tyro.cli(Options, prog="python -m benchmarks.line", config=config))
+    run_line(tyro.cli(Options, prog="python -m experiments.line", config=config))
 
 
 if __name__ == "__main__":

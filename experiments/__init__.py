@@ -1,0 +1,3 @@
+"""Whole comparisons, from data to figures, each by one command."""
+
+import diffusion  # noqa: F401  before torch
