@@ -31,7 +31,8 @@ from eval.measure import machine
 LEAST = 10.0  # seconds that a stage in a process of its own cannot do without
 TITLES = {
     "checks": "Checks: what must agree with the CPU's result, or with itself",
-    "times": "Images/s, and how many times as many as the first of the same title (95 % interval)",
+    "times": "Images/s, and how many times as many as the first of the same title: the median, and "
+    "its 95 % interval or, of fewer than 6 rounds, the least and the greatest",
     "images": "Many images through the harness, to a Fréchet distance",
     "left out": "Left out, and why",
 }

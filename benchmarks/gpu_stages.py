@@ -4,9 +4,8 @@ import importlib.util
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
-from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib import import_module
@@ -16,30 +15,32 @@ from types import SimpleNamespace
 from unittest import mock
 
 import torch
-from distill.continuous import derivative
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks import speed
-from benchmarks.subjects import endless, made_up, objectives, untrained
+from benchmarks.subjects import copied, endless, made_up, objectives, untrained
 from benchmarks.turns import Comparison, take_turns
 from diffusion.batches import Batch, Batches, batch_seed
 from diffusion.checkpoint import write_atomic
 from diffusion.config import FitConfig, check_compiler
 from diffusion.console import Interrupted, UserError
 from diffusion.data import Dataset
-from diffusion.denoiser import Denoiser
+from diffusion.images import InMemory
 from diffusion.machine import layout, this_device
 from diffusion.model import Model
 from diffusion.networks import UNetConfig
 from diffusion.noise import Noise
+from diffusion.plan import plan
 from diffusion.samplers import SOLVERS
 from diffusion.schedules import even
-from diffusion.training import Average, fit
+from diffusion.training import Average, fit, one_network
 from distill.frechet import Frechet, sums
+from distill.scm import derivative
 from eval.measure import features, sets
 from eval.measure.machine import full_float32
 from eval.measure.metrics import Moments, frechet_distance
 from eval.measure.quality import Judge
+from eval.measure.real import Real
 from eval.measure.stream import look
 from eval.results.store import Store
 from teachers.ddpm import Denoising
@@ -100,7 +101,7 @@ class Sheet:
         whole["stages"][self.stage] = stage
         write_atomic(self.path, json.dumps(whole, indent=1))
 
-    def row(self, table: str, **cells) -> None:
+    def row(self, table: str, **cells: object) -> None:
         self.tables.setdefault(table, []).append(cells)
         self.save()
 
@@ -177,15 +178,15 @@ class Sheet:
         return endless(replace(config, log_every=steps, precision=self.fast))
 
     def model(self, precision: str | None = None) -> Model:
-        return untrained(self.net, self.dataset.spec, precision or self.fast)
+        return untrained(self.net, self.dataset, precision or self.fast)
 
     def batch(self, device: torch.device, size: int = 16) -> Batch:
         """The same numbers on every device."""
         random = torch.Generator().manual_seed(1)
-        x0 = self.dataset.spec.to_unit(self.dataset.train[:size])
+        x0 = self.dataset.codec.encode(self.dataset.train.images[:size])
         eps = torch.randn(x0.shape, generator=random)
         level = (torch.arange(size).double() + 0.5) / size
-        return Batch(*(part.to(device) for part in (x0, eps, level)), label=None, seed=0)
+        return Batch(*(part.to(device) for part in (x0, eps, level)))
 
 
 def placed(
@@ -196,8 +197,7 @@ def placed(
 ) -> Model:
     """A copy there, in that device's layout where no order of memory is given."""
     order = order or (layout() if device.type == "cuda" else torch.contiguous_format)
-    net = deepcopy(model.denoiser.net).to(device)
-    return replace(model, denoiser=Denoiser(net, precision, order).eval().requires_grad_(False))
+    return replace(model, denoiser=copied(model.denoiser, precision, order, device))
 
 
 def relative(a: Tensor, b: Tensor) -> float:
@@ -211,7 +211,7 @@ def distance(a: Tensor, b: Tensor) -> float:
     return float((a.detach().cpu().double() - b.detach().cpu().double()).abs().max())
 
 
-def flat(tensors) -> Tensor:
+def flat(tensors: Iterable[Tensor]) -> Tensor:
     return torch.cat([tensor.detach().flatten() for tensor in tensors])
 
 
@@ -225,19 +225,21 @@ def numbers(sheet: Sheet) -> None:
     sheet.agree(noise, absolute=True)
     config = FitConfig(batch_size=32)
     worker = SimpleNamespace(device=device, num_processes=1, process_index=0)
-    for kind, fits, home in (("pinned", False, CPU), ("resident", True, device)):
-        with mock.patch("diffusion.batches._fits", lambda images, d, fits=fits: fits):
+    for kind, home in (("pinned", CPU), ("resident", device)):
+        near = lambda images, _, home=home: InMemory(images.images.to(home))  # noqa: E731
+        with mock.patch.object(InMemory, "near", near):
             x0 = Batches(dataset, config, worker).draw(5).x0
         random = torch.Generator(home).manual_seed(batch_seed(config.seed, 5))
         rows = torch.randint(len(dataset.train), (32,), generator=random, device=home).cpu()
-        sheet.check(f"{kind} batch", distance(x0, dataset.spec.to_unit(dataset.train[rows])))
+        expected = dataset.codec.encode(dataset.train.images[rows])
+        sheet.check(f"{kind} batch", distance(x0, expected))
     model = sheet.model("fp32")
 
     def samples(place: torch.device) -> Outputs:
         one, indices = placed(model, place), torch.arange(8).to(place)
         plans = {name: SOLVERS[name].angles(model.schedule, 6) for name in SOLVERS}
         del plans["ancestral-learned"]
-        return {("sampler", name): one.x0((name, plans[name]), 0, indices) for name in plans}
+        return {("sampler", name): one.x0(plan(name, plans[name]), 0, indices) for name in plans}
 
     sheet.agree(samples, absolute=True)
 
@@ -279,12 +281,12 @@ def network(sheet: Sheet) -> None:
     check("compiled", passes(compiled, batch), "network", "gradient")
     eager.denoiser.requires_grad_(False)
     graphs.denoiser.compile_network()
-    plan, indices = model.plan(4, "ddim"), torch.arange(8, device=device)
-    images = [graphs.x0(plan, seed, indices) for seed in (0, 0, 0)]  # warmed, recorded, replayed
+    ddim, indices = model.plan(4, "ddim"), torch.arange(8, device=device)
+    images = [graphs.x0(ddim, seed, indices) for seed in (0, 0, 0)]  # warmed, recorded, replayed
     before = images[-1].clone()
-    graphs.x0(plan, 1, indices)
+    graphs.x0(ddim, 1, indices)
     sheet.check("images kept over later calls", distance(images[-1], before))
-    sheet.check("4 calls, compiled for sampling", relative(before, eager.x0(plan, 0, indices)))
+    sheet.check("4 calls, compiled for sampling", relative(before, eager.x0(ddim, 0, indices)))
 
 
 def training(sheet: Sheet) -> None:
@@ -316,7 +318,7 @@ def training(sheet: Sheet) -> None:
                 weight.grad = torch.empty_like(weight)  # in the weight's own layout
                 weight.grad.copy_(torch.randn(weight.shape, generator=random))
             optimizer.step()
-            Average(average, lambda done, progress: 0.9, fused).follow(student, done)
+            Average(average, lambda done, progress: 0.9, fused).follow({"student": student}, done)
         return flat(student.parameters()).cpu() - begun, flat(average.parameters()).cpu()
 
     pairs = zip(updated(device, True), updated(CPU, False), strict=True)
@@ -330,9 +332,9 @@ def training(sheet: Sheet) -> None:
         with TemporaryDirectory() as folder:
             for stop in (*stops, 10):
                 student = placed(model, device, sheet.fast).denoiser.requires_grad_(True)
-                objective = Denoising(model.schedule.to(device))
+                method = one_network(student, Denoising(model.schedule.to(device)))
                 chosen = replace(config, compile=compiled)
-                loop = fit(student, objective, sheet.dataset, chosen, Path(folder, "state"))
+                loop = fit(method, sheet.dataset, chosen, Path(folder, "state"))
                 with closing(loop):
                     last = next(line for line in loop if line.iteration == stop)
                     if stop == 10:
@@ -354,7 +356,7 @@ def frechet(sheet: Sheet) -> None:
     def term(place: torch.device) -> Outputs:
         term = Frechet(sums(real.to(place)), 784)
         term((0.9 * real + 0.3 * real.roll(1, 0)).to(place))
-        term.follow(nn.Identity(), 1)
+        term.follow({}, 1)
         term.update()
         return {("Frechet map", ""): term.map, ("Frechet distance", ""): term.distance}
 
@@ -365,12 +367,14 @@ def extractor(sheet: Sheet, device: torch.device) -> features.Extractor:
     """clean-fid's Inception where its file was named, else a small network without training."""
     weights = sheet.settings["inception"]
     name = "inception" if weights else "random"
-    return features.extractor(name, sheet.dataset, device, Path(weights) if weights else None)
+    return features.extractor(
+        name, Real.sample(sheet.dataset), device, Path(weights) if weights else None
+    )
 
 
 def distances(sheet: Sheet) -> None:
     """Features, and the distances that are made of them."""
-    images, dim = sheet.dataset.test[:64], 64 if sheet.small else 2048
+    images, dim = sheet.dataset.test.images[:64], 64 if sheet.small else 2048
     sheet.agree(lambda d: {("features", ""): extractor(sheet, d).extract(images.to(d))})
     random = torch.Generator().manual_seed(0)
     a = torch.randn(2 * dim, dim, generator=random) @ torch.randn(dim, dim, generator=random)
@@ -463,16 +467,17 @@ def images(sheet: Sheet) -> None:
     """50,000 images at 1, 2 and 4 calls, through the harness to a Fréchet distance."""
     device, size, model = sheet.device, sheet.batch_size, sheet.model()
     judging = extractor(sheet, device)
-    judge = Judge.of(sheet.dataset, judging, features.random_network(sheet.dataset, device), device)
+    real = Real.sample(sheet.dataset)
+    judge = Judge.of(real, judging, features.random_network(real, device), device)
     count = 300 if sheet.small else 50_000
     if not sheet.small and sheet.can_compile("torch.compile"):
         model.denoiser.compile_network()
     for num_steps in (1, 2, 4):
         for comparison in speed.samplings({"images": model}, "ddim", num_steps, (size,)):
             sheet.time(comparison, 5)
-        plan, begun = ("ddim", even(model.schedule, num_steps)), time.monotonic()
+        ddim, begun = plan("ddim", even(model.schedule, num_steps)), time.monotonic()
         with TemporaryDirectory() as folder:
-            *_, (_, seen) = look(judge, model, plan, 0, count, size, Path(folder, "part"))
+            *_, (_, seen) = look(judge, model, ddim, 0, count, size, Path(folder, "part"))
         cells = {f"{judging.name}, {judging.dim} dims": judge.distance(seen)}
         seconds = time.monotonic() - begun
         sheet.row("images", calls=num_steps, images=count, **cells, seconds=seconds)

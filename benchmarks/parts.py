@@ -13,18 +13,20 @@ from tempfile import TemporaryDirectory
 
 import torch
 import tyro
-from distill.continuous import derivative
-from torch import Tensor
 
 from benchmarks.subjects import Subject, objectives
 from benchmarks.turns import Comparison, TimingOptions, compare
 from diffusion import data
 from diffusion.batches import Batch
 from diffusion.console import run
+from diffusion.denoiser import Denoiser
 from diffusion.model import Model, load
+from diffusion.plan import Plan
+from distill.scm import derivative
 from eval.measure.features import extractor
 from eval.measure.metrics import Moments, frechet_distance
 from eval.measure.quality import Judge, Seen
+from eval.measure.real import Real
 from eval.measure.stream import indices, look
 
 TEACHER = Path("runs/digits/teacher")
@@ -44,7 +46,7 @@ class Samplers(TimingOptions):
     def comparisons(self) -> Iterator[Comparison]:
         model = load(self.checkpoint, "bf16")
         numbers = torch.arange(self.batch_size, device=model.device)
-        x = torch.randn(self.batch_size, *model.spec.shape, device=model.device)
+        x = torch.randn(self.batch_size, *model.shape, device=model.device)
         t = torch.rand(self.batch_size, device=model.device)
 
         @torch.no_grad()
@@ -61,7 +63,7 @@ class Samplers(TimingOptions):
 
 
 def step_calls(
-    subject: Subject, teacher: Model, student, batch: Batch
+    subject: Subject, teacher: Model, student: Denoiser, batch: Batch
 ) -> dict[str, Callable[[], None]]:
     """An objective's loss with its gradient, and the network passes alone that are in it."""
     net, dx, t = student.net, torch.randn_like(batch.x0), batch.level.float()
@@ -95,9 +97,9 @@ class TrainingStep(TimingOptions):
     def comparisons(self) -> Iterator[Comparison]:
         teacher = load(self.teacher, "bf16")
         student = deepcopy(teacher.denoiser).requires_grad_(True).train()
-        x0, eps = torch.randn(2, self.batch_size, *teacher.spec.shape, device=teacher.device)
+        x0, eps = torch.randn(2, self.batch_size, *teacher.shape, device=teacher.device)
         level = (torch.arange(self.batch_size).double() + 0.5) / self.batch_size
-        batch = Batch(x0, eps, level.to(teacher.device), label=None, seed=0)
+        batch = Batch(x0, eps, level.to(teacher.device))
         for subject in objectives(teacher, student):
             calls = step_calls(subject, teacher, student, batch)
             yield Comparison(f"training step, {subject.name}", calls)
@@ -122,23 +124,23 @@ class Evaluation(TimingOptions):
 
     def comparisons(self) -> Iterator[Comparison]:
         model = load(self.checkpoint, "bf16")
-        dataset, device = data.reload(model.spec), model.device
+        dataset, device = Real.sample(data.reload(model.spec)), model.device
         features = extractor(self.features, dataset, device)
         judge = Judge.of(dataset, features, extractor("random", dataset, device), device)
 
-        def bare(plan) -> None:
+        def bare(plan: Plan) -> None:
             for start in range(0, self.num_images, self.batch_size):
                 end = min(start + self.batch_size, self.num_images)
-                features.extract(model.sample(plan, 0, *indices(model, start, end)))
+                features.extract(model.sample(plan, 0, indices(model, start, end)))
 
-        def distance(plan) -> Seen:
+        def distance(plan: Plan) -> Seen:
             with TemporaryDirectory() as folder:
                 part = Path(folder, "part")
                 *_, (_, seen) = look(judge, model, plan, 0, self.num_images, self.batch_size, part)
             judge.distance(seen)
             return seen
 
-        def every_figure(plan) -> None:
+        def every_figure(plan: Plan) -> None:
             judge.others(distance(plan))
 
         for steps in self.steps:
@@ -153,7 +155,7 @@ class Evaluation(TimingOptions):
 
 @dataclass(frozen=True)
 class FrechetDistance(TimingOptions):
-    """Time our Fréchet distance beside clean-fid's, of random features of noisy digits."""
+    """Time our Fréchet distance beside clean-fid's, of random features."""
 
     dims: tuple[int, ...] = (64, 512, 2048)
     """Dimensions of the features, one comparison a number."""
@@ -168,12 +170,12 @@ class FrechetDistance(TimingOptions):
         # clean-fid 0.1.35 asks for a second result by an argument that SciPy 1.18 does not take
         fid.linalg.sqrtm = lambda x, disp=True: sqrtm(x) if disp else (sqrtm(x), 0)
         for dim in self.dims:
-            images, reference = (Moments.of(noisy_digits(2 * dim, dim, n)) for n in (40, 30))
+            images, reference = (Moments.of(torch.randn(2 * dim, dim)) for _ in range(2))
             gaussians = [
                 part.numpy() for m in (images, reference) for part in (m.mean, m.covariance)
             ]
 
-            def ours(images=images, reference=reference) -> float:
+            def ours(images: Moments = images, reference: Moments = reference) -> float:
                 again = Moments.from_tensors(reference.tensors())  # which forgets its root
                 return frechet_distance(images, again)
 
@@ -183,17 +185,6 @@ class FrechetDistance(TimingOptions):
                 "ours, reference known": partial(frechet_distance, images, reference),
             }
             yield Comparison(f"Fréchet distance, dimensions: {dim}", calls)
-
-
-def noisy_digits(count: int, dim: int, noise: float) -> Tensor:
-    """(count, dim) random features of digits that have noise of that many grey levels."""
-    random = torch.Generator().manual_seed(0)
-    directions = 0.1 * torch.randn(64, dim, generator=random)
-    phases = 2 * torch.pi * torch.rand(dim, generator=random)
-    images = data.load("digits").train
-    images = images[torch.randint(len(images), (count,), generator=random)].float()
-    images += noise * torch.randn(images.shape, generator=random)
-    return torch.cos((images.round().clamp(0, 255).flatten(1) / 127.5 - 1) @ directions + phases)
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
@@ -32,11 +33,12 @@ from benchmarks.subjects import endless, made_up, untrained
 from benchmarks.turns import Comparison, TimingOptions, compare
 from diffusion.config import FitConfig
 from diffusion.console import at_least, err, run, say
+from diffusion.denoiser import DenoiserConfig
 from diffusion.machine import this_device
 from diffusion.model import Model, build
 from diffusion.networks import UNetConfig
 from diffusion.schedules import cosine
-from diffusion.training import fit
+from diffusion.training import fit, one_network
 from eval.measure import stream
 from teachers.ddpm import Denoising
 from teachers.presets import preset
@@ -164,11 +166,12 @@ def peer_training(
 def training(net: UNetConfig, config: FitConfig, workers: int = 0) -> Iterator[Comparison]:
     """One comparison, log_every steps a call."""
     dataset = made_up(net.channels, net.size, max(11_000, 2 * config.batch_size))
-    unet, denoiser = peer_network(net), build(net, config.precision)
-    theirs = peer_training(unet, Pictures(dataset.train, config.flip), config, workers)
-    objective, steps = Denoising(cosine().to(this_device())), config.log_every
+    unet, denoiser = peer_network(net), build(net, DenoiserConfig(), {}, config.precision)
+    theirs = peer_training(unet, Pictures(dataset.train.images, config.flip), config, workers)
+    steps = config.log_every
+    method = one_network(denoiser, Denoising(cosine().to(this_device())))
     with TemporaryDirectory() as folder:
-        with closing(fit(denoiser, objective, dataset, config, Path(folder, "state"))) as ours:
+        with closing(fit(method, dataset, config, Path(folder, "state"))) as ours:
             calls = {  # the peer begins: the state that it is prepared with is not `fit`'s
                 "diffusers": lambda: [*islice(theirs, steps)],
                 "ours": partial(lap, ours, steps),
@@ -186,12 +189,12 @@ def sampling(
     pipeline.set_progress_bar_config(disable=True)
     bf16 = model.denoiser.precision == "bf16"
 
-    def theirs():
+    def theirs() -> np.ndarray:
         with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
             settings = {"num_inference_steps": num_steps, "output_type": "np"}
             return pipeline(batch_size=batch_size, **settings).images
 
-    calls = {"diffusers": theirs, "ours": lambda: model.sample(plan, 0, *numbers).cpu()}
+    calls = {"diffusers": theirs, "ours": lambda: model.sample(plan, 0, numbers).cpu()}
     return Comparison(f"{sampler}, steps: {num_steps}", calls, batch_size)
 
 
@@ -200,7 +203,7 @@ def comparisons(options: Options) -> Iterator[Comparison]:
     chosen = preset(options.data)
     width, blocks = options.width or chosen.net.width, options.blocks or chosen.net.blocks
     net = replace(chosen.net, width=width, blocks=blocks)
-    model = untrained(net, made_up(net.channels, net.size, 11).spec, options.precision)
+    model = untrained(net, made_up(net.channels, net.size, 11), options.precision)
     unet = peer_network(net).to(model.device).eval()
     for name, network in {"ours": model.denoiser, "diffusers": unet}.items():
         say(f"{name}: {sum(p.numel() for p in network.parameters()):,} parameters")

@@ -6,10 +6,8 @@ from noise to uint8. Each is timed with everything on, then with one part off at
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing
-from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
@@ -17,19 +15,18 @@ from typing import Literal
 import torch
 import tyro
 from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
 
-from benchmarks.subjects import endless, made_up, objectives, untrained
+from benchmarks.subjects import copied, endless, made_up, objectives, untrained
 from benchmarks.turns import Comparison, TimingOptions, compare
-from diffusion.batches import batch_seed
 from diffusion.config import FitConfig
 from diffusion.console import run, say
 from diffusion.data import Dataset
 from diffusion.denoiser import Denoiser
-from diffusion.machine import this_device
+from diffusion.images import InMemory, Rows
 from diffusion.model import Model, load
+from diffusion.plan import plan
 from diffusion.samplers import SOLVERS
-from diffusion.training import Progress, fit
+from diffusion.training import Progress, fit, one_network
 from eval.measure import stream
 from teachers.presets import preset
 
@@ -68,38 +65,24 @@ def variants(parts: Mapping[str, tuple[str, ...]], off: Mapping[str, str]) -> Va
     return {ALL: on} | without
 
 
-class Collated:
-    """Images in the CPU's memory that a DataLoader collates and a step copies to the device.
+class Collated(InMemory):
+    """Images in the CPU's memory, collated one by one, as by torch's DataLoader without workers.
 
-    It has torch's default of no workers, whose batches would be made while others are timed. On
-    a CPU its images are those that `Batches.draw` asks for; elsewhere as many others, for to be
-    asked it would have to wait for the device.
+    With workers, batches would be made while others are timed.
     """
 
-    def __init__(self, images: Tensor, config: FitConfig):
-        def numbers() -> Iterator[list[int]]:
-            for i in count():
-                random = torch.Generator().manual_seed(batch_seed(config.seed, i))
-                yield torch.randint(len(images), (config.batch_size,), generator=random).tolist()
+    def take(self, indices: Tensor) -> Rows:
+        return Rows(torch.stack([self.images[i] for i in indices.tolist()]), {})
 
-        self.length, self.nbytes, self.device = len(images), images.nbytes, this_device()
-        self.batches = iter(DataLoader(TensorDataset(images), batch_sampler=numbers()))
-
-    def to(self, device: torch.device) -> "Collated":
+    def near(self, device: torch.device) -> "Collated":
         return self
 
-    def __len__(self) -> int:
-        return self.length
 
-    def __getitem__(self, indices: Tensor) -> Tensor:
-        return next(self.batches)[0]
-
-
-def refitted(denoiser: Denoiser, on: frozenset[str]) -> Denoiser:
-    """A copy in the precision and the layout of the parts that are on."""
+def refitted(model: Model, on: frozenset[str]) -> Model:
+    """The model in the precision and the layout of the parts that are on."""
     layout = torch.channels_last if "channels_last" in on else torch.contiguous_format
     precision = "bf16" if "bf16" in on else "fp32"
-    return Denoiser(deepcopy(denoiser.net), precision, layout).eval().requires_grad_(False)
+    return replace(model, denoiser=copied(model.denoiser, precision, layout))
 
 
 def training(
@@ -114,20 +97,18 @@ def training(
 
     name: of one of benchmarks.subjects.objectives.
     """
-    guide = refitted(teacher.denoiser, on)
+    guide, student = refitted(teacher, on), refitted(teacher, on).denoiser.requires_grad_(True)
     if "torch.compile" in on:
-        guide.net.compile()
-    student = refitted(teacher.denoiser, on).requires_grad_(True)
-    subjects = objectives(replace(teacher, denoiser=guide), student)
-    objective = next(subject.objective for subject in subjects if subject.name == name)
+        guide.denoiser.net.compile()
+    objective = next(s.objective for s in objectives(guide, student) if s.name == name)
     fused = "fused updates" in on
-    averages = [replace(average, fused=fused) for average in objective.averages]
-    objective = replace(objective, averages=averages)
+    followers = {k: replace(average, fused=fused) for k, average in objective.followers.items()}
+    method = one_network(student, replace(objective, followers=followers))
     if "resident data" not in on:
-        dataset = replace(dataset, train=Collated(dataset.train, config))
+        dataset = replace(dataset, train=Collated(dataset.train.images))
     log_every = config.log_every if "one wait a line" in on else 1
     config = replace(config, log_every=log_every, compile="torch.compile" in on)
-    return student, fit(student, objective, dataset, config, state, fused)
+    return student, fit(method, dataset, config, state, fused)
 
 
 def lap(loop: Iterator[Progress], steps: int) -> Progress:
@@ -148,21 +129,19 @@ def trainings(
 
 
 def sampling_models(model: Model, chosen: Variants) -> dict[str, Model]:
-    models = {}
+    models = {variant: refitted(model, on) for variant, on in chosen.items()}
     for variant, on in chosen.items():
-        denoiser = refitted(model.denoiser, on)
         if "CUDA graphs" in on:
-            denoiser.compile_network()
+            models[variant].denoiser.compile_network()
         elif "torch.compile" in on:
-            denoiser.net.compile()
-        models[variant] = replace(model, denoiser=denoiser)
+            models[variant].denoiser.net.compile()
     return models
 
 
 def images(model: Model, sampler: str, num_steps: int, size: int) -> Tensor:
     """That many images from noise, as uint8."""
-    plan = sampler, SOLVERS[sampler].angles(model.schedule, num_steps)
-    return model.sample(plan, 0, *stream.indices(model, 0, size))
+    angles = SOLVERS[sampler].angles(model.schedule, num_steps)
+    return model.sample(plan(sampler, angles), 0, stream.indices(model, 0, size))
 
 
 def samplings(
@@ -203,7 +182,7 @@ def comparisons(options: Options) -> Iterator[Comparison]:
     else:
         chosen = preset(options.data)
         dataset, config = made_up(chosen.net.channels, chosen.net.size), chosen.teacher
-        model = untrained(chosen.net, dataset.spec)
+        model = untrained(chosen.net, dataset)
     off = absent(model.device, options.compile)
     say(f"{sum(p.numel() for p in model.denoiser.parameters()):,} parameters")
     for part in dict.fromkeys([*TRAINING, *SAMPLING]):

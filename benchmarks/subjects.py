@@ -4,26 +4,32 @@ No time depends on what weights and images hold.
 """
 
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from math import inf
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from diffusion import codec, networks
 from diffusion.checkpoint import Card
+from diffusion.codec import Scale
 from diffusion.config import FitConfig
 from diffusion.data import Dataset, ImageSpec
+from diffusion.denoiser import Denoiser, DenoiserConfig
+from diffusion.images import InMemory
 from diffusion.machine import this_device
 from diffusion.model import Model, build
-from diffusion.networks import UNetConfig
+from diffusion.networks import NetworkConfig
+from diffusion.plan import plan
 from diffusion.schedules import cosine, halve, respace
 from diffusion.training import Objective
-from distill.consistency import MODES, settings
-from distill.consistency import Options as Settings
+from distill import cd, ct, ect, ict, scm
 from distill.progressive import Halving, steps_table
+from distill.shared import angles_of
 from distill.steps import euler_step
-from teachers import ddpm
 from teachers.ddpm import Denoising
 
 
@@ -32,23 +38,42 @@ def made_up(channels: int, size: int, count: int = 11_000) -> Dataset:
     random = torch.Generator().manual_seed(0)
     coarse = torch.rand(count, channels, 4, 4, generator=random)
     images = F.interpolate(coarse, size=size, mode="bilinear").mul(255).round()
-    spec = ImageSpec("made-up", channels, size, 0, float(images.mean()), float(images.std()))
     train, test = images.to(torch.uint8).split([count - count // 11, count // 11])
-    return Dataset(spec, train, None, test, None)
+    spec = ImageSpec("made-up", channels, size)
+    return Dataset(spec, InMemory(train), InMemory(test), Scale.fitted(train))
 
 
-def untrained(net: UNetConfig, spec: ImageSpec, precision: str = "bf16") -> Model:
+def untrained(net: NetworkConfig, dataset: Dataset, precision: str = "bf16") -> Model:
     """A teacher of random weights, those too that a training starts from zero."""
-    angles = cosine()
-    plans = {len(angles) - 1: angles.tolist()}
-    card = Card("teacher", "ancestral", plans, ddpm.SOLVERS, asdict(net), asdict(spec))
+    card = Card(
+        method="teacher",
+        plans=(plan("ancestral", cosine()),),
+        abilities=("denoise",),
+        net=networks.to_json(net),
+        denoiser=DenoiserConfig().to_json(),
+        condition={},
+        codec=codec.to_json(dataset.codec),
+        data=asdict(dataset.spec),
+    )
     torch.manual_seed(0)
-    denoiser = build(net, precision).eval().requires_grad_(False)
+    denoiser = build(net, DenoiserConfig(), {}, precision).eval().requires_grad_(False)
     random = torch.Generator().manual_seed(0)
     for weight in denoiser.parameters():
         if weight.ndim > 1 and not weight.any():
             weight.copy_(torch.randn(weight.shape, generator=random) / weight[0].numel() ** 0.5)
     return Model(denoiser.to(this_device()), card, sha256="")
+
+
+def copied(
+    denoiser: Denoiser,
+    precision: str,
+    layout: torch.memory_format,
+    device: torch.device | None = None,
+) -> Denoiser:
+    """A copy without gradients, in that precision and order of memory."""
+    net = deepcopy(denoiser.net).to(device)
+    copy = Denoiser(net, precision, layout, denoiser.config, denoiser.kinds)
+    return copy.eval().requires_grad_(False)
 
 
 def endless(config: FitConfig) -> FitConfig:
@@ -67,23 +92,25 @@ class Subject:
 
 
 def objectives(teacher: Model, student: nn.Module) -> Iterator[Subject]:
-    """Every objective, made when it is asked for: that of scm gives the student a parameter."""
+    """Every objective; those of scm with the weight that a training has as its second player."""
 
-    def consistency(mode: str, **changes) -> Objective:
-        options = Settings(mode=mode, **changes)
-        options = replace(options, **settings(options))
-        return MODES[mode].objective(options, teacher, student)
+    def consistency(mode: ModuleType, **settings: str) -> Objective:
+        loss = mode.Loss(**settings)
+        return mode.objective(loss, teacher.denoiser, student, angles_of(teacher))
+
+    def weighted(objective: scm.ContinuousConsistency) -> Objective:
+        return replace(objective, log_weight=scm.LogWeight().to(teacher.device))
 
     schedule = teacher.schedule.to(teacher.device)
     angles = respace(teacher.schedule, min(32, len(teacher.schedule) - 1))
     table = steps_table(angles, halve(angles)).to(teacher.device)
     yield Subject("denoising", Denoising(schedule))
     yield Subject("halving", Halving(euler_step(teacher.denoiser), table), 2)
-    yield Subject("cd, heun", consistency("cd"), 3)
-    yield Subject("cd, euler", consistency("cd", solver="euler"), 2)
-    yield Subject("ct", consistency("ct"), 1)
-    yield Subject("ict", consistency("ict"), 1)
-    yield Subject("ect", consistency("ect"), 1)
-    yield Subject("ect, heun", consistency("ect", solver="heun"), 3)
-    yield Subject("scm", consistency("scm"), 1, 1)
-    yield Subject("scm, training", consistency("scm", solver="data"), 0, 1)
+    yield Subject("cd, heun", consistency(cd), 3)
+    yield Subject("cd, euler", consistency(cd, solver="euler"), 2)
+    yield Subject("ct", consistency(ct), 1)
+    yield Subject("ict", consistency(ict), 1)
+    yield Subject("ect", consistency(ect), 1)
+    yield Subject("ect, heun", consistency(ect, solver="heun"), 3)
+    yield Subject("scm", weighted(consistency(scm)), 1, 1)
+    yield Subject("scm, training", weighted(consistency(scm, solver="data")), 0, 1)

@@ -141,8 +141,9 @@ def _folder(folder: Path, form: Form, codec: str) -> Dataset:
 def _dataset(name: str, source: Source, codec: str) -> Dataset:
     if codec not in CODECS:
         raise UserError(f"unknown codec {codec!r}: expected one of {', '.join(CODECS)}")
-    images, (channels, size, _) = some(source.train).images, source.train.shape
+    train, (channels, size, _) = source.train, source.train.shape
+    images = some(train, None if train.slow else len(train)).images
     if images.min() == images.max():
         raise UserError(f"every pixel of {name} has the same value: expected images that differ")
-    spec = ImageSpec(name, channels, size, sha256=source.train.fingerprint())
-    return Dataset(spec, source.train, source.test, CODECS[codec].fitted(images), source.kinds)
+    spec = ImageSpec(name, channels, size, sha256=train.fingerprint())
+    return Dataset(spec, train, source.test, CODECS[codec].fitted(images), source.kinds)

@@ -128,7 +128,7 @@ def _kinds_before_marks(folder: Path) -> Iterator[str]:
 
 
 def _is_model(path: Path) -> bool:
-    return _holds(metadata(path).get("card"), "method", "sampler", "plans")
+    return _holds(metadata(path).get("card"), "method", "plans")
 
 
 def _is_state(path: Path) -> bool:

@@ -83,7 +83,7 @@ class InMemory:
 
 
 def some(images: Images, most: int | None = None) -> Rows:
-    """At most so many rows, SAMPLE if nobody says, evenly spread over the source, in its order: all of a small one."""
+    """At most so many rows, SAMPLE by default, evenly spread over the source, in its order."""
     count = min(len(images), most or SAMPLE)
     return images.take((torch.arange(count) * len(images)) // max(count, 1))
 

@@ -72,6 +72,8 @@ def state(
     new = {}
     for name, value in tensors.items():
         part, _, rest = name.partition(".")
+        if part.startswith("average") and rest.startswith("log_weight."):
+            continue  # was averaged with the student, and never read
         if part == "optimizer":
             i, slot = rest.split(".")
             player, j = owners[int(i)]

@@ -1,6 +1,6 @@
 """Plan: how a model is called to make an image."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 import torch
@@ -19,7 +19,7 @@ class Plan:
     """The N + 1 angles of N steps in radians, ascending from 0, as every list of angles here."""
     guidance: float | None = None
     """The weight of the guidance; None and 1 for none."""
-    note: str = ""
+    note: str = field(default="", compare=False)
     """Where the angles are from, if they are not the model's own; no part of what the plan is."""
 
     @property

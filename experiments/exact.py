@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from diffusion.condition import Condition
+
 NOISE = torch.tensor(math.pi / 2, dtype=torch.float64)
 DATA = torch.zeros((), dtype=torch.float64)
 
@@ -21,7 +23,7 @@ def column(angle: Tensor) -> Tensor:
 class Mixture:
     """Data of which every pixel is a sample of its own; it is its own teacher too.
 
-    As a denoiser, (x_t, t, label) -> E[x0 | x_t].
+    As a denoiser, (x_t, t, condition) -> E[x0 | x_t].
     """
 
     weights: tuple[float, ...] = (0.3, 0.7)
@@ -37,7 +39,13 @@ class Mixture:
         z = (x_t.double()[..., None] - cos * mean) / deviation
         return weight / deviation, mean, scale**2 * cos / deviation, z
 
-    def __call__(self, x_t: Tensor, t: Tensor, condition=None, dropout=None) -> Tensor:
+    def __call__(
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        condition: Condition | None = None,
+        dropout: torch.Generator | None = None,
+    ) -> Tensor:
         density, mean, slope, z = self._components(x_t, t)
         share = (density.log() - z**2 / 2).softmax(-1)
         return (share * (mean + slope * z)).sum(-1).to(x_t.dtype)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from pathlib import Path
+from typing import TypeVar
 
 import matplotlib
 import torch
@@ -20,15 +21,19 @@ from diffusion import data
 from diffusion.checkpoint import atomic_path, write_atomic
 from diffusion.console import at_least, run, say
 from diffusion.model import Model
-from diffusion.runs import some_labels
+from diffusion.plan import Plan
 from distill import guidance, progressive
 from eval.measure.features import extractor
 from eval.measure.metrics import Moments, frechet_distance
+from eval.measure.nfe import count_calls
+from eval.measure.quality import reference
+from eval.measure.real import Real
 from teachers import ddpm
-from teachers.presets import preset
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,7 @@ class Options:
 class Figure:
     model: str
     guidance: float | None
-    nfe: float
+    nfe: int
     """Network calls per image, counted."""
     distance: float
     """Fréchet distance to the training images, in the classifier's features."""
@@ -58,73 +63,66 @@ class Figure:
     """Share of images that the classifier takes for the class that was asked for."""
 
 
-def models(out: Path, share: float) -> Iterator[tuple[str, Model, tuple[str, Tensor]]]:
-    """(name, model, plan) of the teacher and its two students, trained where they are not yet."""
-    chosen = preset("digits")
-    training, distillation, halving = (
-        replace(fit, iterations=round(share * fit.iterations))
-        for fit in (chosen.teacher, chosen.consistency, chosen.halving)
-    )
-    net, runs = replace(chosen.net, num_classes=10), {"teacher": out / "teacher"}
-    teacher = ddpm.train_teacher(ddpm.Options(net=net, fit=training, out=runs["teacher"]))
-    yield "teacher, 16 steps", teacher, teacher.plan(16, "dpm-solver++")
-    guided = guidance.distill(guidance.Options(**runs, out=out / "guided", fit=distillation))
-    yield "guided student, 16 steps", guided, guided.plan(16, "dpm-solver++")
-    runs = {"teacher": out / "guided", "out": out / "guided-progressive"}
-    steps = {"start_steps": chosen.start_steps, "end_steps": 4}
-    *_, halved = progressive.distill(progressive.Options(**runs, **steps, fit=halving))
-    yield "guided student, 4 steps", halved, halved.plan(4)
+def rows(options: Options) -> Iterator[tuple[str, Model, Plan]]:
+    """(name, model, plan) of the teacher and its two students at each weight.
 
+    They are trained where they are not yet.
+    """
 
-def images_of(
-    model: Model, plan: tuple[str, Tensor], weight: float, labels: Tensor
-) -> tuple[Tensor, float]:
-    """Images of those classes, uint8, and the network calls that each took."""
-    calls = []
-    hook = model.denoiser.net.register_forward_hook(
-        lambda net, _, output: calls.append(len(output))
-    )
-    indices = torch.arange(len(labels), device=model.device)
-    batches = zip(indices.split(500), labels.split(500), strict=True)
-    images = torch.cat([model.sample(plan, 0, i, label, weight) for i, label in batches])
-    hook.remove()
-    return images, sum(calls) / len(images)
+    def short(training: T) -> T:
+        iterations = round(options.share * training.fit.iterations)
+        return replace(training, fit=replace(training.fit, iterations=iterations))
+
+    def guided(name: str, model: Model, *steps: int | str) -> Iterator[tuple[str, Model, Plan]]:
+        for weight in options.weights:
+            yield name, model, model.plan(*steps, guidance=weight)
+
+    first, second, third = (options.out / n for n in ("teacher", "guided", "guided-progressive"))
+    training = replace(ddpm.Options.default("digits"), num_classes=10, out=first)
+    teacher = ddpm.train_teacher(short(training))
+    yield from guided("teacher, 16 steps", teacher, 16, "dpm-solver++")
+    training = replace(guidance.PRESETS["digits"], teacher=first, out=second)
+    student = guidance.distill(short(training))
+    yield from guided("guided student, 16 steps", student, 16, "dpm-solver++")
+    training = replace(progressive.PRESETS["digits"], teacher=second, out=third)
+    *_, halved = progressive.distill(short(replace(training, solver="euler", end_steps=4)))
+    yield from guided("guided student, 4 steps", halved, 4)
 
 
 def measure(options: Options) -> Iterator[Figure]:
-    """The real held-out images first, drawn with replacement; then each model at each weight."""
-    chosen = list(models(options.out, options.share))
-    device, dataset = chosen[0][1].device, data.load("digits")
-    judge = extractor("classifier", dataset, device)
-    real = Moments.of(judge.extract(dataset.train.to(device)))
+    """The real held-out images first, drawn with replacement; then each row."""
+    chosen = list(rows(options))
+    device, digits = chosen[0][1].device, Real.sample(data.load("digits"))
+    judge = extractor("classifier", digits, device)
+    real = Moments.of(reference(digits.train, judge, device))
 
-    def judged(images: Tensor, labels: Tensor) -> tuple[float, float]:
+    def figures(images: Tensor, labels: Tensor) -> tuple[float, float]:
         features = judge.extract(images.to(device))
         agree = judge.probabilities(features).argmax(1) == labels.to(device)
         return frechet_distance(Moments.of(features), real), float(agree.double().mean())
 
+    numbers = torch.arange(options.num_images, device=device)
     random = torch.Generator().manual_seed(0)
-    rows = torch.randint(len(dataset.test), (options.num_images,), generator=random)
-    held_out = judged(dataset.test[rows], dataset.test_labels[rows])
+    drawn = torch.randint(len(digits.test), numbers.shape, generator=random)
+    held_out = figures(digits.test[drawn], digits.test_labels[drawn])
     yield Figure("held-out images", None, 0, *held_out)
     for name, model, plan in chosen:
-        labels = some_labels(model, options.num_images)
-        for weight in options.weights:
-            images, nfe = images_of(model, plan, weight, labels)
-            yield Figure(name, weight, nfe, *judged(images, labels))
+        images = torch.cat([model.sample(plan, 0, batch) for batch in numbers.split(500)])
+        measured = figures(images, model.conditions(numbers)["label"])
+        yield Figure(name, plan.guidance, count_calls(model, plan), *measured)
 
 
 def plot(path: Path, figures: list[Figure]) -> None:
     """Both figures against the weight, one line for each model, dotted for held-out images."""
-    held_out, *rows = figures
+    held_out, *measured = figures
     drawing, axes = plt.subplots(1, 2, figsize=(11, 4.5), dpi=120)
     titles = {
         "distance": "Fréchet distance, classifier's features (lower is better)",
         "agreement": "share of images taken for the class asked for",
     }
     for panel, (field, title) in zip(axes, titles.items(), strict=True):
-        for name, group in groupby(rows, key=lambda row: row.model):
-            points = [(row.guidance, getattr(row, field)) for row in group]
+        for name, group in groupby(measured, key=lambda figure: figure.model):
+            points = [(figure.guidance, getattr(figure, field)) for figure in group]
             panel.plot(*zip(*points, strict=True), marker="o", label=name)
         panel.axhline(getattr(held_out, field), color="gray", linestyle=":", label=held_out.model)
         panel.set(xlabel="guidance weight w (1 is none)", ylabel=title)
@@ -146,7 +144,7 @@ def main() -> None:
         figures.append(figure)
         weight = "-" if figure.guidance is None else f"{figure.guidance:g}"
         say(
-            f"{figure.model:25} weight {weight:>4}  calls {figure.nfe:4.1f}  "
+            f"{figure.model:25} weight {weight:>4}  calls {figure.nfe:2}  "
             f"distance {figure.distance:6.3f}  agreement {figure.agreement:.2%}"
         )
     rows = json.dumps([asdict(figure) for figure in figures], indent=1)

@@ -161,7 +161,7 @@ def run_line(options: Options) -> None:
         raise failures[0]
 
 
-def stop(number: int, _) -> None:
+def stop(number: int, _: object) -> None:
     """Pass a signal on that a terminal would have sent to all."""
     for process in [*RUNNING]:
         process.send_signal(number)

@@ -8,23 +8,27 @@ student is a network of four small layers, trained on one core for less than a m
 import os
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain, pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import SimpleNamespace
+from types import ModuleType
 
 import torch
 import tyro
 from torch import Tensor, nn
 
+from diffusion.codec import Scale
+from diffusion.condition import Condition
 from diffusion.config import FitConfig
 from diffusion.console import UserError, at_least, out, run
 from diffusion.data import Dataset, ImageSpec
 from diffusion.denoiser import Denoiser
-from diffusion.schedules import cosine
-from diffusion.training import Objective, fit
-from distill.consistency import MODES, settings
-from distill.consistency import Options as Settings
+from diffusion.images import InMemory
+from diffusion.schedules import cosine, even
+from diffusion.training import fit, one_network
+from distill import cd, ct, ect, ict, scm
+from distill.steps import Denoise
 from experiments.exact import DATA, NOISE, Mixture
 
 TEACHER = Mixture(weights=(0.4, 0.6), means=(-0.9, 0.6), scales=(0.5, 0.4))
@@ -35,9 +39,10 @@ FIT = FitConfig(
 
 @dataclass(frozen=True)
 class Method:
-    mode: str
-    options: dict
-    """Options of the mode, where its defaults will not do."""
+    mode: ModuleType
+    """The file of distill/ that has the objective."""
+    loss: object
+    """The settings of the mode's loss."""
     fit: FitConfig = FIT
     start: "Method | None" = None
     """The method whose student it starts from; None for untrained weights."""
@@ -49,39 +54,44 @@ class Method:
 # difference is least at a median, and normalised tangents cancel at one: methods that learn from
 # the data take the square and plain tangents. So few iterations need, in continuous time, a start
 # near the map.
-SQUARED = {"distance": "squared"}
 SCM = replace(FIT, iterations=4000, learning_rate=1e-3)
-ECT = Method("ect", {"stages": 8, **SQUARED})
+ECT = Method(ect, ect.Loss(stages=8, distance="squared"))
 NEAR = replace(ECT, fit=replace(FIT, iterations=3000))
 METHODS = {
-    "cd": Method("cd", {"num_angles": 32}),
-    "ct": Method("ct", SQUARED),
-    "ict": Method("ict", SQUARED),
+    "cd": Method(cd, cd.Loss(num_angles=32)),
+    "ct": Method(ct, ct.Loss(distance="squared")),
+    "ict": Method(ict, ict.Loss(distance="squared")),
     "ect": ECT,
-    "ect-heun": Method("ect", {"stages": 8, "solver": "heun"}),
-    "scm": Method("scm", {"tangent_warmup": 0.0}, SCM, NEAR),
+    "ect-heun": Method(ect, ect.Loss(stages=8, solver="heun")),
+    "scm": Method(scm, scm.Loss(tangent_warmup=0.0), SCM, NEAR),
     "scm-data": Method(
-        "scm",
-        {"solver": "data", "tangent_warmup": 0.0},
+        scm,
+        scm.Loss(solver="data", tangent_warmup=0.0),
         replace(SCM, iterations=2500, batch_size=1024),
         NEAR,
         normalised=False,
     ),
 }
+
+
+def from_scratch(mode: ModuleType, num_angles: int, **settings: float | str) -> Method:
+    return Method(mode, mode.Loss(distance="squared", num_angles=num_angles, **settings))
+
+
 # Other settings of ct and ict than the defaults; the table in docs/methods.md has them.
 SETTINGS = {
-    "ct-150-0.9": Method("ct", {"num_angles": 150, "target_ema": 0.9, **SQUARED}),
-    "ct-80-0": Method("ct", {"num_angles": 80, "target_ema": 0.0, **SQUARED}),
-    "ct-40-0.1": Method("ct", {"num_angles": 40, "target_ema": 0.1, **SQUARED}),
-    "ict-160-gap": Method("ict", {"num_angles": 160, "weight": "sigma-gap", **SQUARED}),
-    "ict-320-gap": Method("ict", {"num_angles": 320, "weight": "sigma-gap", **SQUARED}),
-    "ict-320": Method("ict", {"num_angles": 320, **SQUARED}),
+    "ct-150-0.9": from_scratch(ct, 150, target_ema=0.9),
+    "ct-80-0": from_scratch(ct, 80, target_ema=0.0),
+    "ct-40-0.1": from_scratch(ct, 40, target_ema=0.1),
+    "ict-160-gap": from_scratch(ict, 160, weight="sigma-gap"),
+    "ict-320-gap": from_scratch(ict, 320, weight="sigma-gap"),
+    "ict-320": from_scratch(ict, 320),
 }
 ALL = METHODS | SETTINGS
 
 
 class Mlp(nn.Module):
-    """(x_t (B, D, 1, 1), t (B,), label) -> velocity."""
+    """(x_t (B, D, 1, 1), t (B,), condition) -> velocity."""
 
     def __init__(self, dimensions: int, width: int = 128):
         super().__init__()
@@ -89,7 +99,7 @@ class Mlp(nn.Module):
         hidden = [(nn.Linear(a, b), nn.SiLU()) for a, b in pairwise(sizes)]
         self.layers = nn.Sequential(*chain(*hidden), nn.Linear(width, dimensions))
 
-    def forward(self, x_t: Tensor, t: Tensor, label=None) -> Tensor:
+    def forward(self, x_t: Tensor, t: Tensor, condition: Condition | None = None) -> Tensor:
         phase = t[:, None] * torch.tensor([1.0, 2.0, 4.0, 8.0])
         inputs = torch.cat([x_t.flatten(1), phase.sin(), phase.cos()], dim=1)
         return self.layers(inputs).reshape(x_t.shape)
@@ -104,17 +114,8 @@ def samples(count: int, dimensions: int) -> Dataset:
     )
     rows = torch.multinomial(weights, count * dimensions, True, generator=random).reshape(shape)
     x0 = means[rows] + scales[rows] * torch.randn(shape, generator=random)
-    spec = ImageSpec("mixture", dimensions, 1, num_classes=0, mean=0.0, std=1.0)
-    return Dataset(spec, x0, None, x0, None)
-
-
-def objective(method: Method, student: nn.Module) -> Objective:
-    options = Settings(mode=method.mode, **method.options)
-    options = replace(options, **settings(options))
-    teacher = SimpleNamespace(denoiser=TEACHER, schedule=cosine(), device=torch.device("cpu"))
-    teacher.card = SimpleNamespace(shift=1.0)
-    made = MODES[method.mode].objective(options, teacher, student)
-    return made if method.normalised else replace(made, normalise=lambda g: g)
+    spec, images = ImageSpec("mixture", dimensions, 1), InMemory(x0)
+    return Dataset(spec, images, images, Scale(mean=0.0, std=1.0))
 
 
 def train(method: Method, dimensions: int, share: float = 1.0) -> Denoiser:
@@ -122,15 +123,19 @@ def train(method: Method, dimensions: int, share: float = 1.0) -> Denoiser:
     config = replace(method.fit, iterations=round(method.fit.iterations * share))
     torch.manual_seed(config.seed)
     student = train(method.start, dimensions, share) if method.start else Denoiser(Mlp(dimensions))
+    objective = method.mode.objective(method.loss, TEACHER, student, partial(even, cosine()))
+    if not method.normalised:
+        objective = replace(objective, normalise=lambda g: g)
+    trained = getattr(method.mode, "method", one_network)(student, objective)
     dataset = samples(1 << 18, dimensions)
     with TemporaryDirectory() as folder:
-        for _ in fit(student, objective(method, student), dataset, config, Path(folder, "state")):
+        for _ in fit(trained, dataset, config, Path(folder, "state")):
             pass
     return student
 
 
 @torch.no_grad()
-def distance(denoise, dimensions: int) -> float:
+def distance(denoise: Denoise, dimensions: int) -> float:
     """Root mean square, over noise, of the distance between one step and the exact map."""
     noise = torch.randn(1 << 14, dimensions, 1, 1, generator=torch.Generator().manual_seed(1))
     exact = TEACHER.flow(noise, NOISE, DATA)

@@ -10,6 +10,7 @@ import torch
 from benchmarks import gpu, gpu_stages
 from benchmarks.gpu_stages import BOUNDS, STAGES
 from eval.measure import features, machine
+from eval.measure.real import Real
 
 TINY = {"shape": "tiny", "batch_size": 8, "inception": None}
 
@@ -147,10 +148,10 @@ def test_features_are_of_full_float32_wherever_they_are_computed(digits, monkeyp
         return features.replace(made, extract=extract)
 
     monkeypatch.setattr(features, "random_network", spied)
-    random = features.extractor("random", digits, torch.device("cpu"))
+    random = features.extractor("random", Real.sample(digits), torch.device("cpu"))
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     for _ in range(2):
-        random.extract(digits.train[:2])
+        random.extract(digits.train.images[:2])
     assert seen == [False, False]
     assert torch.backends.cudnn.allow_tf32
 

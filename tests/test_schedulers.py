@@ -54,7 +54,7 @@ def difference(peer: str, denoise: Denoise, num_steps: int, prediction: str = "e
     first = normal(0, *SHAPE, dtype=torch.float64)
     noise = chain([first], normals(1, *SHAPE, dtype=torch.float64))
     angles, name = respace(linear_beta(), num_steps), peer.split(",")[0]
-    x0 = sample(lambda x_t, t, label: denoise(x_t, t), noise, name, angles)
+    x0 = sample(lambda x_t, t, condition: denoise(x_t, t), noise, name, angles)
     return (x0 - theirs(peer, denoise, first, num_steps, prediction)).abs().max().item()
 
 

@@ -13,11 +13,10 @@ from benchmarks import parts, speed
 from benchmarks.speed import ALL, SAMPLING, TRAINING, absent, sampling_models, training, variants
 from benchmarks.subjects import endless, made_up, objectives, untrained
 from benchmarks.turns import Comparison, Times, interval, summary, take_turns
-from diffusion.denoiser import Denoiser
+from diffusion.denoiser import Denoiser, DenoiserConfig
 from diffusion.model import load
-from diffusion.networks import UNetConfig
 from diffusion.noise import Noise
-from diffusion.samplers import SAMPLERS, sample
+from diffusion.samplers import SOLVERS, sample
 from diffusion.schedules import linear_beta, respace
 from diffusion.training import Average
 from eval.measure import stream
@@ -28,14 +27,9 @@ CPU = torch.device("cpu")
 EXACT = frozenset(TRAINING) - {"bf16", "channels_last", "torch.compile"}
 
 
-@pytest.fixture(scope="session")
-def unlabelled(digits):
-    return replace(digits, train_labels=None)
-
-
 @pytest.fixture
-def model(tiny, unlabelled):
-    return untrained(tiny, unlabelled.spec, "fp32")
+def model(tiny, digits):
+    return untrained(tiny, digits, "fp32")
 
 
 def weights(model, objective: str, dataset, config, on, path) -> Tensor:
@@ -49,10 +43,10 @@ def weights(model, objective: str, dataset, config, on, path) -> Tensor:
 
 @pytest.mark.parametrize("objective", ["denoising", "cd, heun"])
 def test_a_training_with_any_part_off_makes_the_same_weights(
-    model, unlabelled, quick, tmp_path, objective
+    model, digits, quick, tmp_path, objective
 ):
     begun = torch.cat([parameter.flatten() for parameter in model.denoiser.parameters()])
-    arguments = (model, objective, unlabelled, endless(quick))
+    arguments = (model, objective, digits, endless(quick))
     expected = weights(*arguments, EXACT, tmp_path)
     assert (expected - begun).abs().max() > 0.01
     # elsewhere than on a CPU a DataLoader's images are others
@@ -62,13 +56,13 @@ def test_a_training_with_any_part_off_makes_the_same_weights(
         torch.testing.assert_close(other, expected, atol=1e-5, rtol=1e-4, msg=part)
 
 
-def test_a_looped_average_is_the_fused_one(tiny, unlabelled):
-    student = untrained(tiny, unlabelled.spec).denoiser
+def test_a_looped_average_is_the_fused_one(tiny, digits):
+    student = untrained(tiny, digits).denoiser
     for parameter in student.parameters():
         parameter.copy_(torch.randn_like(parameter))
-    kept = [untrained(tiny, unlabelled.spec).denoiser for _ in range(2)]
+    kept = [untrained(tiny, digits).denoiser for _ in range(2)]
     for module, fused in zip(kept, (True, False), strict=True):
-        Average(module, lambda done, progress: 0.9, fused).follow(student, 1)
+        Average(module, lambda done, progress: 0.9, fused).follow({"student": student}, 1)
     for a, b in zip(*(module.parameters() for module in kept), strict=True):
         torch.testing.assert_close(a, b)
 
@@ -77,7 +71,7 @@ def test_images_are_the_same_whatever_is_on(model):
     """But for rounding, of which bf16 has more: each is near the whole's."""
     models = sampling_models(model, variants(SAMPLING, absent(CPU, compiled=False)))
     plan = model.plan(4, "ddim")
-    images = {name: m.x0(plan, 0, stream.indices(m, 0, 8)[0]) for name, m in models.items()}
+    images = {name: m.x0(plan, 0, stream.indices(m, 0, 8)) for name, m in models.items()}
     assert images.keys() == {ALL, "without bf16"}
     error = (images[ALL] - images["without bf16"]).abs().max()
     assert 0 < error < 0.1
@@ -163,7 +157,7 @@ def test_each_part_is_timed_beside_the_bare_work_in_it(name, command, teacher, m
 def test_the_bare_passes_of_a_step_are_those_that_the_step_makes(teacher):
     model = load(teacher)
     student = deepcopy(model.denoiser).requires_grad_(True).train()
-    batch = grid_batch(4, *model.spec.shape)
+    batch = grid_batch(4, *model.shape)
     runs = []
     for net in (model.denoiser.net, student.net):
         net.register_forward_hook(lambda *_: runs.append(torch.is_grad_enabled()))
@@ -178,22 +172,23 @@ def test_the_bare_passes_of_a_step_are_those_that_the_step_makes(teacher):
 
 def test_made_up_images_are_of_many_levels_and_all_different():
     images = made_up(3, 16, 44)
-    assert (images.train.shape, images.test.shape) == ((40, 3, 16, 16), (4, 3, 16, 16))
-    assert len(images.train.flatten(1).unique(dim=0)) == 40
-    assert len(images.train.unique()) > 200
+    train, test = images.train.images, images.test.images
+    assert (train.shape, test.shape) == ((40, 3, 16, 16), (4, 3, 16, 16))
+    assert len(train.flatten(1).unique(dim=0)) == 40
+    assert len(train.unique()) > 200
 
 
 class Overwriting(nn.Module):
     """A network whose output lies where its last one lay, as a CUDA graph's does."""
 
-    def __init__(self, config: UNetConfig, reused: bool):
+    def __init__(self, learned_variance: bool, reused: bool):
         super().__init__()
-        self.config, self.reused, self.output = config, reused, None
+        self.learned_variance, self.reused, self.output = learned_variance, reused, None
         self.weight = nn.Parameter(torch.tensor(0.7), requires_grad=False)
 
-    def forward(self, x: Tensor, t: Tensor, label=None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, condition=None) -> Tensor:
         output = (self.weight * x + t[:, None, None, None]).tanh()
-        if self.config.learned_variance:
+        if self.learned_variance:
             output = torch.cat([output, output.sigmoid()], dim=1)
         if self.reused and self.output is not None:
             return self.output.copy_(output)
@@ -202,14 +197,16 @@ class Overwriting(nn.Module):
 
 
 @pytest.mark.parametrize("prediction", ["v", "x0", "eps"])
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", SOLVERS)
 def test_a_sampler_reads_nothing_that_the_next_call_overwrites(sampler, prediction):
-    config = UNetConfig(prediction=prediction, learned_variance=sampler == "ancestral-learned")
+    learned = sampler == "ancestral-learned"
+    config = DenoiserConfig(prediction, learned)
     angles = respace(linear_beta(), 6)
 
     def images(reused: bool) -> Tensor:
         noise = Noise(0, torch.arange(4), (1, 8, 8))
-        return sample(Denoiser(Overwriting(config, reused)), noise, sampler, angles)
+        denoiser = Denoiser(Overwriting(learned, reused), config=config)
+        return sample(denoiser, noise, sampler, angles)
 
     assert torch.equal(images(reused=True), images(reused=False))
 
@@ -234,12 +231,12 @@ def test_the_peers_network_has_our_number_of_parameters(peer, data, small):
     net = preset(data).net
     net = replace(net, width=32, blocks=1) if small else net
     with torch.device("meta"):
-        networks = build(net, "fp32"), peer.peer_network(net)
+        networks = build(net, DenoiserConfig(), {}, "fp32"), peer.peer_network(net)
     ours, theirs = (sum(p.numel() for p in network.parameters()) for network in networks)
     assert theirs == pytest.approx(ours, rel=0.1)
 
 
-def test_the_peers_loop_learns_in_the_precision_of_the_config(peer, tiny, unlabelled, quick):
+def test_the_peers_loop_learns_in_the_precision_of_the_config(peer, tiny, digits, quick):
     seen = {}
     for precision in ("bf16", "fp32"):
         torch.manual_seed(0)
@@ -247,7 +244,7 @@ def test_the_peers_loop_learns_in_the_precision_of_the_config(peer, tiny, unlabe
         unet.conv_in.register_forward_hook(
             lambda layer, inputs, output, dtypes=dtypes: dtypes.add(output.dtype)
         )
-        pictures = peer.Pictures(unlabelled.train, flip=True)
+        pictures = peer.Pictures(digits.train.images, flip=True)
         config = replace(endless(quick), precision=precision)
         losses = [*islice(peer.peer_training(unet, pictures, config, workers=0), 40)]
         assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
