@@ -17,7 +17,7 @@ MAY_IMPORT = {
 ROOMS = set(MAY_IMPORT)
 MAY_IMPORT |= {
     "experiments": {*ROOMS, "experiments"},
-    "benchmarks": {*ROOMS, "experiments", "benchmarks"},
+    "benchmarks": {*ROOMS, "benchmarks"},
 }
 OURS = {*MAY_IMPORT, "tests"}
 PICKLES = {"pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
