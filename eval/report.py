@@ -10,8 +10,8 @@ from torch import Tensor
 from diffusion import data as datasets
 from diffusion.checkpoint import write_atomic
 from diffusion.console import UserError, run, say
-from diffusion.data import Dataset
 from diffusion.image_file import Form
+from eval.measure.real import Real, fingerprint
 from eval.results import jsonl, together
 from eval.results.records import Record
 from eval.results.store import samples_of
@@ -95,22 +95,22 @@ def nearest(
     real = line.record.data
     form = Form(made.shape[-1], made.shape[1], real.get("background", Form.background))
     try:
-        dataset = _measured_against(real, form, data, data_dir)
+        images = _measured_against(real, form, data, data_dir)
     except UserError as error:
         say(f"the nearest training images are left out: {error}")
         return None
-    if dataset.train.shape[1:] != made.shape[1:]:
+    if images.train.shape[1:] != made.shape[1:]:
         return None
-    return pictures.nearest([(line, made)], dataset.train, dataset.test)
+    return pictures.nearest([(line, made)], images.train, images.test)
 
 
-def _measured_against(real: dict, form: Form, data: str | None, data_dir: Path | None) -> Dataset:
+def _measured_against(real: dict, form: Form, data: str | None, data_dir: Path | None) -> Real:
     """The images that a record was measured against. A report downloads nothing."""
     name = data or datasets.at_hand(real["name"])
-    dataset = datasets.load(name, data_dir, form, download=False)
-    if real.get("sha256", "") not in ("", datasets.fingerprint(dataset.train)):
+    images = Real.sample(datasets.load(name, data_dir, form, download=False))
+    if real.get("sha256", "") not in ("", fingerprint(images.train)):
         raise UserError(f"{name} does not hold the images that were measured against")
-    return dataset
+    return images
 
 
 def html(options: Options) -> tuple[str, list[Line]]:

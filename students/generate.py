@@ -109,7 +109,9 @@ def given_to(model: Model, options: Options) -> dict[str, Tensor]:
         return {}
     label = model.kinds.get("label")
     if not isinstance(label, Label):
-        raise UserError(f"--label {options.label} needs a model with classes, and this one has none: leave it out")
+        raise UserError(
+            f"--label {options.label} needs a model with classes, and this one has none: leave it out"
+        )
     if not 0 <= options.label < label.num_classes:
         raise UserError(
             f"--label must be below the model's {label.num_classes} classes, got {options.label}"

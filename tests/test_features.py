@@ -10,10 +10,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffusion import data
 from diffusion.console import UserError
 from eval.measure import custom, features
 from eval.measure.features import extractor
 from eval.measure.inception import file_sha256
+from eval.measure.real import Real
+
+
+@pytest.fixture(scope="module")
+def digits() -> Real:
+    """The digits as the harness has them."""
+    return Real.sample(data.load("digits"))
+
 
 CPU = torch.device("cpu")
 
@@ -204,7 +213,7 @@ def test_the_classifiers_probabilities_agree_with_its_accuracy(train, digits):
 
 def test_a_dataset_without_classes_has_no_classifier(train, digits):
     with pytest.raises(UserError, match="no classes to train a classifier on"):
-        train(dataset=replace(digits, train_labels=None))
+        train(dataset=replace(digits, train_condition={}))
 
 
 @pytest.mark.parametrize(("height", "size"), [(14, 4), (9, 4), (8, 4), (5, 3)])

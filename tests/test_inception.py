@@ -18,11 +18,14 @@ from PIL import Image
 from scipy import linalg
 from torch import Tensor, nn
 
+from diffusion.codec import Scale
 from diffusion.console import UserError
 from diffusion.data import Dataset, ImageSpec
+from diffusion.images import InMemory
 from eval.measure import inception
 from eval.measure.features import extractor
 from eval.measure.metrics import Moments, frechet_distance
+from eval.measure.real import Real
 
 CPU = torch.device("cpu")
 ACTIVE = 40  # of the stand-in's 2048 features; the others are 0, as those of dead units
@@ -76,17 +79,17 @@ def offline(monkeypatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def colour() -> Dataset:
+def colour() -> Real:
     """Blocks of colour, so that neighbours are alike, with the darkest and brightest levels."""
     blocks = torch.randint(0, 256, (130, 3, 5, 5), generator=torch.Generator().manual_seed(0))
     images = F.interpolate(blocks.float(), 16, mode="nearest").to(torch.uint8)
-    spec = ImageSpec("blocks", 3, 16, 0, 127.5, 74.0)
-    return Dataset(spec, images[:70], None, images[70:], None)
+    train, test = InMemory(images[:70]), InMemory(images[70:])
+    return Real.sample(Dataset(ImageSpec("blocks", 3, 16), train, test, Scale(127.5, 74.0)))
 
 
 @pytest.fixture(params=["grey", "colour"])
-def dataset(request, digits, colour) -> Dataset:
-    return digits if request.param == "grey" else colour
+def dataset(request, digits, colour) -> Real:
+    return Real.sample(digits) if request.param == "grey" else colour
 
 
 def write_pngs(folder: Path, images: Tensor) -> str:
@@ -157,7 +160,7 @@ def test_the_weights_are_found_without_the_network(published, digits, offline, t
     renamed.write_bytes(published.read_bytes())
     places = {"file": published, "renamed file": renamed, "folder": published.parent}
     found = extractor("inception", digits, CPU, places.get(where), cache=published.parent)
-    assert found.extract(digits.train[:2]).shape == (2, 2048)
+    assert found.extract(digits.train.images[:2]).shape == (2, 2048)
 
 
 def names_all(error: UserError, *words: object) -> bool:

@@ -380,7 +380,7 @@ def test_the_nearest_training_images_are_of_a_folder_that_moved_too(tmp_path, ca
     (tmp_path / "photos").mkdir()
     for seed in range(4):
         photo(seed).save(tmp_path / "photos" / f"{seed}.png")
-    train = data.load(str(tmp_path / "photos"), form=Form(8, 3, "black")).train
+    train = data.load(str(tmp_path / "photos"), form=Form(8, 3, "black")).train.images
     real = {"name": str(tmp_path / "photos"), "split": "train", "images": 4}
     real |= {"sha256": data.fingerprint(train), "background": "black"}
     line = lines([replace(ROWS[2], data=real)])[0]

@@ -10,9 +10,18 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2.functional import gaussian_blur
 
+from diffusion import data
 from eval.measure import features, quality
 from eval.measure.metrics import Moments, frechet_distance
 from eval.measure.quality import Judge, Seen
+from eval.measure.real import Real
+
+
+@pytest.fixture(scope="module")
+def digits() -> Real:
+    """The digits as the harness has them."""
+    return Real.sample(data.load("digits"))
+
 
 CPU = torch.device("cpu")
 GROWS = ("own", "cross", "kid", "sliced-wasserstein", "infinity")
@@ -90,7 +99,7 @@ def test_a_copied_training_set_and_a_lost_diversity_are_warned_of(judge, digits,
 
 
 def test_copies_of_a_handful_of_images_are_marked_though_nothing_is_held_out(digits):
-    few = replace(digits, train=digits.train[:12], test=digits.test[:0], test_labels=None)
+    few = replace(digits, train=digits.train[:12], test=digits.test[:0], test_condition={})
     own = features.extractor("random", few, CPU)
     judge = Judge.of(few, own, own, CPU)
     held_out, fresh = judge.held_out(100), digits.test[:100]

@@ -10,10 +10,18 @@ import torch.nn.functional as F
 from cleanfid.fid import kernel_distance
 from torch import Tensor
 
+from diffusion import data
 from diffusion.console import UserError
 from eval.measure import sets
 from eval.measure.features import random_network
 from eval.measure.metrics import Moments, frechet_distance
+from eval.measure.real import Real
+
+
+@pytest.fixture(scope="module")
+def digits() -> Real:
+    """The digits as the harness has them."""
+    return Real.sample(data.load("digits"))
 
 
 def seeded(seed: int = 0) -> torch.Generator:

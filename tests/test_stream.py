@@ -18,6 +18,7 @@ from eval import compare
 from eval.compare import Options
 from eval.measure import features, stream
 from eval.measure.quality import Judge, Seen
+from eval.measure.real import Real
 from eval.results import jsonl
 from eval.results.records import Record
 from tests.test_processes import ENVIRONMENT, LAUNCH_TWO
@@ -28,8 +29,9 @@ NUMBER = 300
 
 @pytest.fixture(scope="module")
 def judge(digits) -> Judge:
-    own = features.extractor("random", digits, CPU)
-    return Judge.of(digits, own, own, CPU)
+    real = Real.sample(digits)
+    own = features.extractor("random", real, CPU)
+    return Judge.of(real, own, own, CPU)
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ from pathlib import Path
 from diffusion.console import UserError
 from diffusion.model import Model
 from diffusion.plan import Plan
+from diffusion.runs import QUICK
 from diffusion.samplers import SOLVERS
 from eval.results.records import ENOUGH, LONG
 
@@ -86,7 +87,8 @@ def rows(
         if asked and not skipped:
             made.append(Row(path, model, plan, own=True))
     free = [solver for solver in solvers if solver in model.solvers]
-    ways = list(product(shifts or (None,), free or model.solvers[-1:]))
+    best = [solver for solver in QUICK if solver in model.solvers]
+    ways = list(product(shifts or (None,), free or best[:1]))
     plans = [(*way, nfe) for way in ways if free for nfe in counts or (1, 2, 4, 8, 16, 32)]
     stands_in = any(SOLVERS[solver].steps(nfe) >= ENOUGH for _, solver, nfe in plans)
     if long and any(row.long for row in made) and not stands_in:
