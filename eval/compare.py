@@ -113,7 +113,7 @@ class Options:
 
 
 def compare(options: Options) -> list[Record]:
-    """Measure what is not measured yet; write results.jsonl, the tables, the plots and the samples."""
+    """Measure what is not measured yet; write results.jsonl, the tables and the pictures."""
     check(options)
     options = replace(options, precision=machine.precision(options.precision))
     first_process = PartialState().is_main_process
@@ -140,16 +140,15 @@ def compare(options: Options) -> list[Record]:
         if first_process:
             with suppress(OSError):  # none was made, or a refused row's is still there
                 (folder / "partial").rmdir()
-    compared = comparison(together.merge([measured, given]), options.times)
-    if first_process and compared.records:
+    records = together.merge([measured, given])
+    together.require_comparable(records, options.times)
+    if first_process and records:  # the other processes have not the figures of all images
         claim(folder, "comparison")
-        store.put(
-            *compared.records, images=reduce(or_, (samples_of(file.parent) for file in files), {})
-        )
-        write_results(store, compared, train, options.table)
+        store.put(*records, images=reduce(or_, (samples_of(file.parent) for file in files), {}))
+        write_results(store, comparison(records, options.times), train, options.table)
     if refused:
         raise UserError(f"{len(refused)} rows are left out: {'; '.join(refused)}")
-    return compared.records
+    return records
 
 
 def check(options: Options) -> None:
@@ -248,7 +247,7 @@ def prepare(options: Options, model: Model) -> Bench:
 
 
 def sizes(options: Options, dim: int) -> tuple[int, int]:
-    """Images of a row, and of a teacher's long plan: whole batches, whose time is taken in passing."""
+    """Images of a row, and of a teacher's long plan: whole batches, timed in passing."""
     for flag, number in (("num", options.num_images), ("long", options.long_images)):
         if number is not None and number <= dim:
             raise UserError(

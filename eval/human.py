@@ -1,4 +1,4 @@
-"""Blind side-by-side judgement by people: `python -m eval.human make A B`, then `… read results.json`."""
+"""Blind side-by-side judgement by people: `python -m eval.human make A B`, then `… read FILES`."""
 
 import hashlib
 import json
@@ -178,7 +178,7 @@ def _checkpoint(source: str) -> tuple[Path, int | None]:
 
 
 def arrange(pairs: int, seed: int) -> tuple[list[int], list[bool]]:
-    """The images' numbers in the order they are shown, and whether A is on the left: as often as not."""
+    """The images' numbers in the page's order, and whether A is on the left: half of the time."""
     chance = random.Random(seed)
     order, a_left = list(range(pairs)), [i % 2 == 0 for i in range(pairs)]
     chance.shuffle(order)
@@ -221,7 +221,7 @@ def make(options: Make) -> None:
 
 
 def tally(path: Path) -> Tally:
-    """The judgements of one results file: wins are A's, or the generated images' against real ones."""
+    """The judgements of one file: wins are A's, or the generated images' against real ones."""
     try:
         results = json.loads(path.read_text())
         if results["format"] != FORMAT:

@@ -176,7 +176,8 @@ def summarise(options: Options) -> list[Pool]:
     notes = [
         f"{first.metric} of {first.num_images} images (lower is better), the mean of noise seeds "
         f"{', '.join(map(str, first.seeds))}; mean ± spread over up to {seeds} training seeds; in "
-        f"brackets the ratio to the larger of the teacher's and the floor, {mean(first.floor):.3g}. "
+        "brackets the ratio to the larger of the teacher's and the floor, "
+        f"{mean(first.floor):.3g}. "
         "Images: those that the student, and the students it goes on from, took gradients of.",
         *in_words(ranked),
     ]

@@ -50,7 +50,7 @@ def latest(records: list[Record], times: bool = True) -> list[Record]:
 
 
 def _last_setting(records: list[Record], times: bool) -> tuple[dict[str, str], int]:
-    """That of the newest row, and its number of images; a long plan of fewer images sets nothing."""
+    """The newest row's setting and number of images; a long plan of fewer images sets nothing."""
     rest = [record for record in records if not record.long] or records
     last = max(reversed(rest), key=lambda record: record.date)
     return together.setting(last, times), 0 if last.long else last.num_images

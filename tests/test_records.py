@@ -133,7 +133,7 @@ def test_where_there_is_no_file_there_are_no_records(tmp_path):
 
 
 def test_a_row_that_is_begun_is_read_back_too(tmp_path):
-    begun = replace(FULL, quality=[], others={}, timings=[], conditions={})
+    begun = replace(FULL, quality=[], others={}, training={}, timings=[], conditions={})
     jsonl.write(tmp_path / "partial.jsonl", [begun])
     assert jsonl.read(tmp_path / "partial.jsonl") == [begun]
 

@@ -33,7 +33,7 @@ def environment(device: torch.device, precision: str, compiled: bool) -> dict:
 
 
 def conditions(device: torch.device) -> dict:
-    """When, by how many processes at once, and at which clocks (MHz), heat (degrees Celsius) and power (watts); null if unknown."""
+    """When, by how many processes at once, and at which clocks, heat and power; null if unknown."""
     milliwatts = nvml(device, "PowerUsage")
     clock = nvml(device, "ClockInfo", SM_CLOCK) if device.type == "cuda" else _processor_mhz()
     return {

@@ -1,4 +1,4 @@
-"""What is measured of a set of images, against real ones: distances, fidelity and diversity, copies."""
+"""A set of images measured against real ones: distances, fidelity and diversity, copies."""
 
 from dataclasses import dataclass, field
 from functools import cached_property, reduce

@@ -98,7 +98,7 @@ def precision_recall_density_coverage(
     over k, may exceed 1; coverage: of real images with a fake one in their ball (Naeem et al.
     2020). All four depend on the counts and on k: compare at equal ones.
 
-    real: (N, D), fake: (M, D), both of more than k. real_radius: radius(real, k), where it is known.
+    real: (N, D), fake: (M, D), both of more than k. real_radius: radius(real, k), if it is known.
     """
     if min(len(real), len(fake)) <= k:
         raise UserError(
@@ -165,7 +165,7 @@ def nearest(images: Tensor, bank: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def two_nearest(images: Tensor, bank: Tensor) -> Tensor:
-    """Distances to the nearest and the second nearest image of the bank (N, 2) float64, in pixels."""
+    """Distances to the nearest and the second nearest image of the bank (N, 2), in pixels."""
     return _nearest_images(images, bank, 2)[0]
 
 
@@ -206,8 +206,8 @@ def memorisation(ours: Tensor, held_out: Tensor) -> dict[str, float]:
 
 
 def copied(near: Tensor) -> float:
-    """The share of images at most a third as far from the nearest image of a bank as from the second
-    (Yoon et al. 2023). near: (N, 2), two_nearest of them."""
+    """The share of images at most a third as far from the nearest image of a bank as from the
+    second (Yoon et al. 2023). near: (N, 2), two_nearest of them."""
     return _copied(*near.T)
 
 

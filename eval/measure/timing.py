@@ -26,7 +26,7 @@ def timed(call: Callable[[], Tensor], device: torch.device) -> tuple[Tensor, flo
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether it is one; the CPU's allocator and CUDA's libraries have no type of their own for it."""
+    """Whether memory ran out; the CPU's allocator and CUDA's libraries have no type for it."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     phrases = ("out of memory", "not enough memory", "can't allocate memory", "_ALLOC_FAILED")
@@ -112,7 +112,7 @@ class InPassing:
 
     @property
     def result(self) -> Timing | None:
-        """The timing of a row of long batches; of others the first batch's alone, for a race to go on.
+        """The timing of a row of long batches; of others the first batch's alone, for a race.
 
         Of one batch alone its only run is the repeat, unless compilation is in it.
         """

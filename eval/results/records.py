@@ -231,7 +231,7 @@ class Row:
     """sha256 of the weights that it was distilled from; none for a teacher."""
     parameters: Count
     """Numbers that the network learns."""
-    training: Training
+    training: Training = field(default_factory=dict)
     """Iterations, images seen and seconds of the checkpoint's own training."""
     sampler: Text
     """Its name, as in diffusion/samplers.py."""

@@ -1,4 +1,4 @@
-"""A comparison's folder: whole records in results.jsonl, begun ones in partial.jsonl, images beside."""
+"""A comparison's folder: whole records in results.jsonl, begun ones in partial.jsonl, images."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -28,7 +28,7 @@ def setting(record: Record, times: bool = True, most: int = 0) -> dict[str, str]
 
 
 def most_images(records: list[Record]) -> int:
-    """The most images that a row is judged on, long plans apart; 0 where there are no other rows."""
+    """The most images that a row is judged on, long plans apart; 0 where all are long."""
     return max((record.num_images for record in records if not record.long), default=0)
 
 

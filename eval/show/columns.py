@@ -46,7 +46,7 @@ def _repeats(line: Line, single: bool) -> Cell:
 
 
 def _quartiles(timing: Timing, single: bool) -> tuple[float, float, float]:
-    """Of milliseconds, or of images/s: the median and both quartiles."""
+    """The median and both quartiles, in milliseconds or in images/s."""
 
     def figure(seconds: float) -> float:
         return 1000 * seconds if single else timing.batch_size / seconds

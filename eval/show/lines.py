@@ -72,7 +72,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Records that may share a table, and their lines: what every format and picture starts from."""
+    """Records that may share a table, and their lines: what all that is shown starts from."""
 
     records: list[Record]
     times: bool
@@ -91,8 +91,8 @@ def lines(records: list[Record]) -> list[Line]:
     for record in records:
         if len(record.quality) != len(record.seeds):
             raise UserError(
-                f"{record.title} in {record.steps} steps ({record.run}) is not measured with all of "
-                f"its {len(record.seeds)} seeds yet: go on with eval.compare"
+                f"{record.title} in {record.steps} steps ({record.run}) is not measured with "
+                f"all of its {len(record.seeds)} seeds yet: go on with eval.compare"
             )
     groups: dict[tuple, list[Record]] = {}
     origins: dict[tuple, tuple[Record | None, Record | None]] = {}

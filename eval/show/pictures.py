@@ -124,7 +124,7 @@ def chart(points: Sequence[Point], first: Record, label: str) -> Picture:
 
 
 def front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The (cost, score) pairs that no other beats in one and equals in the other, by rising cost."""
+    """The (cost, score) pairs that no other beats in one and equals in the other, cheapest first."""
     best: list[tuple[float, float]] = []
     for point in sorted(points):
         if not best or point[1] < best[-1][1]:

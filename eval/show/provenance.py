@@ -21,7 +21,8 @@ def facts(lines: list[Line], rows: list[Record], left_out: list[str]) -> dict[st
     accuracy = extractor.get("accuracy")
     dates = [_when(date) for date in sorted(record.date for record in rows if record.date)]
     made = {
-        "quality": f"{first.metric}, lower is better, of {first.num_images:,} images: {over(lines)}",
+        "quality": f"{first.metric}, lower is better, of {first.num_images:,} images: "
+        + over(lines),
         "extractor": f"sha256 {extractor['sha256']}"
         + (f", {accuracy:.2%} of held-out images classified rightly" if accuracy else ""),
         "real images": f"{real['images']:,} of {Path(real['name']).name}, {real['split']}"
@@ -33,7 +34,7 @@ def facts(lines: list[Line], rows: list[Record], left_out: list[str]) -> dict[st
     if any(record.timings for record in rows):
         made |= {
             "times": "noise to uint8, device synchronised, the first call apart; the rows in turn, "
-            "so that a machine that drifts slows them all alike; medians and quartiles of the repeats",
+            "so that a machine that drifts slows them all alike; medians and quartiles of repeats",
             "images/s": f"at batch {first.batch_size}, unless another batch is named",
         }
     alike = all(record.environment == first.environment for record in rows)

@@ -57,7 +57,7 @@ class Table:
 
 
 def tables(comparison: Comparison) -> list[Table]:
-    """Quality and what it costs; where there are any, times in full, likelihoods, further figures."""
+    """Quality and its cost; where there are any, times in full, likelihoods, further figures."""
     rows, times = comparison.lines, comparison.times
     idle = () if times else TIMES
     idle += (TRAININGS,) * (max(len(line.trainings) for line in rows) == 1)
@@ -130,8 +130,8 @@ def caption(rows: list[Line], times: bool) -> str:
     if any(quality.unheld(line.record.further) for line in rows):
         parts.append(
             "no images are held out, so that neither collapse nor copying can be judged against "
-            f"them; (copies) marks a row of which more than {quality.COPIED:.0%} are three times as "
-            "near to one training image as to any other"
+            f"them; (copies) marks a row of which more than {quality.COPIED:.0%} are three times "
+            "as near to one training image as to any other"
         )
     elif any("copies" in line.warnings for line in rows):
         parts.append("(copies): images too often lie on a training image")

@@ -24,7 +24,7 @@ def best(lines: list[Line]) -> Line | None:
 
 
 def choice(lines: list[Line]) -> Line | None:
-    """The student to take: the cheapest within the first limit that any is within, else the best."""
+    """The student to take: the cheapest within the first limit that any keeps, else the best."""
     made = students(lines)
     within = (cheapest(made, limit) for limit in LIMITS)
     return next(filter(None, within), best(made))
