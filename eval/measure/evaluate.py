@@ -1,4 +1,4 @@
-"""Measure rows: network calls, times, quality and, of teachers, likelihood; resumable at every part."""
+"""Measure rows: network calls, times, quality, teachers' likelihood; resumable at every part."""
 
 import json
 import time
