@@ -286,19 +286,20 @@ def write_results(store: Store, compared: Comparison, train: Tensor | None, form
     some = [x for x in rows if x.record.own_plan or x.record.sampler == "ddim"]
     made = {
         "quality_nfe.png": pictures.cost_chart(rows, lambda line: line.record.nfe, CALLS),
-        "quality_ms.png": compared.times
-        and pictures.cost_chart(rows, lambda line: line.milliseconds, MILLISECONDS),
         "samples.png": pictures.samples(some, images),
-        "nearest.png": train is not None
-        and pairs
-        and pictures.nearest([(line, images[line.record.tag]) for line in pairs], train),
     }
+    if compared.times:
+        time_chart = pictures.cost_chart(rows, lambda line: line.milliseconds, MILLISECONDS)
+        made["quality_ms.png"] = time_chart
+    if train is not None and pairs:
+        near = [(line, images[line.record.tag]) for line in pairs]
+        made["nearest.png"] = pictures.nearest(near, train)
+    files = {name: picture.file("png") for name, picture in made.items() if picture}
+    for name, content in files.items():
+        write_atomic(folder / name, content)
     write_atomic(folder / "table.md", table.markdown(compared))
-    written = ["results.jsonl", "table.md", *(name for name, picture in made.items() if picture)]
-    for name in written[2:]:
-        write_atomic(folder / name, made[name].file("png"))
     table.show(form, compared)
-    say(f"{folder}: {', '.join(written)}")
+    say(f"{folder}: {', '.join(['results.jsonl', 'table.md', *files])}")
     say(closing.take(rows))
     say(f"make a page of it: {closing.python()} -m {closing.quoted('eval.report', str(folder))}")
 

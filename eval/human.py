@@ -94,7 +94,8 @@ def interval(successes: int, trials: int) -> tuple[float, float]:
     """Wilson's 95 % interval of a share; everything where there are no trials."""
     if trials == 0:
         return 0.0, 1.0
-    return tuple(map(float, binomtest(successes, trials).proportion_ci(method="wilson")))
+    low, high = binomtest(successes, trials).proportion_ci(method="wilson")
+    return float(low), float(high)
 
 
 def images_of(source: str, options: Make, shape: tuple | None) -> Tensor:

@@ -92,7 +92,7 @@ def nearest(
 ) -> Picture | None:
     """A row's images above the training images nearest to them; None, with a line that says why,
     where those are not on this disk."""
-    real = line.record.data
+    real = dict(line.record.data)
     form = Form(made.shape[-1], made.shape[1], real.get("background", Form.background))
     try:
         images = _measured_against(real, form, data, data_dir)

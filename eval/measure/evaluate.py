@@ -1,4 +1,4 @@
-"""Measure rows: network calls, times, quality and, of teachers, likelihood; resumable at every part."""
+"""Measure rows: network calls, times, quality, teachers' likelihood; resumable at every part."""
 
 import json
 import time
@@ -54,8 +54,8 @@ def recipe(settings: dict) -> str:
     """What trainings that differ in their seed alone have in common: all settings that are not off,
     so that an option that is new, and off, makes no other recipe."""
     # a seed's parents are its own; the images are named, and rows of others share no table
-    own = ("seed", "parent", "start", "data_sha256")
-    rest = {name: value for name, value in settings.items() if value and name not in own}
+    apart = ("seed", "parent", "start", "data_sha256")
+    rest = {name: value for name, value in settings.items() if value and name not in apart}
     return sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()[:8]
 
 
@@ -96,24 +96,26 @@ def template(bench: Bench, row: Row) -> Record:
 def time_rows(bench: Bench, rows: dict[Row, Record]) -> dict[Row, Record]:
     """With the times that are asked for and lacking: all rows in turn, size by size."""
     device, sizes = bench.judge.device, sorted({1, bench.batch_size})
-    found = {row: {t.batch_size: t for t in record.timings} for row, record in rows.items()}
-    whole = {n: [n in known and known[n].over for known in found.values()] for n in sizes}
+    timings = {row: {t.batch_size: t for t in record.timings} for row, record in rows.items()}
+    whole = {n: [n in known and known[n].over for known in timings.values()] for n in sizes}
     lacking = {n: [bench.times and not over for over in whole[n]] for n in sizes}
     (lacking,) = broadcast_object_list([lacking])  # the first process's, which alone has seen all
     untimed = {
         n: [row for row, lacks in zip(rows, lacking[n], strict=True) if lacks] for n in sizes
     }
     races = {n: {row: partial(sample, row, n) for row in untimed[n]} for n in sizes if untimed[n]}
-    unswept = [row for row in rows if bench.times and bench.sweep and len(found[row]) <= len(sizes)]
+    unswept = [
+        row for row in rows if bench.times and bench.sweep and len(timings[row]) <= len(sizes)
+    ]
     laps = [race(calls, n, device, REPEATS) for n, calls in races.items()]
     if unswept:
-        laps.append(sweep({row: partial(sample, row) for row in unswept}, device, found))
+        laps.append(sweep({row: partial(sample, row) for row in unswept}, device, timings))
     for each in laps:
         for lap in track(each, "speed", Lap.progress):
-            known, size = found[lap.key], lap.timing.batch_size
+            known, size = timings[lap.key], lap.timing.batch_size
             first = known[size].first if size in known else lap.timing.first
             known[size] = replace(lap.timing, first=first)  # with what was compiled for its images
-    changed = {row: [found[row][n] for n in sorted(found[row])] for row in rows}
+    changed = {row: [timings[row][n] for n in sorted(timings[row])] for row in rows}
     conditions = machine.conditions(device)
     return {
         row: replace(record, timings=changed[row], conditions=conditions)
@@ -128,24 +130,24 @@ def sample(row: Row, size: int) -> Tensor:
 
 
 def judge_rows(
-    bench: Bench, found: dict[Row, Record], store: Store, refused: dict[Row, str]
+    bench: Bench, records: dict[Row, Record], store: Store, refused: dict[Row, str]
 ) -> Iterator[tuple[int, int, str]]:
     """Fill in the figures of all seeds, each on disk before the next begins: (calls, of, words).
 
     Rows of few network calls come first, so that the pace is known when the longest begins. A row
-    whose batches are long is timed in passing. A row whose images are none is moved from `found`
+    whose batches are long is timed in passing. A row whose images are none is moved from `records`
     to `refused`, with the reason.
     """
     judge, done = bench.judge, 0
-    left = {row: record.seeds[len(record.quality) :] for row, record in found.items()}
-    costs = {row: record.nfe * record.num_images for row, record in found.items()}
+    left = {row: record.seeds[len(record.quality) :] for row, record in records.items()}
+    costs = {row: record.nfe * record.num_images for row, record in records.items()}
     total = sum(cost * len(left[row]) for row, cost in costs.items())
     for row in sorted(left, key=costs.get):
         watch = InPassing(bench.batch_size, judge.device, bench.compile)
-        known = [t for t in found[row].timings if t.batch_size == bench.batch_size]
+        known = [t for t in records[row].timings if t.batch_size == bench.batch_size]
         timed = not bench.times or any(t.over for t in known)
         for seed in left[row]:
-            record, words = found[row], f"network calls, {row.title}"
+            record, words = records[row], f"network calls, {row.title}"
             part = store.folder / "partial" / f"{record.tag}-{seed}"
             size = record.num_images, bench.batch_size
             more = () if timed else (watch,)
@@ -157,16 +159,16 @@ def judge_rows(
                         yield done + record.nfe * count, total, words
             except UserError as error:
                 refused[row] = f"{row.title} ({row.path}): {error}"
-                del found[row]
+                del records[row]
                 total -= costs[row] * len(left[row])
                 break
             done += costs[row]
             if PartialState().is_main_process:
                 record = with_seed(record, judge.distance(seen), judge.others(seen))
-                found[row] = record = with_timing(record, watch.result)
+                records[row] = record = with_timing(record, watch.result)
                 first = len(record.quality) == 1
-                shown = {record.tag: seen.rows("pixels")[:SHOWN].cpu()}
-                store.put(record, images=shown if first else None)
+                first_images = {record.tag: seen.rows("pixels")[:SHOWN].cpu()}
+                store.put(record, images=first_images if first else None)
                 stream.forget(part)
 
 
@@ -232,19 +234,21 @@ def likelihood_of(bench: Bench, row: Row, record: Record) -> Record:
 def measure_rows(bench: Bench, rows: list[Row], store: Store) -> tuple[list[Record], list[str]]:
     """A record for each row, measured where it was not before, and why some have none."""
     blank = {row: template(bench, row) for row in rows}
-    found = {row: store.records.get(record.key, record) for row, record in blank.items()}
-    for row, record in found.items():
+    records = {row: store.records.get(record.key, record) for row, record in blank.items()}
+    for row, record in records.items():
         if not record.nfe:
-            found[row] = replace(record, nfe=nfe.count_calls(row.model, row.plan))
+            records[row] = replace(record, nfe=nfe.count_calls(row.model, row.plan))
     if bench.compile:
         for model in {id(row.model): row.model for row in rows}.values():
             model.denoiser.compile_network()
     refused: dict[Row, str] = {}
-    store.put(*found.values())
-    for _ in track(judge_rows(bench, found, store, refused), "quality", lambda told: told):
+    store.put(*records.values())
+    for _ in track(
+        judge_rows(bench, records, store, refused), "quality", lambda progress: progress
+    ):
         pass
-    found = time_rows(bench, found)
-    store.put(*found.values())
-    found = {row: likelihood_of(bench, row, record) for row, record in found.items()}
-    store.put(*found.values())
-    return list(found.values()), list(refused.values())
+    records = time_rows(bench, records)
+    store.put(*records.values())
+    records = {row: likelihood_of(bench, row, record) for row, record in records.items()}
+    store.put(*records.values())
+    return list(records.values()), list(refused.values())

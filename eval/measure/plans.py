@@ -40,15 +40,15 @@ class Row:
 
 def find_runs(paths: tuple[Path, ...]) -> list[Path]:
     """Checkpoints named, and those in folders named, teachers before students, fewer steps last."""
-    found: list[Path] = []
+    files: list[Path] = []
     for path in paths:
         inside = sorted(path.rglob("model.safetensors"), reverse=True) if path.is_dir() else [path]
         if not inside:
             raise UserError(
                 f"{path} holds no finished run: expected a model.safetensors in it or below it"
             )
-        found += inside
-    return list(dict.fromkeys(found))
+        files += inside
+    return list(dict.fromkeys(files))
 
 
 def counts_of(steps: str | None) -> list[int] | None:

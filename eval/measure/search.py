@@ -47,8 +47,8 @@ def search_angles(
         for angle in torch.linspace(low, high, GRID + 2, dtype=torch.float64)[1:-1]:
             tried = best.clone()
             tried[i] = angle
-            if (found := distance(tried)) < least:
-                best, least = tried, found
-    told = ", ".join(f"{angle:.4f}" for angle in best.flip(0)[:-1])
-    say(f"search: {num_steps} steps at {told}: {least:.4g} of the search's own noise")
+            if (value := distance(tried)) < least:
+                best, least = tried, value
+    restarts = ", ".join(f"{angle:.4f}" for angle in best.flip(0)[:-1])
+    say(f"search: {num_steps} steps at {restarts}: {least:.4g} of the search's own noise")
     return best

@@ -70,11 +70,11 @@ def look(
         if images < num_images:
             yield images, None
     trouble = trouble or _trouble(found)
-    told = gather_object([(trouble, found.tensors() if count > 1 and not trouble else {})])
-    if troubles := [trouble for trouble, _ in told if trouble]:
+    gathered = gather_object([(trouble, found.tensors() if count > 1 and not trouble else {})])
+    if troubles := [trouble for trouble, _ in gathered if trouble]:
         raise UserError(troubles[0])
     if count > 1:
-        found = reduce(add, (Seen.of(tensors, model.device) for _, tensors in told if tensors))
+        found = reduce(add, (Seen.of(tensors, model.device) for _, tensors in gathered if tensors))
     yield num_images, found
 
 
@@ -84,17 +84,17 @@ def forget(part: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _trouble(found: Seen) -> str:
+def _trouble(seen: Seen) -> str:
     try:
-        if found.parts:
-            found.refuse()
+        if seen.parts:
+            seen.refuse()
     except UserError as error:
         return str(error)
     return ""
 
 
-def _count(found: Seen) -> int:
-    return found.moments["own"].count if found.parts else 0
+def _count(seen: Seen) -> int:
+    return seen.moments["own"].count if seen.parts else 0
 
 
 def _files(part: Path) -> list[Path]:
@@ -107,9 +107,9 @@ def _kept(part: Path, device: torch.device) -> list[Seen]:
     The first process's file takes in the others' of an earlier start, which then lie about until
     they are written over: of two that share a batch the larger holds all of the smaller.
     """
-    found = [Seen.of(load_tensors(path)[0], device) for path in _files(part)]
+    earlier = [Seen.of(load_tensors(path)[0], device) for path in _files(part)]
     kept: list[Seen] = []
-    for seen in sorted(found, key=_count, reverse=True):
+    for seen in sorted(earlier, key=_count, reverse=True):
         if not any(seen.parts.keys() & other.parts.keys() for other in kept):
             kept.append(seen)
     return kept

@@ -43,7 +43,7 @@ def begin(call: Callable[[], Tensor], batch_size: int, device: torch.device) -> 
     first = _attempt(call, device)
     held = _fresh(device)  # what compilation and the search for kernels took is given back
     second = None if first is None else _attempt(call, device)
-    if second is None:
+    if first is None or second is None:
         return Timing(batch_size, failed=OUT_OF_MEMORY)
     warm = second > max(LONG, first / 2)
     timing = Timing(batch_size, first, (second,) if warm else ())

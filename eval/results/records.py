@@ -231,7 +231,7 @@ class Row:
     """sha256 of the weights that it was distilled from; none for a teacher."""
     parameters: Count
     """Numbers that the network learns."""
-    training: Training = field(default_factory=dict)
+    training: Training = field(default_factory=Training)
     """Iterations, images seen and seconds of the checkpoint's own training."""
     sampler: Text
     """Its name, as in diffusion/samplers.py."""
@@ -251,11 +251,11 @@ class Row:
     """The metric of each seed's images; of fewer seeds while the row is being measured."""
     others: dict[str, list[float]] = field(default_factory=dict)
     """Further figures by name, each of each seed."""
-    likelihood: Likelihood = field(default_factory=dict)
+    likelihood: Likelihood = field(default_factory=Likelihood)
     """A teacher's bits per dimension of held-out images."""
     timings: list[Timing] = field(default_factory=list)
     """At batch 1, at batch_size, and of a sweep over batch sizes."""
-    conditions: Conditions = field(default_factory=dict)
+    conditions: Conditions = field(default_factory=Conditions)
     """When it was measured, and at which clocks."""
 
 

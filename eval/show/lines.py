@@ -65,9 +65,8 @@ class Line:
     @property
     def speed_up(self) -> float | None:
         """How many times as many images/s as the teacher's longest plan."""
-        if self.teacher is None or self.teacher.batch is None or self.record.batch is None:
-            return None
-        return self.images_per_second / self.teacher.batch.images_per_second
+        batch, longest = self.record.batch, self.teacher.batch if self.teacher else None
+        return batch.images_per_second / longest.images_per_second if batch and longest else None
 
 
 @dataclass(frozen=True)

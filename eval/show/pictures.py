@@ -21,7 +21,7 @@ from eval.results.together import fullest
 from eval.show.lines import Line
 
 CALLS, MILLISECONDS = "network calls per image (NFE)", "ms per image at batch 1"
-COLOURS = [*matplotlib.colormaps["tab20"].colors[::2], *matplotlib.colormaps["tab20"].colors[1::2]]
+COLOURS = [matplotlib.colormaps["tab20"](i) for i in (*range(0, 20, 2), *range(1, 20, 2))]
 MARKERS = "osD^vP*X<>hd"
 FRONT = "goldenrod"
 
@@ -65,19 +65,20 @@ class Point(NamedTuple):
 class PlainNumbers(LogFormatter):
     """2 and 0.5, not 2×10^0 and 5×10^-1; between powers of ten where there is room."""
 
-    def __call__(self, value: float, position: int | None = None) -> str:
-        return f"{value:g}" if super().__call__(value, position) else ""
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        return f"{x:g}" if super().__call__(x, pos) else ""
 
 
 def cost_chart(
     lines: list[Line], cost: Callable[[Line], float | None], label: str
 ) -> Picture | None:
     """Quality against a cost of the rows that have it; None where none has."""
-    costly = [line for line in lines if cost(line) is not None]
+    costs = [(line, value) for line in lines if (value := cost(line)) is not None]
     points = [
-        Point(x.title, x.free, cost(x), x.record.score, x.record.spread, x.fewer) for x in costly
+        Point(x.title, x.free, value, x.record.score, x.record.spread, x.fewer)
+        for x, value in costs
     ]
-    return chart(points, fullest([x.record for x in costly]), label) if costly else None
+    return chart(points, fullest([x.record for x, _ in costs]), label) if costs else None
 
 
 def chart(points: Sequence[Point], first: Record, label: str) -> Picture:
@@ -106,8 +107,8 @@ def chart(points: Sequence[Point], first: Record, label: str) -> Picture:
         )
     compared = [point for point in points if not point.alone] or points
     costs, scores = zip(*front([(point.cost, point.score) for point in compared]), strict=True)
-    step = {"where": "post", "color": FRONT, "linewidth": 6, "alpha": 0.4, "zorder": 0}
-    axes.step(costs, scores, label="Pareto front: none is both better and cheaper", **step)
+    (steps,) = axes.step(costs, scores, where="post", color=FRONT, linewidth=6, alpha=0.4, zorder=0)
+    steps.set_label("Pareto front: none is both better and cheaper")
     axes.axhspan(min(floor), max(floor), color="gray", alpha=0.12, linewidth=0)
     axes.axhline(
         mean(floor), color="gray", linestyle=":", label="floor: as many real images, and the draws"
@@ -124,7 +125,7 @@ def chart(points: Sequence[Point], first: Record, label: str) -> Picture:
 
 
 def front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The (cost, score) pairs that no other beats in one and equals in the other, cheapest first."""
+    """The (cost, score) pairs that no other beats in one and equals in the other, by cost."""
     best: list[tuple[float, float]] = []
     for point in sorted(points):
         if not best or point[1] < best[-1][1]:

@@ -1,5 +1,6 @@
 """How each number of a report was made: facts, and a row for each measurement and checkpoint."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import mean
 
@@ -44,7 +45,7 @@ def facts(lines: list[Line], rows: list[Record], left_out: list[str]) -> dict[st
     return made | ({"not shown": "; ".join(left_out)} if left_out else {})
 
 
-def words(values: dict) -> str:
+def words(values: Mapping[str, object]) -> str:
     known = (f"{name} {value}" for name, value in values.items() if value is not None)
     return ", ".join(known).replace("_", " ")
 

@@ -140,7 +140,7 @@ def caption(rows: list[Line], times: bool) -> str:
 
 def _sticks(rows: list[Line]) -> list[str]:
     """The yardsticks' names, where any row has a ratio: one, or several teachers' each."""
-    sticks = {line.yardstick.key: line.yardstick for line in rows if line.ratio}
+    sticks = {line.yardstick.key: line.yardstick for line in rows if line.yardstick and line.ratio}
     titles = {line.record.key: line.title for line in rows}
     return [
         f"{titles.get(key, stick.title)} at {stick.nfe:,} calls ({stick.score:.3g})"

@@ -13,8 +13,8 @@ def students(lines: list[Line]) -> list[Line]:
 def cheapest(lines: list[Line], limit: float) -> Line | None:
     """The fewest network calls within `limit` times its teacher; of equals, the best. None of those
     with a warning."""
-    sound = (line for line in lines if line.ratio is not None and not line.warnings)
-    within = (line for line in sound if line.ratio <= limit)
+    sound = [line for line in lines if not line.warnings]
+    within = (line for line in sound if line.ratio is not None and line.ratio <= limit)
     return min(within, key=lambda line: (line.record.nfe, line.record.score), default=None)
 
 
@@ -47,12 +47,11 @@ def named(line: Line) -> str:
 
 def figures(line: Line) -> str:
     """What it costs and what it saves: time where it was measured, else network calls."""
-    longest = line.teacher or line.yardstick
+    longest = line.teacher or line.yardstick or line.record
+    saved = f"{short(longest.nfe / line.record.nfe)}× fewer calls"
     if line.speed_up:
         saved = f"speed-up {short(line.speed_up)}×"
-    else:
-        saved = f"{short(longest.nfe / line.record.nfe)}× fewer calls"
-    return f"× teacher {line.ratio:.2f}, {saved}"
+    return f"× teacher {ratio(line)}, {saved}"
 
 
 def sentences(lines: list[Line]) -> list[str]:
@@ -109,7 +108,7 @@ def best_by_calls(lines: list[Line]) -> list[tuple[Line, str, str]]:
         return []
     made = []
     for nfe in sorted({line.record.nfe for line in students(lines)}):
-        first = best([line for line in students(lines) if line.record.nfe == nfe])
+        first = best([line for line in students(lines) if line.record.nfe == nfe]) or ship
         free = best([line for line in lines if line.free and line.record.nfe <= nfe])
         made.append(
             (first, ratio(first), f"{ratio(free)} by {free.record.sampler}" if free else "-")
