@@ -367,3 +367,12 @@ def test_what_is_merged_in_another_order_is_the_same_set():
     ways = [together.merge([rows[:2], rows[1:]]), together.merge([rows[1:], rows[:2]])]
     assert ways[0] == rows
     assert {x.key for x in ways[0]} == {x.key for x in ways[1]}
+
+
+@pytest.mark.parametrize(
+    ("room", "closed"), [("results", ("measure", "show")), ("measure", ("show",))]
+)
+def test_the_rooms_of_the_harness_import_one_way(room, closed):
+    files = (Path(records.__file__).parents[1] / room).glob("*.py")
+    doors = re.compile(rf"^\s*(from|import) eval\.({'|'.join(closed)})\b", re.MULTILINE)
+    assert [file.name for file in files if doors.search(file.read_text("utf-8"))] == []
