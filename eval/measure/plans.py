@@ -9,7 +9,7 @@ from diffusion.model import Model
 from diffusion.plan import Plan
 from diffusion.runs import QUICK
 from diffusion.samplers import SOLVERS
-from eval.results.records import ENOUGH, LONG
+from eval.results.records import ENOUGH, LONG, title
 
 STAND_IN = 32  # network calls of the row that is added where no other has steps enough
 
@@ -32,10 +32,10 @@ class Row:
 
     @property
     def title(self) -> str:
-        """As the table has it."""
-        method = f"{self.model.card.method} {self.plan.note}".strip()
-        method += "" if self.own else f", {self.plan.sampler}"
-        return f"{method} {self.plan.num_steps}"
+        """As the table has it, with its number of steps."""
+        plan = self.plan
+        named = title(self.model.card.method, plan.note, self.own, plan.sampler)
+        return f"{named} {plan.num_steps}"
 
 
 def find_runs(paths: tuple[Path, ...]) -> list[Path]:

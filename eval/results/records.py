@@ -259,6 +259,13 @@ class Row:
     """When it was measured, and at which clocks."""
 
 
+def title(method: str, note: str, own_plan: bool, sampler: str) -> str:
+    """What made a row's images: the method, how its angles were chosen, and a solver that is not
+    the checkpoint's own."""
+    named = f"{method} {note}".strip()
+    return named if own_plan else f"{named}, {sampler}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Record(Row, Head):
     """A row with the head that it stands under."""
@@ -280,8 +287,7 @@ class Record(Row, Head):
     @property
     def title(self) -> str:
         """What made it, how its angles were chosen, and the solver that is not the checkpoint's."""
-        method = f"{self.method} {self.note}".strip()
-        return method if self.own_plan else f"{method}, {self.sampler}"
+        return title(self.method, self.note, self.own_plan, self.sampler)
 
     @property
     def date(self) -> str:
