@@ -93,7 +93,7 @@ def folder_preset(size: int, channels: int, gpu: bool) -> Preset:
     net = UNetConfig(
         channels=channels,
         size=size,
-        width=128 if gpu else 64,
+        width=128 if gpu else 32,
         multipliers=multipliers[:levels],
         blocks=2 if gpu else 1,
         attention=tuple(n for n in coarse if n <= 16)[: 1 if gpu else 0],
