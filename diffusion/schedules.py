@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from diffusion.console import UserError
-from diffusion.sde import PROCESSES
 
 
 def linear_beta(num_steps: int = 1000, beta_min: float = 1e-4, beta_max: float = 0.02) -> Tensor:
@@ -68,8 +67,42 @@ def karras(
     return _from_zero(torch.atan(ratios))
 
 
-SCHEDULES = {"linear": linear_beta, "cosine": cosine, "sigmoid": sigmoid, "karras": karras}
-SCHEDULES |= {name: process.angles for name, process in PROCESSES.items()}
+def vp(num_steps: int = 1000, beta_min: float = 0.1, beta_max: float = 20.0) -> Tensor:
+    """The variance-preserving SDE (Song et al. 2021b, eq. 32 and 33) at equal steps of its time."""
+    tau = torch.linspace(0, 1, num_steps + 1, dtype=torch.float64)
+    alpha, variance = _vp(tau, beta_min, beta_max)
+    return torch.atan2(variance.sqrt(), alpha)
+
+
+def sub_vp(num_steps: int = 1000, beta_min: float = 0.1, beta_max: float = 20.0) -> Tensor:
+    """Their sub-VP SDE, whose deviation is VP's variance (eq. 29)."""
+    tau = torch.linspace(0, 1, num_steps + 1, dtype=torch.float64)
+    alpha, variance = _vp(tau, beta_min, beta_max)
+    return torch.atan2(variance, alpha)
+
+
+def _vp(tau: Tensor, beta_min: float, beta_max: float) -> tuple[Tensor, Tensor]:
+    """VP's factor of x0 and its noise's variance at times from 0 to 1, for a beta that rises."""
+    total_beta = tau * beta_min + tau.square() * (beta_max - beta_min) / 2  # its integral from 0
+    return (-total_beta / 2).exp(), -torch.expm1(-total_beta)
+
+
+def ve(num_steps: int = 1000, sigma_min: float = 0.01, sigma_max: float = 50.0) -> Tensor:
+    """Their variance-exploding SDE for data of unit variance (eq. 30), at 0 exactly 0."""
+    tau = torch.linspace(0, 1, num_steps + 1, dtype=torch.float64)
+    sigma = sigma_min * torch.expm1(2 * math.log(sigma_max / sigma_min) * tau).sqrt()
+    return torch.atan2(sigma, torch.ones_like(tau))
+
+
+SCHEDULES = {
+    "linear": linear_beta,
+    "cosine": cosine,
+    "sigmoid": sigmoid,
+    "karras": karras,
+    "vp": vp,
+    "sub-vp": sub_vp,
+    "ve": ve,
+}
 
 
 def halve(angles: Tensor, factor: int = 2) -> Tensor:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from diffusion import checkpoint
-from diffusion.circle import add_noise, implied_x0, merge_steps, rotate
+from diffusion.circle import add_noise, broadcast, merge_steps, rotate
 from diffusion.config import FitConfig
 from diffusion.console import UserError
 from diffusion.denoiser import Denoiser
@@ -60,6 +60,12 @@ NEIGHBOURS = neighbours(even(cosine(), 18))
 
 def squared(step, pairs=NEIGHBOURS, **options) -> Consistency:
     return Consistency(step, pairs, DISTANCES["squared"], WEIGHTS["one"], **options)
+
+
+def implied_x0(x_t, x_s, t, s):
+    """The x0 for which rotate(x_t, x0, t, s) is x_s. Needs t != s."""
+    distance = broadcast(t.sin(), x_s) * x_s - broadcast(s.sin(), x_t) * x_t
+    return distance / broadcast((t - s).sin(), x_t)
 
 
 def exact_step(data):
