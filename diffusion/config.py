@@ -85,8 +85,8 @@ def check_compiler(compile: bool) -> None:
     """UserError where torch.compile would find no compiler."""
     if compile and (reason := compiler()):
         raise UserError(
-            f"--compile cannot work here: {reason}; install it (or name another C++ compiler in the "
-            "environment's CXX), or leave --compile out"
+            f"--compile cannot work here: {reason}; install it (or name another C++ compiler in "
+            "the environment's CXX), or leave --compile out"
         )
 
 

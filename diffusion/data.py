@@ -55,7 +55,7 @@ class Dataset:
     test: Images
     codec: Codec
     kinds: Kinds = field(default_factory=dict)
-    """Of what is known of each image; empty for nothing."""
+    """The kinds of what is known of each image; empty for nothing."""
 
     @property
     def num_classes(self) -> int:

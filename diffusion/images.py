@@ -22,12 +22,17 @@ class Rows(NamedTuple):
 class Images(Protocol):
     """A source of images, however large."""
 
-    shape: tuple[int, int, int]
-    """(C, H, W)."""
-    device: torch.device
-    """Where its rows are, and the indices that it is asked by."""
-    slow: bool
-    """Whether rows are worth fetching ahead, by a thread."""
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W)."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where its rows are, and the indices that it is asked by."""
+
+    @property
+    def slow(self) -> bool:
+        """Whether rows are worth fetching ahead, by a thread."""
 
     def __len__(self) -> int: ...
 
@@ -53,7 +58,8 @@ class InMemory:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        return tuple(self.images.shape[1:])
+        _, channels, height, width = self.images.shape
+        return channels, height, width
 
     @property
     def device(self) -> torch.device:
@@ -99,7 +105,7 @@ class Ahead:
 
     def take(self, i: int) -> Rows:
         """The rows of batch i; batches are best asked for in turn."""
-        number, coming = self.coming or (None, None)
-        rows = coming.result() if number == i else self.images.take(self.which(i))
+        awaited = self.coming[1] if self.coming and self.coming[0] == i else None
+        rows = awaited.result() if awaited else self.images.take(self.which(i))
         self.coming = i + 1, self.thread.submit(self.images.take, self.which(i + 1))
         return rows

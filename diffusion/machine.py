@@ -27,8 +27,10 @@ PATIENCE = 3.0  # times fp32's time, beyond which one pass in bf16 says enough
 
 
 def this_device() -> torch.device:
-    """This process's GPU where there is CUDA, else the CPU (angles are float64, which MPS has not)."""
-    return PartialState(cpu=not torch.cuda.is_available()).device
+    """This process's GPU where there is CUDA, else the CPU: angles are float64, which MPS lacks."""
+    device = PartialState(cpu=not torch.cuda.is_available()).device
+    assert device
+    return device
 
 
 def layout() -> torch.memory_format:
@@ -51,7 +53,7 @@ def compiler() -> str | None:
     if torch.cuda.is_available():
         if not find_spec("triton"):
             return "it needs triton on a GPU, and there is none"
-        # triton builds what launches its kernels by a C compiler, and fails in the first step without
+        # triton builds what launches its kernels by a C compiler, and fails without in step one
         names = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
         if any(map(shutil.which, names)):
             return None
@@ -81,14 +83,14 @@ def precision(asked: str = "auto") -> str:
 def _say_once(share: float) -> None:
     if share > 1:
         say(
-            f"bf16 takes {share:.1f} times as long as fp32 on this processor: --precision auto takes "
-            "the faster one"
+            f"bf16 takes {share:.1f} times as long as fp32 on this processor: --precision auto "
+            "takes the faster one"
         )
 
 
 @cache
 def bf16_share() -> float:
-    """What a training step in bf16 takes of the time that it takes in fp32.
+    """The time of a training step in bf16, as a share of its time in fp32.
 
     Processors' names and features mislead: AVX512 without bf16 claims support and takes 10 times
     as long, AVX512-BF16 without AMX gains less than the casts cost. So a CPU is measured once, in
@@ -117,7 +119,7 @@ def _identity() -> str:
 
 
 def processor() -> str:
-    """Its name, as the system tells it."""
+    """The processor's name, as the system tells it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

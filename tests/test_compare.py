@@ -1,4 +1,4 @@
-"""The comparison: counted calls, every file, nothing measured twice, no figure that the batch changes."""
+"""The comparison: counted calls, every file, nothing measured twice, figures whatever the batch."""
 
 import dataclasses
 import io

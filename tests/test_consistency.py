@@ -284,7 +284,7 @@ LEVELS = grid_batch(1000).level
 
 
 def stage(number: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of 1 to 8, in its middle: t, s."""
+    """t and s in the middle of stage 1 to 8."""
     return tightening(math.pi / 2, STAGES, LOG_NORMAL)(LEVELS, (number - 0.5) / STAGES)
 
 
@@ -427,7 +427,7 @@ def test_cts_targets_carry_the_data_through_all_its_pairs():
 
 
 def test_icts_weight_falls_towards_noise_as_sigma_to_the_minus_6_7_and_stays_above_0_there():
-    """1 / (tan t - tan s) on Karras' list, whose sigma^(1/7) is even (Karras et al. 2022, eq. 5)."""
+    """1 / (tan t - tan s) on Karras' list, whose sigma^(1/7) is even (their eq. 5)."""
     weight = WEIGHTS[ict.Loss().weight]
     angles = karras(1280)[2:]
     ours, theirs = (w(angles[1:], angles[:-1]) for w in (weight, WEIGHTS["sigma-gap"]))
@@ -632,7 +632,7 @@ def test_every_method_has_a_preset_for_each_dataset_and_for_folders(method, gpu,
 
 
 def test_the_commands_of_the_documents_are_understood(monkeypatch):
-    """Of README, docs and results: every distill.consistency that they show parses."""
+    """Every distill.consistency that README, docs and results show parses."""
     root = Path(__file__).parents[1]
     texts = [root / "README.md", *root.glob("docs/*.md"), *root.glob("results/*/README.md")]
     pattern = r"distill\.consistency((?: +--[a-z]+(?:-[a-z]+)*(?: +[\w./][\w./-]*)?)*)"

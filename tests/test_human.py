@@ -113,7 +113,8 @@ async function judge() {
   const kept = JSON.parse(localStorage.getItem(page));
   const out = document.createElement("pre");
   out.id = "check";
-  out.textContent = JSON.stringify({ results: { ...results, ...session }, kept, seen, done: !$("done").hidden });
+  const done = !$("done").hidden;
+  out.textContent = JSON.stringify({ results: { ...results, ...session }, kept, seen, done });
   document.body.append(out);
 }
 judge();

@@ -43,7 +43,7 @@ class Layers(nn.Module):
 
 
 class Base(nn.Module):
-    """The interface of NVIDIA's inception-2015-12-05.pt, which resizes by itself if called whole."""
+    """The interface of NVIDIA's inception-2015-12-05.pt, which resizes if it is called whole."""
 
     def __init__(self):
         super().__init__()
@@ -108,7 +108,7 @@ def clean_fid(published, monkeypatch) -> None:
         return InceptionV3W(str(published.parent), False, resize_inside)
 
     def sqrtm(x: np.ndarray, disp: bool = True, sqrtm=linalg.sqrtm):
-        """Of the block that is not 0, where 2048 dimensions take half a minute."""
+        """The root of the block that is not 0: 2048 dimensions would take half a minute."""
         root, block = np.zeros_like(x), np.ix_(*[np.flatnonzero(x.any(1) | x.any(0))] * 2)
         root[block] = sqrtm(x[block])
         return root if disp else (root, 0)

@@ -83,7 +83,7 @@ def test_the_decoder_is_exact_where_its_probability_underflows():
 @pytest.mark.parametrize("data", [Gaussian(), SKEWED, Gaussian(-1.0, 1.7), Gaussian(0.4, 0.02)])
 @pytest.mark.parametrize("last", [NOISE, FAR])
 def test_flow_gives_the_density_of_a_gaussian(data, last):
-    """Of N(0, I) at the last angle, taken back along the exact flow."""
+    """The density of N(0, I) at the last angle, taken back along the exact flow."""
     x = add_noise(
         data.mean + data.scale * normal(0, 5, 1, 3, 3, dtype=DOUBLE),
         normal(1, 5, 1, 3, 3, dtype=DOUBLE),

@@ -181,7 +181,7 @@ def test_the_target_carries_no_gradient_to_the_teacher():
 
 
 def test_a_small_network_learns_most_of_what_one_step_of_ddim_lacks():
-    """On the mixture: 1 call of the student against 1 of its teacher, which says the mean of all."""
+    """On the mixture: 1 call of the student against 1 of its teacher, which is the mean of all."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(2, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 1))
 

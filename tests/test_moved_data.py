@@ -1,4 +1,4 @@
-"""A folder of images that moved is known again by what is in it, and one that changed is refused."""
+"""A folder of images that moved is known again by its content, and one that changed is refused."""
 
 from dataclasses import replace
 from pathlib import Path

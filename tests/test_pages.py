@@ -406,7 +406,8 @@ def test_real_images_close_the_samples(tmp_path):
 @pytest.mark.parametrize("width", [1400, 500])
 def test_a_page_is_no_wider_than_the_screen(browse, tmp_path, width):
     path = write_report(tmp_path, ROWS)
-    show = "const page = document.documentElement; document.title = page.scrollWidth - page.clientWidth;"
+    show = "const page = document.documentElement;"
+    show += "document.title = page.scrollWidth - page.clientWidth;"
     opened = browse(path, show, width=width)
     assert "<title>0</title>" in opened.dom
 

@@ -38,7 +38,7 @@ def ddim_steps(teacher, x: torch.Tensor, angles: list[torch.Tensor]) -> torch.Te
 
 
 def target_of(teacher, x_t: torch.Tensor, angles: list[torch.Tensor]) -> torch.Tensor:
-    """Of its DDIM steps, unlabelled."""
+    """The target of the teacher's DDIM steps, without labels."""
     return merged_target(euler_step(teacher), grid_batch(1, 1, 2, 2), x_t, angles)
 
 

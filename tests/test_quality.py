@@ -106,7 +106,7 @@ def test_copies_of_a_handful_of_images_are_marked_though_nothing_is_held_out(dig
     assert held_out == {}
 
     def figures_of(copies: int) -> dict[str, float]:
-        """Of fresh images and so many noisy copies in a hundred."""
+        """The figures of fresh images with so many noisy copies in a hundred."""
         noisy = few.train[torch.arange(copies) % 12].int() + torch.arange(64).view(8, 8) % 3
         images = torch.cat([noisy.clamp(0, 255).byte(), fresh[copies:]])
         return judge.others(judge.see_images(images))

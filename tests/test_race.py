@@ -28,7 +28,7 @@ def timings(laps) -> dict:
 
 
 def by_size(laps) -> dict[int, Timing]:
-    """Of a sweep of one call."""
+    """The timings of a sweep of one call, by batch size."""
     return {lap.timing.batch_size: lap.timing for lap in laps}
 
 

@@ -36,7 +36,7 @@ def learned(data, share: float = 0.0):
 
 @dataclass(frozen=True)
 class Turned:
-    """Two pixels, turned by 30 degrees from a product of two distributions; noise turns into itself."""
+    """Two pixels, by 30 degrees from a product of two distributions; noise turns into itself."""
 
     first: Gaussian | Mixture
     second: Gaussian | Mixture
@@ -108,7 +108,7 @@ def test_doubling_the_steps_divides_the_error_by_2_to_the_order(sampler, order, 
 
 
 def amplitudes(sampler: str, angles: torch.Tensor, data: Gaussian) -> torch.Tensor:
-    """What each noise drawn is multiplied by in x0, for a Gaussian of mean 0: image k has noise k."""
+    """The factor of each noise in x0, for a Gaussian of mean 0: image k has noise k alone."""
     count = len(angles) - 1
     noise = torch.eye(count, dtype=torch.float64).reshape(count, count, 1, 1, 1)
     return SOLVERS[sampler].run(data, iter(noise), angles).flatten()

@@ -242,9 +242,9 @@ def test_a_shift_multiplies_the_tangents_and_its_inverse_undoes_it():
 
 
 def test_the_best_shift_is_the_deviation_of_the_data():
-    """Of N(0, 8^2), as an image's main component may be, a step turns by the difference of
-    atan(tan(t) / 8), and DDIM's multiplies by its cosine: equal ones are best, and tan t times 8 makes
-    them. The exact map multiplies noise by 8.
+    """A step for N(0, 8^2), as an image's main component may be, turns by the difference of
+    atan(tan(t) / 8), and DDIM's multiplies by its cosine: equal ones are best, and tan t times 8
+    makes them. The exact map multiplies noise by 8.
     """
     wide, noise = Gaussian(0.0, 8.0), torch.ones(1, 1, 1, 1, dtype=torch.float64)
 

@@ -72,7 +72,7 @@ def test_the_exact_consistency_function_does_not_change_along_the_exact_ode(data
 
 @both_kinds_of_data
 def test_the_tangent_is_cos_t_times_the_change_along_the_exact_ode(data):
-    """Of the denoiser itself, by central differences between two points of the ODE."""
+    """The denoiser's change, by central differences between two points of the ODE."""
     h = 1e-4
     ahead, behind = (data(data.flow(X, T, T + d), T + d) for d in (h, -h))
     inside = math.pi / 2 - h > T

@@ -1,4 +1,4 @@
-"""Sockets: each thing that the suite lets in, added from outside in this file, touching no other."""
+"""Sockets: each thing that the suite lets in, added from outside in this file alone."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""The tables: every format shows the same cells, a ratio is to the row's own teacher, nothing is made up."""
+"""The tables: every format shows the same cells, and a ratio is to the row's own teacher."""
 
 import csv
 import io

@@ -112,7 +112,7 @@ def test_a_uniform_proposal_moves_no_level():
 
 @dataclass(frozen=True)
 class Steep:
-    """A loss that grows a hundredfold over the levels, with a gradient: (a x0 - 1)^2 e^(5 level)."""
+    """A loss that grows a hundredfold over the levels, with a gradient: (a x0 - 1)^2 e^(5 l)."""
 
     followers = MappingProxyType({})
 
@@ -129,7 +129,7 @@ def steep_batch(seed: int, count: int) -> Batch:
 
 
 def gradients(objective, count: int) -> Tensor:
-    """Of the loss of `count` batches of 16."""
+    """The gradient of the loss of each of `count` batches of 16."""
     student, found = torch.ones((), dtype=torch.float64, requires_grad=True), []
     for seed in range(count):
         loss = objective(student, steep_batch(seed, 16), 0.0).mean()

@@ -57,7 +57,7 @@ def best_share(scale: float, t: Tensor, s: Tensor) -> Tensor:
 @pytest.mark.parametrize("share", [-0.3, 0.0, 0.4, 1.0, 1.7])
 @pytest.mark.parametrize(("t", "s"), STEPS)
 def test_a_step_costs_the_divergence_of_the_two_gaussians(t, s, share):
-    """Of DDPM's posterior and of eq. 15's Gaussian, by torch.distributions."""
+    """DDPM's posterior and eq. 15's Gaussian, by torch.distributions."""
     t, s = angle(t), angle(s)
     x_t, x0, target = (normal(seed, 4, 1, 2, 2, dtype=DOUBLE) for seed in (0, 1, 2))
     beta, posterior = variances(t, s)
@@ -124,7 +124,7 @@ def test_the_bound_and_its_gradient_are_finite_however_wrong_the_network_is(sche
 @pytest.mark.parametrize("scale", [0.1, 0.5, 1.6])
 @pytest.mark.parametrize(("t", "s"), STEPS)
 def test_the_cost_is_least_at_the_variance_that_gaussian_data_has(t, s, scale):
-    """Over x0 given x_t: the cost is quadratic in it, so two points of its variance stand for all."""
+    """The mean over x0 given x_t: the cost is quadratic, so two points of its variance will do."""
     t, s = angle(t), angle(s)
     targets = torch.tensor([-1.0, 1.0], dtype=DOUBLE).reshape(2, 1, 1, 1) * left(scale, t).sqrt()
 
@@ -154,7 +154,7 @@ def test_the_best_share_of_short_steps_is_the_velocitys_squared_error_whatever_t
 
 
 def variance_sampled(scale: float, angles: Tensor, share) -> float:
-    """Of x0, exactly: image k has noise k alone. share: (t, s) -> that of the step between."""
+    """x0's variance, exactly: image k has noise k alone. share: (t, s) -> the step's share."""
     before = dict(zip(angles.tolist(), angles.roll(1), strict=True))
 
     def denoise(x_t, t, variance=False):
