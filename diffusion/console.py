@@ -24,12 +24,11 @@ class UserError(Exception):
 
 def at_least(least: int, options: object, *names: str) -> None:
     """UserError for an option of these names, a number or several, that is below it."""
-    for name in names:
-        value = getattr(options, name)
-        several = value if isinstance(value, tuple) else (value,)
-        if min(several, default=least) < least:
-            flag, got = name.replace("_", "-"), " ".join(map(str, several))
-            raise UserError(f"--{flag} must be at least {least}, got {got}")
+
+    def holds(value: Any) -> bool:
+        return min(value if isinstance(value, tuple) else (value,), default=least) >= least
+
+    check_limits(options, dict.fromkeys(names, (f"at least {least}", holds)))
 
 
 def check_limits(options: object, limits: Limits) -> None:

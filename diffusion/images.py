@@ -9,6 +9,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from diffusion.condition import Kinds
+
 SAMPLE = 60_000  # images, evenly spread, that stand for a source in scales, features and copies
 
 
@@ -17,6 +19,14 @@ class Rows(NamedTuple):
     """(B, C, H, W) uint8."""
     condition: Mapping[str, Tensor]
     """What is known of each image, by name, as diffusion.condition has it; empty for nothing."""
+
+
+class Source(NamedTuple):
+    """Images to train on, images held out, and the kinds of what is known of each."""
+
+    train: "Images"
+    test: "Images"
+    kinds: Kinds
 
 
 class Images(Protocol):

@@ -9,6 +9,7 @@ import os
 import platform
 import shutil
 import time
+from contextlib import suppress
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,6 +20,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from torch import nn
 
+from diffusion.checkpoint import write_atomic
 from diffusion.console import say
 
 CACHE = Path(os.environ.get("FEWSTEP_CACHE", Path.home() / ".cache" / "fewstep"))
@@ -104,7 +106,8 @@ def bf16_share() -> float:
         share = float(json.loads(path.read_text())["bf16_share"])
     except (OSError, ValueError, KeyError, TypeError):
         share = _measured_share()
-        _keep(path, share)
+        with suppress(OSError):  # a cache that cannot be written is no reason to stop
+            write_atomic(path, json.dumps({"processor": processor(), "bf16_share": share}))
     if PartialState().num_processes > 1:
         share = broadcast_object_list([share])[0]
     return share
@@ -151,14 +154,3 @@ def _measured_share(channels: int = 32, size: int = 8, batch: int = 64, repeats:
         for _ in range(repeats):
             single, half = min(single, seconds(False)), min(half, seconds(True))
     return half / single
-
-
-def _keep(path: Path, share: float) -> None:
-    """Write the figure to the cache; a cache that cannot be written is no reason to stop."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(json.dumps({"processor": processor(), "bf16_share": share}))
-        os.replace(part, path)
-    except OSError:
-        part.unlink(missing_ok=True)

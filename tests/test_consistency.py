@@ -264,13 +264,13 @@ def test_log_normal_pairs_are_as_frequent_as_the_error_functions_say():
     angles = even(torch.tensor([0.0, 1.5]), 12)
     t, s = neighbours(angles, LOG_NORMAL.share)(grid_batch(100_000).level, 0.0)
     assert (torch.searchsorted(angles, t) - torch.searchsorted(angles, s) == 1).all()
-    found = torch.bincount(torch.searchsorted(angles, s), minlength=12) / len(t)
+    frequencies = torch.bincount(torch.searchsorted(angles, s), minlength=12) / len(t)
 
     def erf(angle):
         return math.erf((math.log(math.tan(angle)) + 0.4) / (2.0 * math.sqrt(2))) if angle else -1
 
     shares = torch.tensor([erf(b) - erf(a) for a, b in pairwise(angles.tolist())])
-    close(found, shares / shares.sum(), rtol=0, atol=2e-5)
+    close(frequencies, shares / shares.sum(), rtol=0, atol=2e-5)
 
 
 def test_a_log_normal_angle_and_its_share_are_inverse():
@@ -498,8 +498,8 @@ def test_the_help_of_a_mode_shows_its_options_and_no_others(mode, order, command
     outcome = command(main, *order.format(mode).split())
     assert outcome.code == 0
     every = {field.name for module in MODES.values() for field in fields(module.Loss)}
-    shown = {name for name in every if f"--{name.replace('_', '-')} " in outcome.out}
-    assert shown == {field.name for field in fields(MODES[mode].Loss)}
+    listed = {name for name in every if f"--{name.replace('_', '-')} " in outcome.out}
+    assert listed == {field.name for field in fields(MODES[mode].Loss)}
     assert MODES[mode].Options.__doc__.split("(")[0].split("\n")[0] in outcome.out
 
 

@@ -357,9 +357,9 @@ def test_generate_guides_a_teacher_and_its_student(command, tmp_path, conditiona
     images, said = {}, {}
     for run in (conditional, guided):
         out = tmp_path / f"{run.name}.npz"
-        told = command(generate.main, run, "--guidance", weight, "--num", 3, "--out", out)
-        assert told.code == 0
-        said[run], images[run] = told.out, np.load(out, allow_pickle=False)["images"]
+        outcome = command(generate.main, run, "--guidance", weight, "--num", 3, "--out", out)
+        assert outcome.code == 0
+        said[run], images[run] = outcome.out, np.load(out, allow_pickle=False)["images"]
     assert ("of 2 network calls" in said[conditional]) == (weight != "1")
     assert "of 2 network calls" not in said[guided]
     assert images[guided].shape == images[conditional].shape == (3, 8, 8, 1)

@@ -159,13 +159,13 @@ def test_the_weights_are_found_without_the_network(published, digits, offline, t
     renamed = tmp_path / "other.pt"
     renamed.write_bytes(published.read_bytes())
     places = {"file": published, "renamed file": renamed, "folder": published.parent}
-    found = extractor("inception", digits, CPU, places.get(where), cache=published.parent)
-    assert found.extract(digits.train.images[:2]).shape == (2, 2048)
+    network = extractor("inception", digits, CPU, places.get(where), cache=published.parent)
+    assert network.extract(digits.train.images[:2]).shape == (2, 2048)
 
 
 def names_all(error: UserError, *words: object) -> bool:
-    found = [str(word) in str(error) for word in (*words, inception.URL, "--inception PATH")]
-    return all(found) and "\n" not in str(error)
+    named = [str(word) in str(error) for word in (*words, inception.URL, "--inception PATH")]
+    return all(named) and "\n" not in str(error)
 
 
 @pytest.mark.parametrize("place", ["file", "folder", "cache"])

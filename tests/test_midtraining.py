@@ -157,18 +157,18 @@ def test_a_guided_label_goes_along_with_its_weight():
 
 def test_a_point_has_the_label_of_its_trajectory():
     """A teacher that makes x0 = label: so must every target be."""
-    label, told = torch.arange(40), []
+    label, labels = torch.arange(40), []
 
     def teacher(x_t, t, given):
         return given["label"][:, None, None, None] + 0 * x_t
 
     def student(x_t, t, given, dropout=None):
-        told.append(given["label"])
+        labels.append(given["label"])
         return teacher(x_t, t, given)
 
     batch = grid_batch(40, 1, 2, 2)._replace(condition={"label": label})
     assert Midtraining(teacher, SIXTEEN)(student, batch, 0.0).max() < 1e-9
-    assert sorted(set(told[0].tolist())) == [0, 1, 2]  # of 3 trajectories
+    assert sorted(set(labels[0].tolist())) == [0, 1, 2]  # of 3 trajectories
 
 
 def test_the_target_carries_no_gradient_to_the_teacher():

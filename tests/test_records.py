@@ -342,8 +342,8 @@ def test_titles_tell_apart_what_would_be_mixed_up_and_nothing_else():
     one = [progressive("runs/digits", n) for n in (4, 2, 1)]
     assert together.titles([FULL, *one]) == ["teacher", *["progressive"] * 3]
     two = [progressive("runs/long", n) for n in (2, 1)]
-    found = together.titles([FULL, *one, *two])
-    assert found == ["teacher", *["progressive [digits]"] * 3, *["progressive [long]"] * 2]
+    titles = together.titles([FULL, *one, *two])
+    assert titles == ["teacher", *["progressive [digits]"] * 3, *["progressive [long]"] * 2]
     machine = {"device": "another", "precision": "fp32", "torch": "2.6", "threads": 1}
     moved = [replace(row, environment=machine) for row in one]
     assert {*together.titles([*one, *moved])} == {"progressive [a device]", "progressive [another]"}

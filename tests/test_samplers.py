@@ -241,10 +241,10 @@ def test_a_learnt_variance_lies_between_beta_and_the_posteriors_in_its_logarithm
     mean = a_s.sqrt() * beta / (1 - a_t) * SKEWED(x_t, t)
     mean += (1 - beta).sqrt() * (1 - a_s) / (1 - a_t) * x_t
     x_s = mean + (share * beta.log() + (1 - share) * posterior.log()).div(2).exp() * fresh
-    found = SOLVERS["ancestral-learned"].run(
+    x = SOLVERS["ancestral-learned"].run(
         learned(SKEWED, share), iter([x_t, fresh]), torch.stack([0 * s, s, t])
     )
-    close(found, SKEWED(x_s, s), rtol=0, atol=1e-12)
+    close(x, SKEWED(x_s, s), rtol=0, atol=1e-12)
 
 
 def test_ancestral_sampling_gives_back_the_datas_mean_and_variance():

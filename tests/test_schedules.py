@@ -228,17 +228,17 @@ def test_a_shift_keeps_both_ends_and_the_order_and_one_by_1_changes_nothing(name
     angles = SCHEDULES[name](50)
     assert torch.equal(shifted(angles, 1.0), angles)
     for shift in (0.3, 2.0, 5.0):
-        found = shifted(angles, shift)
-        assert (found[0], found[-1]) == (angles[0], angles[-1])
-        assert (found.diff() > 0).all()
+        moved = shifted(angles, shift)
+        assert (moved[0], moved[-1]) == (angles[0], angles[-1])
+        assert (moved.diff() > 0).all()
 
 
 def test_a_shift_multiplies_the_tangents_and_its_inverse_undoes_it():
     angles = even(cosine(), 40)
-    found = shifted(angles, 3.0)
-    close(found[:-1].tan(), 3 * angles[:-1].tan(), rtol=1e-12, atol=0)
-    close(shifted(found, 1 / 3), angles, rtol=1e-12, atol=1e-15)
-    close(even(cosine(), 40, 3.0), found, rtol=0, atol=0)
+    moved = shifted(angles, 3.0)
+    close(moved[:-1].tan(), 3 * angles[:-1].tan(), rtol=1e-12, atol=0)
+    close(shifted(moved, 1 / 3), angles, rtol=1e-12, atol=1e-15)
+    close(even(cosine(), 40, 3.0), moved, rtol=0, atol=0)
 
 
 def test_the_best_shift_is_the_deviation_of_the_data():

@@ -130,11 +130,11 @@ def steep_batch(seed: int, count: int) -> Batch:
 
 def gradients(objective, count: int) -> Tensor:
     """The gradient of the loss of each of `count` batches of 16."""
-    student, found = torch.ones((), dtype=torch.float64, requires_grad=True), []
+    student, of_batches = torch.ones((), dtype=torch.float64, requires_grad=True), []
     for seed in range(count):
         loss = objective(student, steep_batch(seed, 16), 0.0).mean()
-        found.append(torch.autograd.grad(loss, student)[0])
-    return torch.stack(found)
+        of_batches.append(torch.autograd.grad(loss, student)[0])
+    return torch.stack(of_batches)
 
 
 def test_importance_sampling_keeps_the_expected_gradient_and_lessens_its_variance():
