@@ -14,6 +14,7 @@ demo: .venv/ready
 test: .venv/ready-test
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/ty check --python .venv
 	$(BIN)/python -m pytest
 
 .venv/ready: pyproject.toml

@@ -24,7 +24,7 @@ class Batch(NamedTuple):
     level: Tensor
     """(B,) float64 in [0, 1), stratified over the global batch (Kingma et al. 2021, app. I.1)."""
     condition: Condition | None = None
-    """What the network is told of each image. Objectives pass it on."""
+    """A row for each image, beside x_t and t. Objectives pass it on to the network."""
     seed: int = 0
     """The dropout masks' seed."""
 
@@ -47,7 +47,7 @@ class Batches:
     def __init__(
         self, dataset: Dataset, config: FitConfig, worker: Accelerator, kinds: Kinds | None = None
     ):
-        """kinds: of the conditions that the network takes. UserError where the data lack one."""
+        """kinds: the conditions that the network takes. UserError where the data lack one."""
         if config.batch_size % worker.num_processes:
             raise UserError(
                 f"--batch-size {config.batch_size} does not divide among {worker.num_processes} "
@@ -99,12 +99,12 @@ class Batches:
             images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
         condition = {}
         if self.kinds:
-            told = torch.rand(size, generator=random, device=device)[share]
-            told = told >= self.config.label_dropout
+            kept = torch.rand(size, generator=random, device=device)[share]
+            kept = kept >= self.config.label_dropout
             for name, kind in self.kinds.items():
                 known = rows.condition[name]
-                shaped = told.reshape(-1, *(1,) * (known.ndim - 1))
-                condition[name] = known.where(shaped, kind.null(known))
+                row_kept = kept.reshape(-1, *(1,) * (known.ndim - 1))
+                condition[name] = known.where(row_kept, kind.null(known))
         if self.guidance:
             low, high = self.guidance.low, self.guidance.high
             share_of_range = torch.rand(size, generator=random, device=device)[share]

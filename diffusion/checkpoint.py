@@ -6,7 +6,7 @@ Every file is written beside its name and renamed, so a killed run leaves the la
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,7 +24,7 @@ FORMAT = 2
 
 
 @contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
+def atomic_path(path: Path) -> Generator[Path]:
     """A path beside `path` to write to; renamed to it on success, removed on failure."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -73,7 +73,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def metadata(path: Path) -> dict[str, str]:
-    """A safetensors file's metadata, from its header alone; none of a file that is of another kind."""
+    """A safetensors file's metadata, from its header alone; none of a file of another kind."""
     try:
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
@@ -99,12 +99,13 @@ class Card:
     """What a checkpoint says of itself: enough to rebuild it, sample from it and trace its line."""
 
     method: str
-    """What made it, for tables to show; nothing depends on it."""
+    """The method's name, for tables to show; nothing depends on it."""
     plans: tuple[Plan, ...]
-    """Its own ways to make images, each of another number of steps; the first is the usual one."""
+    """The ways to make images that it was trained for, each of another number of steps; the first
+    is the usual one."""
     abilities: tuple[str, ...]
-    """What a solver may ask of it, as diffusion.samplers.Solver needs it; none where its own plans
-    are all that it was trained for."""
+    """What a solver may ask of it, as diffusion.samplers.Solver needs it; none where its plans are
+    all that it was trained for."""
     net: dict
     """The network: its name and its shape."""
     denoiser: dict
@@ -122,29 +123,29 @@ class Card:
     parent: str | None = None
     """sha256 of the weights that it was distilled from."""
     origin: str | None = None
-    """sha256 of the weights of the teacher that its line began with: parents of parents. Cards before
-    there was `origin` have None."""
+    """sha256 of the weights of the teacher that its line began with: parents of parents. None in a
+    card from before there was `origin`."""
     training: dict = field(default_factory=dict)
     """Settings, iterations, images seen and seconds."""
     format: int = FORMAT
 
     @property
     def sampler(self) -> str:
-        """The sampler of its own plans."""
+        """The sampler of its plans."""
         return self.plans[0].sampler
 
     @property
     def guidance(self) -> float | None:
-        """The guidance weight of its own plans; None for none."""
+        """The guidance weight of its plans; None for none."""
         return self.plans[0].guidance
 
     @property
     def longest(self) -> Plan:
-        """Its own plan of the most steps."""
+        """The card's plan of the most steps."""
         return max(self.plans, key=lambda plan: plan.num_steps)
 
     def plan(self, num_steps: int) -> Plan | None:
-        """Its own plan of that many steps, where it has one."""
+        """The card's plan of that many steps, where it has one."""
         return next((plan for plan in self.plans if plan.num_steps == num_steps), None)
 
     def to_json(self) -> str:

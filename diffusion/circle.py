@@ -37,18 +37,6 @@ def rotate(x_t: Tensor, x0: Tensor, t: Tensor, s: Tensor) -> Tensor:
     return broadcast(s.sin() / t.sin(), x_t) * x_t + broadcast((t - s).sin() / t.sin(), x0) * x0
 
 
-def implied_x0(x_t: Tensor, x_s: Tensor, t: Tensor, s: Tensor) -> Tensor:
-    """The x0 for which rotate(x_t, x0, t, s) is x_s. Needs t != s."""
-    return (broadcast(t.sin(), x_s) * x_s - broadcast(s.sin(), x_t) * x_t) / broadcast(
-        (t - s).sin(), x_t
-    )
-
-
-def implied_velocity(x_t: Tensor, x_s: Tensor, t: Tensor, s: Tensor) -> Tensor:
-    """The velocity at t for which the rotation of x_t to angle s is x_s. Needs t != s."""
-    return (broadcast((t - s).cos(), x_t) * x_t - x_s) / broadcast((t - s).sin(), x_t)
-
-
 def merge_steps(x0_predictions: list[Tensor], angles: list[Tensor]) -> Tensor:
     """The x0 whose single rotation angles[0] -> angles[-1] equals all the steps on the way.
 
@@ -66,15 +54,13 @@ def merge_steps(x0_predictions: list[Tensor], angles: list[Tensor]) -> Tensor:
     return gathered * broadcast(t.sin() / (t - s).sin(), gathered)
 
 
-# What a network may predict at (x_t, t), and the x0 that each stands for.
+# The x0 that each prediction of a network at (x_t, t) stands for. eps says nothing of x0 at pi/2.
 TO_X0 = {
     "x0": lambda x_t, x0, t: x0,
     "v": lambda x_t, v, t: broadcast(t.cos(), x_t) * x_t - broadcast(t.sin(), v) * v,
     "eps": lambda x_t, eps, t: (x_t - broadcast(t.sin(), eps) * eps) / broadcast(t.cos(), x_t),
-    "score": lambda x_t, score, t: (
-        (x_t + broadcast(t.sin().square(), score) * score) / broadcast(t.cos(), x_t)
-    ),
 }
+# What an x0 at (x_t, t) stands for: v = cos(t) eps - sin(t) x0, score = -eps / sin t. Needs t > 0.
 FROM_X0 = {
     "x0": lambda x_t, x0, t: x0,
     "v": lambda x_t, x0, t: (broadcast(t.cos(), x_t) * x_t - x0) / broadcast(t.sin(), x_t),
@@ -97,11 +83,3 @@ def x0_loss(x0: Tensor, target: Tensor, t: Tensor, weighting: str) -> Tensor:
     """Weighted mean squared error per image (B,), in terms of x0. Needs t > 0."""
     weight = WEIGHTINGS[weighting](t) / t.sin().square()
     return (x0 - target).square().flatten(1).mean(1) * weight.float()
-
-
-def convert(prediction: Tensor, x_t: Tensor, t: Tensor, source: str, target: str) -> Tensor:
-    """Between "x0", "v", "eps" and "score" at (x_t, t): v = cos(t) eps - sin(t) x0, score = -eps / sin t.
-
-    eps and score say nothing of x0 at pure noise (t = pi/2), nor x0 of the others at t = 0.
-    """
-    return FROM_X0[target](x_t, TO_X0[source](x_t, prediction, t), t)

@@ -1,15 +1,16 @@
 """Codecs: from pixels to the space that a model works in, and back. Nothing else converts them."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from diffusion.console import UserError
+from diffusion import registry
+from diffusion.registry import Entry
 
 
-class Codec(Protocol):
+class Codec(Entry, Protocol):
     """Pixels (B, C, H, W) uint8 to x0 float32 of zero mean and unit variance, and back.
 
     A frozen dataclass, so that a card can hold it.
@@ -75,14 +76,9 @@ CODECS: dict[str, type[Codec]] = {"scale": Scale}
 
 def to_json(codec: Codec) -> dict:
     """The codec as a card holds it."""
-    name = next(name for name, kind in CODECS.items() if type(codec) is kind)
-    return {"name": name, **asdict(codec)}
+    return registry.to_json(codec, CODECS)
 
 
 def from_json(described: dict) -> Codec:
     """The inverse of to_json. UserError for a codec that is not registered here."""
-    fields = dict(described)
-    name = fields.pop("name")
-    if name not in CODECS:
-        raise UserError(f"the model's codec is {name!r}, expected one of {', '.join(CODECS)}")
-    return CODECS[name](**fields)
+    return registry.from_json(described, CODECS, "the model's codec is")

@@ -1,29 +1,30 @@
-"""Conditions: what a network is told beside x_t and t, as named rows with one for each image.
+"""Conditions: a network's inputs beside x_t and t, as named rows with one for each image.
 
 A condition is a mapping of names to tensors (B, ...): a label, a guidance weight, whatever else a
 network takes. None says nothing. What a name means is its Kind, which a checkpoint's card holds.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from diffusion.console import UserError
+from diffusion import registry
+from diffusion.registry import Entry
 
 Condition = Mapping[str, Tensor]
 
 
-class Kind(Protocol):
+class Kind(Entry, Protocol):
     """One kind of condition: a frozen dataclass, so that a card can hold it."""
 
     def null(self, rows: Tensor) -> Tensor:
         """Rows of the same shape that tell the network nothing, as guidance needs them."""
 
     def rows(self, indices: Tensor) -> Tensor:
-        """What images number `indices` (B,) are made of where nobody says."""
+        """The rows of images number `indices` (B,) where the user gives none."""
 
 
 @dataclass(frozen=True)
@@ -63,26 +64,17 @@ Kinds = Mapping[str, Kind]  # a condition's names -> their kinds
 
 def to_json(kinds: Kinds) -> dict[str, dict]:
     """The kinds as a card holds them."""
-    names = {kind: name for name, kind in KINDS.items()}
-    return {name: {"kind": names[type(kind)], **asdict(kind)} for name, kind in kinds.items()}
+    return {name: registry.to_json(kind, KINDS, "kind") for name, kind in kinds.items()}
 
 
 def from_json(described: dict[str, dict]) -> dict[str, Kind]:
     """The inverse of to_json. UserError for a kind that is not registered here."""
-    kinds = {}
-    for name, fields in described.items():
-        fields = dict(fields)
-        kind = fields.pop("kind")
-        if kind not in KINDS:
-            raise UserError(
-                f"the model takes a condition of kind {kind!r}, expected one of {', '.join(KINDS)}"
-            )
-        kinds[name] = KINDS[kind](**fields)
-    return kinds
+    says = "the model takes a condition of kind"
+    return {name: registry.from_json(each, KINDS, says, "kind") for name, each in described.items()}
 
 
 def take(condition: Condition | None, index: Tensor | slice) -> Condition | None:
-    """Those rows of a condition."""
+    """The condition's rows at these indices."""
     if condition is None:
         return None
     return {name: rows[index] for name, rows in condition.items()}

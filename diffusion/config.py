@@ -4,7 +4,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from diffusion.console import UserError, check_limits
+from diffusion.console import Limits, UserError, check_limits
 from diffusion.machine import compiler
 from diffusion.noise import check_seed
 
@@ -58,7 +58,8 @@ class FitConfig:
     """Seconds, at least, from one save to the next of what a stopped training resumes from."""
 
 
-LIMITS = {
+LIMITS: Limits = {
+    "minutes": ("above 0", lambda minutes: minutes is None or 0 < minutes < math.inf),
     "iterations": ("at least 1", lambda n: n >= 1),
     "batch_size": ("at least 1", lambda n: n >= 1),
     "log_every": ("at least 1", lambda n: n >= 1),
@@ -75,8 +76,6 @@ LIMITS = {
 def check(config: FitConfig) -> None:
     """UserError for a setting that cannot be trained with."""
     check_limits(config, LIMITS)
-    if config.minutes is not None and not 0 < config.minutes < math.inf:
-        raise UserError(f"--minutes must be above 0, got {config.minutes:g}")
     check_seed(config.seed)
     check_compiler(config.compile)
 
@@ -85,8 +84,8 @@ def check_compiler(compile: bool) -> None:
     """UserError where torch.compile would find no compiler."""
     if compile and (reason := compiler()):
         raise UserError(
-            f"--compile cannot work here: {reason}; install it (or name another C++ compiler in the "
-            "environment's CXX), or leave --compile out"
+            f"--compile cannot work here: {reason}; install it (or name another C++ compiler in "
+            "the environment's CXX), or leave --compile out"
         )
 
 

@@ -3,7 +3,7 @@
 import errno
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any, TypeVar
@@ -14,25 +14,25 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 T = TypeVar("T")
-_shown, _quiet = out, False
+Limits = Mapping[str, tuple[str, Callable[[Any], bool]]]  # an option -> its limit in words, a test
+_output, _quiet = out, False
 
 
 class UserError(Exception):
     """A user's mistake. The message names what was expected, what came, and the mend."""
 
 
-def at_least(least: int, options, *names: str) -> None:
+def at_least(least: int, options: object, *names: str) -> None:
     """UserError for an option of these names, a number or several, that is below it."""
-    for name in names:
-        told = getattr(options, name)
-        several = told if isinstance(told, tuple) else (told,)
-        if min(several, default=least) < least:
-            flag, got = name.replace("_", "-"), " ".join(map(str, several))
-            raise UserError(f"--{flag} must be at least {least}, got {got}")
+
+    def holds(value: Any) -> bool:
+        return min(value if isinstance(value, tuple) else (value,), default=least) >= least
+
+    check_limits(options, dict.fromkeys(names, (f"at least {least}", holds)))
 
 
-def check_limits(options, limits: Mapping[str, tuple[str, Callable[[Any], bool]]]) -> None:
-    """UserError for an option outside its limit. limits: by its name, in words and as a test."""
+def check_limits(options: object, limits: Limits) -> None:
+    """UserError for an option outside its limit."""
     for name, (words, holds) in limits.items():
         value = getattr(options, name)
         if not holds(value):
@@ -66,19 +66,19 @@ def silence() -> None:
 
 
 @contextmanager
-def diverted(where: bool = True) -> Iterator[None]:
+def diverted(where: bool = True) -> Generator[None]:
     """Progress and plain lines go to stderr meanwhile: stdout is a file's content."""
-    global _shown
-    before, _shown = _shown, err if where else _shown
+    global _output
+    before, _output = _output, err if where else _output
     try:
         yield
     finally:
-        _shown = before
+        _output = before
 
 
 def say(line: str) -> None:
     if not _quiet:
-        _shown.print(line, markup=False)
+        _output.print(line, markup=False)
 
 
 def run(main: Callable[[], None]) -> None:
@@ -106,30 +106,29 @@ def _fail(message: str, code: int) -> None:
     sys.exit(code)
 
 
-def track(
-    items: Iterable[T], title: str, describe: Callable[[T], tuple[int, int, str]]
-) -> Iterator[T]:
-    """Pass items on and show how far they are: a bar in a terminal, else a line now and then.
+Describe = Callable[[T], tuple[int, int, str]]  # item -> (done, total, what to say of it)
 
-    describe: item -> (done, total, what to say of it).
-    """
+
+def track(items: Iterable[T], title: str, describe: Describe[T]) -> Iterator[T]:
+    """Pass items on and show how far they are: a bar in a terminal, else a line now and then."""
     if _quiet:
         yield from items
-    elif _shown.is_terminal:
+    elif _output.is_terminal:
         yield from _bar(items, title, describe)
     else:
         yield from _lines(items, title, describe)
 
 
-def _bar(items, title, describe):
-    columns = [
+def _bar(items: Iterable[T], title: str, describe: Describe[T]) -> Iterator[T]:
+    columns = (
         TextColumn("{task.description}", markup=False),  # a run's [name] is no markup
         BarColumn(),
         TextColumn("{task.percentage:>3.0f}%"),
-    ]
-    columns += [TextColumn("{task.fields[words]}", markup=False)]
-    columns += [TimeElapsedColumn(), TimeRemainingColumn()]
-    with Progress(*columns, console=_shown) as bar:
+        TextColumn("{task.fields[words]}", markup=False),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=_output) as bar:
         task = bar.add_task(title, words="", total=None)
         for item in items:
             done, total, words = describe(item)
@@ -137,18 +136,20 @@ def _bar(items, title, describe):
             yield item
 
 
-def _lines(items, title, describe, every: float = 10.0):
-    start = shown = time.monotonic()
+def _lines(
+    items: Iterable[T], title: str, describe: Describe[T], every: float = 10.0
+) -> Iterator[T]:
+    start = said = time.monotonic()
     first, begun = None, start
     for item in items:
         done, total, words = describe(item)
         now = time.monotonic()
         if first is None:
             first, begun = done, now  # a resumed run begins late: pace is from here on
-        if now - shown > every or done == total:
+        if now - said > every or done == total:
             left = ""
             if first < done < total:
                 left = f", {(now - begun) / (done - first) * (total - done):.0f} s left"
             say(f"{title}  {done}/{total}  {words}, {now - start:.0f} s{left}")
-            shown = now
+            said = now
         yield item

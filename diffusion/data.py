@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
@@ -12,16 +11,8 @@ from diffusion.codec import CODECS, Codec
 from diffusion.condition import Kinds, Label
 from diffusion.console import UserError
 from diffusion.image_file import Form
-from diffusion.images import Images, InMemory, some
+from diffusion.images import Images, InMemory, Source, some
 from diffusion.machine import CACHE
-
-
-class Source(NamedTuple):
-    """Images to train on, images held out, and the kinds of what is known of each."""
-
-    train: Images
-    test: Images
-    kinds: Kinds
 
 
 @dataclass(frozen=True)
@@ -55,7 +46,7 @@ class Dataset:
     test: Images
     codec: Codec
     kinds: Kinds = field(default_factory=dict)
-    """Of what is known of each image; empty for nothing."""
+    """The kinds of what is known of each image; empty for nothing."""
 
     @property
     def num_classes(self) -> int:
@@ -64,18 +55,11 @@ class Dataset:
         return label.num_classes if isinstance(label, Label) else 0
 
 
-def labelled(parts: named_data.Parts) -> Source:
-    """A source of what a named dataset's files hold."""
-    train = InMemory(parts.train, {"label": parts.train_labels})
-    test = InMemory(parts.test, {"label": parts.test_labels})
-    return Source(train, test, {"label": Label(int(parts.train_labels.max()) + 1)})
-
-
 # Name -> (folder of its files or None, the cache, whether it may be fetched) -> its source.
 DATASETS: dict[str, Callable[[Path | None, Path, bool], Source]] = {
-    "digits": lambda *places: labelled(named_data.digits(*places)),
-    "fashion-mnist": lambda *places: labelled(named_data.fashion_mnist(*places)),
-    "cifar10": lambda *places: labelled(named_data.cifar10(*places)),
+    "digits": named_data.digits,
+    "fashion-mnist": named_data.fashion_mnist,
+    "cifar10": named_data.cifar10,
 }
 
 

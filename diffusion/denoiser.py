@@ -1,8 +1,8 @@
 """Denoiser: a network that predicts v, x0 or eps, read as an x0. Precision is decided here."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
-from typing import Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from tyro.conf import Suppress
 from diffusion.circle import TO_X0, broadcast
 from diffusion.condition import Condition, Kinds, with_null
 from diffusion.console import UserError
+from diffusion.registry import rebuilt
 
 
 @dataclass(frozen=True)
@@ -30,11 +31,7 @@ class DenoiserConfig:
 
     @staticmethod
     def from_json(described: dict) -> "DenoiserConfig":
-        known = {field.name for field in fields(DenoiserConfig)}
-        if unknown := described.keys() - known:
-            raise UserError(f"the card's denoiser has unknown settings: {', '.join(unknown)}")
-        bounds = described.get("bounds")
-        return DenoiserConfig(**described | {"bounds": tuple(bounds) if bounds else None})
+        return rebuilt(DenoiserConfig, described, "the model's denoiser")
 
 
 class Denoiser(nn.Module):
@@ -119,8 +116,8 @@ class Denoiser(nn.Module):
         t: Tensor,
         condition: Condition | None = None,
         dropout: torch.Generator | None = None,
-    ):
-        """The network, or a part of it, in this denoiser's precision and layout."""
+    ) -> Any:
+        """What the network, or a part of it, makes in this denoiser's precision and layout."""
         drops = self.training and getattr(getattr(self.net, "config", None), "dropout", 0) > 0
         further = {"dropout": dropout} if drops else {}
         with torch.autocast(x_t.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
@@ -154,21 +151,21 @@ class Inward(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, low: float, high: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, low: float, high: float) -> Tensor:
         ctx.save_for_backward(x)
         ctx.save_for_forward(x)
         ctx.bounds = low, high
         return x.clamp(low, high)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor):
-        (x,), (low, high) = ctx.saved_tensors, ctx.bounds
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,), (x,), (low, high) = gradients, ctx.saved_tensors, ctx.bounds
         outward = (x < low) & (gradient > 0) | (x > high) & (gradient < 0)
         return gradient.masked_fill(outward, 0), None, None
 
     @staticmethod
-    def jvp(ctx, change: Tensor, *_):
-        (x,), (low, high) = ctx.saved_tensors, ctx.bounds
+    def jvp(ctx: Any, *changes: Tensor) -> Tensor:
+        (change, *_), (x,), (low, high) = changes, ctx.saved_tensors, ctx.bounds
         return change.masked_fill((x < low) | (x > high), 0)
 
 
@@ -182,7 +179,10 @@ def guide(conditional: Tensor, unconditional: Tensor, weight: Tensor) -> Tensor:
 
 
 def check_prediction(prediction: str, angles: Tensor) -> None:
-    """UserError for a schedule (ascending angles) whose noisy end says nothing of such a network's x0."""
+    """UserError for a schedule at whose noisy end such a network says nothing of x0.
+
+    angles: ascending.
+    """
     signal = float(angles[-1].cos())
     if prediction == "eps" and signal < 1e-3:
         raise UserError(

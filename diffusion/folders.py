@@ -1,4 +1,4 @@
-"""Which folders are the suite's: it writes into those that it made, and takes no images from them."""
+"""Which folders are the suite's: it writes into those that it made, and takes no images there."""
 
 import json
 import os
@@ -75,12 +75,12 @@ def read_mark(folder: Path) -> dict:
 
 
 def strangers(folder: Path, names: set[str]) -> list[str]:
-    """What else there is in the folder than files of these names and the mark, by name."""
+    """The names of all in the folder but these and the mark."""
     return sorted(entry.name for entry in _entries(folder) if entry.name not in {*names, MARK})
 
 
 def check_file(path: Path) -> None:
-    """UserError where a file cannot be written there, or would replace one that is not the suite's."""
+    """UserError where a file cannot be written, or would replace one that is not the suite's."""
     require_folder(path.parent)
     if path.is_dir():
         raise UserError(f"{path} is a folder: expected a file's name for --out")
@@ -113,7 +113,7 @@ def _stranger(path: Path) -> Path | None:
 
 
 def _kinds(folder: Path) -> set[str]:
-    """What it was made for; of a mark that does not say it, anything."""
+    """The kinds that it may be of: all of them where its mark names none."""
     if os.path.isfile(folder / MARK):
         kind = read_mark(folder).get("kind")
         return {kind} if kind in KINDS else {*KINDS}
@@ -121,7 +121,7 @@ def _kinds(folder: Path) -> set[str]:
 
 
 def _kinds_before_marks(folder: Path) -> Iterator[str]:
-    """What it was made for before there were marks, by what its files say and not by their names."""
+    """The kinds of a folder from before there were marks: its files say it, not their names."""
     for name, kind, ours in BEFORE_MARKS:
         if os.path.isfile(folder / name) and ours(folder / name):
             yield kind

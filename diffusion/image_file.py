@@ -4,7 +4,7 @@ import logging
 import re
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageColor, PngImagePlugin, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
 from torch import Tensor
 
 from diffusion.console import UserError
@@ -20,9 +21,8 @@ from diffusion.console import UserError
 MODES = {1: "L", 3: "RGB"}  # Pillow's, by channels
 # Pillow lists these among images: pages, films, tables, and what starts another program.
 NO_PICTURES = {"BUFR", "EPS", "FLI", "GRIB", "HDF5", "IPTC", "MPEG", "PDF", "WMF"}
-MOST_PIXELS = (
-    2**28
-)  # to be decoded of one file; a JPEG is decoded at down to an eighth of its width
+# To be decoded of one file; a JPEG is decoded at down to an eighth of its width.
+MOST_PIXELS = 2**28
 LARGE = 2**25  # pixels, above which one file at a time is decoded: 4 bytes a pixel, and a copy
 TURNS = {  # an EXIF orientation -> what shows the image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -33,6 +33,11 @@ TURNS = {  # an EXIF orientation -> what shows the image upright
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+PILLOWS_LIMITS = (  # and what they are while a folder is read
+    (Image, "MAX_IMAGE_PIXELS", None),
+    (PngImagePlugin, "MAX_TEXT_CHUNK", 2**28),
+    (PngImagePlugin, "MAX_TEXT_MEMORY", 2**28),
+)
 _alone = threading.Lock()
 
 
@@ -131,7 +136,8 @@ def _shallow(image: Image.Image) -> Image.Image:
         return image
     floats, deep = image.mode == "F", image.mode.startswith("I;16") or image.format == "PPM"
     levels = np.asarray(image if floats else image.convert("I"))
-    if image.format == "TIFF" and image.mode == "I" and 2 not in image.tag_v2.get(339, ()):
+    tiff = isinstance(image, TiffImageFile) and image.mode == "I"
+    if tiff and 2 not in image.tag_v2.get(339, ()):
         levels = levels.view(np.uint32)  # Pillow has no such mode
     low, high = 0, 65535
     if floats or not deep:
@@ -152,19 +158,20 @@ def _shallow(image: Image.Image) -> Image.Image:
 
 
 @contextmanager
-def unlimited() -> Iterator[None]:
+def unlimited() -> Generator[None]:
     """Pillow reads long texts in PNGs and large images meanwhile, and warns of nothing."""
-    png, log = PngImagePlugin, logging.getLogger("PIL")
-    level = log.level
-    before = Image.MAX_IMAGE_PIXELS, png.MAX_TEXT_CHUNK, png.MAX_TEXT_MEMORY
-    Image.MAX_IMAGE_PIXELS, png.MAX_TEXT_CHUNK, png.MAX_TEXT_MEMORY = None, 2**28, 2**28
+    log = logging.getLogger("PIL")
+    level, before = log.level, [getattr(module, name) for module, name, _ in PILLOWS_LIMITS]
+    for module, name, limit in PILLOWS_LIMITS:
+        setattr(module, name, limit)
     log.setLevel(logging.CRITICAL)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        Image.MAX_IMAGE_PIXELS, png.MAX_TEXT_CHUNK, png.MAX_TEXT_MEMORY = before
+        for (module, name, _), limit in zip(PILLOWS_LIMITS, before, strict=True):
+            setattr(module, name, limit)
         log.setLevel(level)
 
 

@@ -21,7 +21,7 @@ from diffusion.console import UserError, say, track
 from diffusion.folders import MARK, is_ours
 from diffusion.image_file import Form
 
-VERSION = 1  # of the pixels that are made of a file: another one makes the caches anew
+VERSION = 1  # the way that pixels are made of a file: another number makes the caches anew
 SLOW = 2**24  # bytes of files, above which progress is shown
 REASONS, NAMES = 8, 4  # that a line gives at most, and names of files for each
 
@@ -47,7 +47,7 @@ class Survey:
     files: list[File] = field(default_factory=list)
     """The images, in the order of their names."""
     passed: Reasons = field(default_factory=lambda: defaultdict(list))
-    """What is no image of the user's."""
+    """The files and folders that are no images of the user's."""
 
 
 def read(folder: Path, form: Form, cache: Path) -> Tensor:
@@ -199,7 +199,7 @@ def _each(folder: Path, files: list[File], form: Form) -> Iterator[tuple[int, Te
 
 
 def _cached(path: Path, key: str) -> tuple[Tensor, Reasons] | None:
-    """What was decoded before; None where there is nothing, or it is damaged or of other files."""
+    """The images decoded before; None where there are none, or damaged ones, or of other files."""
     try:
         tensors, about = load_tensors(path)
         images, skipped = tensors["images"], json.loads(about["skipped"])
@@ -225,8 +225,8 @@ def _listed(reasons: Reasons) -> str:
             more = len(suffixes) > NAMES
         else:
             more = len(names) > NAMES
-        shown = ", ".join(map(_printable, first)) + ", ..." * more
-        words.append(f"{len(names):,} {reason} ({shown})")
+        examples = ", ".join(map(_printable, first)) + ", ..." * more
+        words.append(f"{len(names):,} {reason} ({examples})")
     rest = sum(len(names) for _, names in order[REASONS:])
     return ", ".join(words) + f", {rest:,} for other reasons" * bool(rest)
 

@@ -9,6 +9,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from diffusion.condition import Kinds
+
 SAMPLE = 60_000  # images, evenly spread, that stand for a source in scales, features and copies
 
 
@@ -19,15 +21,28 @@ class Rows(NamedTuple):
     """What is known of each image, by name, as diffusion.condition has it; empty for nothing."""
 
 
+class Source(NamedTuple):
+    """Images to train on, images held out, and the kinds of what is known of each."""
+
+    train: "Images"
+    test: "Images"
+    kinds: Kinds
+
+
 class Images(Protocol):
     """A source of images, however large."""
 
-    shape: tuple[int, int, int]
-    """(C, H, W)."""
-    device: torch.device
-    """Where its rows are, and the indices that it is asked by."""
-    slow: bool
-    """Whether rows are worth fetching ahead, by a thread."""
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W)."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where its rows are, and the indices that it is asked by."""
+
+    @property
+    def slow(self) -> bool:
+        """Whether rows are worth fetching ahead, by a thread."""
 
     def __len__(self) -> int: ...
 
@@ -53,7 +68,8 @@ class InMemory:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        return tuple(self.images.shape[1:])
+        _, channels, height, width = self.images.shape
+        return channels, height, width
 
     @property
     def device(self) -> torch.device:
@@ -99,7 +115,7 @@ class Ahead:
 
     def take(self, i: int) -> Rows:
         """The rows of batch i; batches are best asked for in turn."""
-        number, coming = self.coming or (None, None)
-        rows = coming.result() if number == i else self.images.take(self.which(i))
+        awaited = self.coming[1] if self.coming and self.coming[0] == i else None
+        rows = awaited.result() if awaited else self.images.take(self.which(i))
         self.coming = i + 1, self.thread.submit(self.images.take, self.which(i + 1))
         return rows

@@ -9,6 +9,7 @@ import os
 import platform
 import shutil
 import time
+from contextlib import suppress
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,6 +20,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from torch import nn
 
+from diffusion.checkpoint import write_atomic
 from diffusion.console import say
 
 CACHE = Path(os.environ.get("FEWSTEP_CACHE", Path.home() / ".cache" / "fewstep"))
@@ -27,8 +29,10 @@ PATIENCE = 3.0  # times fp32's time, beyond which one pass in bf16 says enough
 
 
 def this_device() -> torch.device:
-    """This process's GPU where there is CUDA, else the CPU (angles are float64, which MPS has not)."""
-    return PartialState(cpu=not torch.cuda.is_available()).device
+    """This process's GPU where there is CUDA, else the CPU: angles are float64, which MPS lacks."""
+    device = PartialState(cpu=not torch.cuda.is_available()).device
+    assert device
+    return device
 
 
 def layout() -> torch.memory_format:
@@ -51,7 +55,7 @@ def compiler() -> str | None:
     if torch.cuda.is_available():
         if not find_spec("triton"):
             return "it needs triton on a GPU, and there is none"
-        # triton builds what launches its kernels by a C compiler, and fails in the first step without
+        # triton builds what launches its kernels by a C compiler, and fails without in step one
         names = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
         if any(map(shutil.which, names)):
             return None
@@ -81,14 +85,14 @@ def precision(asked: str = "auto") -> str:
 def _say_once(share: float) -> None:
     if share > 1:
         say(
-            f"bf16 takes {share:.1f} times as long as fp32 on this processor: --precision auto takes "
-            "the faster one"
+            f"bf16 takes {share:.1f} times as long as fp32 on this processor: --precision auto "
+            "takes the faster one"
         )
 
 
 @cache
 def bf16_share() -> float:
-    """What a training step in bf16 takes of the time that it takes in fp32.
+    """The time of a training step in bf16, as a share of its time in fp32.
 
     Processors' names and features mislead: AVX512 without bf16 claims support and takes 10 times
     as long, AVX512-BF16 without AMX gains less than the casts cost. So a CPU is measured once, in
@@ -102,7 +106,8 @@ def bf16_share() -> float:
         share = float(json.loads(path.read_text())["bf16_share"])
     except (OSError, ValueError, KeyError, TypeError):
         share = _measured_share()
-        _keep(path, share)
+        with suppress(OSError):  # a cache that cannot be written is no reason to stop
+            write_atomic(path, json.dumps({"processor": processor(), "bf16_share": share}))
     if PartialState().num_processes > 1:
         share = broadcast_object_list([share])[0]
     return share
@@ -117,7 +122,7 @@ def _identity() -> str:
 
 
 def processor() -> str:
-    """Its name, as the system tells it."""
+    """The processor's name, as the system tells it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -149,14 +154,3 @@ def _measured_share(channels: int = 32, size: int = 8, batch: int = 64, repeats:
         for _ in range(repeats):
             single, half = min(single, seconds(False)), min(half, seconds(True))
     return half / single
-
-
-def _keep(path: Path, share: float) -> None:
-    """Write the figure to the cache; a cache that cannot be written is no reason to stop."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(json.dumps({"processor": processor(), "bf16_share": share}))
-        os.replace(part, path)
-    except OSError:
-        part.unlink(missing_ok=True)

@@ -105,7 +105,7 @@ class Model:
             angles = shifted(solver.angles(self.schedule, num_steps), asked / already)
             note = "" if shift is None else f"shift {shift:g}"
             return plan(sampler, angles, card.guidance, note)
-        counts = ", ".join(str(own.num_steps) for own in card.plans)
+        counts = ", ".join(str(each.num_steps) for each in card.plans)
         raise UserError(
             f"this {card.method} model samples by {card.sampler} in {counts} steps, "
             f"not by {sampler or card.sampler} in {num_steps}"
@@ -131,9 +131,9 @@ class Model:
         """2 where the plan's guidance is made of two network calls, else 1."""
         return 1 if "guidance" in self.kinds or plan.guidance in (None, 1) else 2
 
-    def conditions(self, indices: Tensor, given: Condition | None = None) -> Condition:
-        """What the network is told of images number `indices` (B,): what is given, and for the
-        rest what its kind has for them; an empty mapping where it takes nothing."""
+    def conditions(self, indices: Tensor, given: Condition | None = None) -> dict[str, Tensor]:
+        """The condition of images number `indices` (B,): what is given, and for the rest what its
+        kind has for them; empty where the network takes none."""
         given = given or {}
         return {
             name: given[name].to(indices.device) if name in given else kind.rows(indices)
@@ -146,12 +146,11 @@ class Model:
 
         given: conditions (B, ...) by name, in place of what is usual for these images.
         """
-        told = self.conditions(indices, given)
-        if told and plan.guidance not in (None, 1):  # 1 is the denoiser's own, in one call
-            weight = torch.full(indices.shape, float(plan.guidance), device=indices.device)
-            told["guidance"] = weight
+        condition, weight = self.conditions(indices, given), plan.guidance
+        if condition and weight not in (None, 1):  # 1 is the denoiser's own, in one call
+            condition["guidance"] = torch.full(indices.shape, float(weight), device=indices.device)
         noise, angles = Noise(seed, indices, self.shape), plan.on(indices.device)
-        return sample(self.denoiser, noise, plan.sampler, angles, told or None)
+        return sample(self.denoiser, noise, plan.sampler, angles, condition or None)
 
     def sample(
         self, plan: Plan, seed: int, indices: Tensor, given: Condition | None = None
@@ -187,14 +186,14 @@ def load(path: Path, precision: str = "fp32", device: torch.device | None = None
     for name, value in weights.items():
         if not value.isfinite().all():
             raise UserError(
-                f"{path}: the weights are not finite (NaN or infinite, first in {name}): the training "
-                "that made them failed; train again, with a lower --learning-rate"
+                f"{path}: the weights are not finite (NaN or infinite, first in {name}): the "
+                "training that made them failed; train again, with a lower --learning-rate"
             )
     return Model(denoiser.to(device or this_device()).eval().requires_grad_(False), card, sha256)
 
 
 def require_same_images(spec: ImageSpec, model: Model, path: Path) -> None:
-    """UserError for a model of other images: by their sha256, or by their name where one has none."""
+    """UserError for a model of other images, by their sha256, or their name where one has none."""
     known = spec.sha256 and model.spec.sha256
     same = spec.sha256 == model.spec.sha256 if known else spec.name == model.spec.name
     if not same or spec.shape != model.spec.shape:

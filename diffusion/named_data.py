@@ -1,6 +1,6 @@
 """The datasets that are known by a name: from scikit-learn, from files on this disk, or downloaded.
 
-Each is a function (data_dir, cache, download) -> Parts. A data_dir that is given is the only place
+Each is a function (data_dir, cache, download) -> Source. A data_dir that is given is the only place
 that is looked in, and nothing is written there; otherwise what is downloaded goes to the cache.
 """
 
@@ -9,12 +9,13 @@ import math
 import struct
 import zlib
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from diffusion.condition import Label
 from diffusion.console import UserError
+from diffusion.images import InMemory, Source
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # of its package dataset-fashion-mnist
 FASHION = [
@@ -23,16 +24,15 @@ FASHION = [
 BROKEN = (RuntimeError, OSError, ValueError, AssertionError)  # raised by torchvision's datasets
 
 
-class Parts(NamedTuple):
-    """uint8 images (N, C, H, W) and int64 labels (N,), to train on and held out."""
+def labelled(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor) -> Source:
+    """A source of uint8 images (N, C, H, W) with int64 labels (N,), to train on and held out."""
+    kinds = {"label": Label(int(train_labels.max()) + 1)}
+    return Source(
+        InMemory(train, {"label": train_labels}), InMemory(test, {"label": test_labels}), kinds
+    )
 
-    train: Tensor
-    train_labels: Tensor
-    test: Tensor
-    test_labels: Tensor
 
-
-def digits(data_dir: Path | None, cache: Path, download: bool) -> Parts:
+def digits(data_dir: Path | None, cache: Path, download: bool) -> Source:
     """scikit-learn's 1,797 scans of digits, 8x8, 16 grey levels; every fifth is held out."""
     from sklearn.datasets import load_digits
 
@@ -40,10 +40,10 @@ def digits(data_dir: Path | None, cache: Path, download: bool) -> Parts:
     images = torch.from_numpy(bunch.images).mul(255 / 16).round().to(torch.uint8)[:, None]
     labels = torch.from_numpy(bunch.target).long()
     held_out = torch.arange(len(images)) % 5 == 4
-    return Parts(images[~held_out], labels[~held_out], images[held_out], labels[held_out])
+    return labelled(images[~held_out], labels[~held_out], images[held_out], labels[held_out])
 
 
-def fashion_mnist(data_dir: Path | None, cache: Path, download: bool) -> Parts:
+def fashion_mnist(data_dir: Path | None, cache: Path, download: bool) -> Source:
     """Fashion-MNIST (Xiao et al. 2017), 28x28, or what a folder holds under its files' names.
 
     Without a data_dir: from the cache, else from Debian's package, else downloaded.
@@ -81,7 +81,7 @@ def fashion_files(place: Path) -> dict[str, Path]:
     return {stem: path for stem, path in paths.items() if path}
 
 
-def _fashion_in(place: Path) -> Parts:
+def _fashion_in(place: Path) -> Source:
     paths = fashion_files(place)
     if missing := [f"{stem}.gz" for stem in FASHION if stem not in paths]:
         raise UserError(
@@ -102,7 +102,7 @@ def _fashion_in(place: Path) -> Parts:
             f"{place}: expected square images of one size, got {tuple(train.shape[1:])} and "
             f"{tuple(test.shape[1:])}"
         )
-    return Parts(train[:, None], train_labels.long(), test[:, None], test_labels.long())
+    return labelled(train[:, None], train_labels.long(), test[:, None], test_labels.long())
 
 
 def _idx(path: Path, dimensions: int) -> Tensor:
@@ -124,7 +124,7 @@ def _idx(path: Path, dimensions: int) -> Tensor:
     return torch.frombuffer(raw, dtype=torch.uint8, offset=head).reshape(shape)
 
 
-def cifar10(data_dir: Path | None, cache: Path, download: bool) -> Parts:
+def cifar10(data_dir: Path | None, cache: Path, download: bool) -> Source:
     """CIFAR-10 (Krizhevsky 2009), 32x32 in colour, through torchvision."""
     from torchvision.datasets import CIFAR10
 
@@ -157,7 +157,7 @@ def cifar10(data_dir: Path | None, cache: Path, download: bool) -> Parts:
         except BROKEN as error:
             raise UserError(f"cifar10 could not be downloaded: {hint} ({_first(error)})") from error
     images = [torch.from_numpy(x.data).permute(0, 3, 1, 2).contiguous() for x in (train, test)]
-    return Parts(images[0], torch.tensor(train.targets), images[1], torch.tensor(test.targets))
+    return labelled(images[0], torch.tensor(train.targets), images[1], torch.tensor(test.targets))
 
 
 def require_folder(data_dir: Path) -> None:

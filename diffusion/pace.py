@@ -6,6 +6,7 @@ from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TypeVar
 
 import torch
 from accelerate import PartialState
@@ -22,6 +23,7 @@ LEAST = 3  # iterations that are timed
 TRIAL = 5.0  # seconds of them, or a twentieth of the budget where that is less
 SPARE = 0.03  # of the time: what saves, pictures and the end take
 LONG = 3600.0  # seconds of training, beyond which a word is said first
+T = TypeVar("T")
 
 
 def in_minutes(method: Method, dataset: Dataset, config: FitConfig) -> FitConfig:
@@ -30,18 +32,23 @@ def in_minutes(method: Method, dataset: Dataset, config: FitConfig) -> FitConfig
     Copies of the networks are trained for some seconds, so that the training itself is the same
     as that of a command that was given this number of iterations.
     """
-    begun = time.monotonic()
-    seconds = _seconds_per_iteration(deepcopy(method), dataset, config)
-    left = config.minutes * 60 * (1 - SPARE) - (time.monotonic() - begun)
+    assert config.minutes
+    begun, budget = time.monotonic(), config.minutes * 60
+    enough = min(TRIAL, budget / 20)
+    seconds = _seconds_per_iteration(deepcopy(method), dataset, config, enough)
+    left = budget * (1 - SPARE) - (time.monotonic() - begun)
     iterations = max(1, int(left / seconds))
     pace = config.batch_size / seconds
     say(f"{config.minutes:g} minutes at {pace:,.0f} images/s: {iterations} iterations")
     return replace(config, iterations=iterations, warmup=min(config.warmup, iterations // 10))
 
 
-def _seconds_per_iteration(method: Method, dataset: Dataset, config: FitConfig) -> float:
+def _seconds_per_iteration(
+    method: Method, dataset: Dataset, config: FitConfig, enough: float
+) -> float:
+    """The time of an iteration, over at least `enough` seconds of them."""
     endless = replace(config, iterations=2**31, log_every=1, save_every=float("inf"))
-    enough, ends = min(TRIAL, config.minutes * 60 / 20), []
+    ends = []
     with TemporaryDirectory() as folder:
         lines = fit(method, dataset, endless, Path(folder) / "state")
         for _ in lines:
@@ -53,8 +60,8 @@ def _seconds_per_iteration(method: Method, dataset: Dataset, config: FitConfig) 
     return _agreed((ends[-1] - ends[WARM - 1]) / (len(ends) - WARM))
 
 
-def _agreed(value):
-    """The first process's, in every process: all must stop and go on together."""
+def _agreed(value: T) -> T:
+    """The first process's value, in every process: all must stop and go on together."""
     if PartialState().num_processes == 1:
         return value
     return broadcast_object_list([value])[0]
@@ -67,11 +74,11 @@ def with_warning(
 
     advice: what would be faster, as further words; it is asked for only where it is needed.
     """
-    told = bool(config.minutes)  # who gave a budget knows
+    user_knows = bool(config.minutes)
     skipped = 1 if config.compile else 0  # the first line's pace is the compiler's
     for number, line in enumerate(lines):
-        if not told and number >= skipped and line.images_per_second:
-            told = True
+        if not user_knows and number >= skipped and line.images_per_second:
+            user_knows = True
             left = line.iterations - line.iteration
             seconds = left * config.batch_size / line.images_per_second
             if seconds > LONG:
@@ -87,14 +94,15 @@ def hours(seconds: float) -> str:
 
 def passes_per_second(denoiser: nn.Module, shape: tuple[int, ...], batch_size: int = 16) -> float:
     """Images that a network takes forward and back in a second, by three passes after one."""
-    device = next(denoiser.parameters()).device
+    parameter = next(denoiser.parameters())
+    device = parameter.device
     x, t = torch.randn(batch_size, *shape, device=device), torch.ones(batch_size, device=device)
 
     def once() -> float:
         start = time.perf_counter()
         loss = denoiser(x, t.double()).square().mean()
         loss.backward()
-        float(next(denoiser.parameters()).grad.sum())  # waits for a GPU
+        float(parameter.sum())  # waits for a GPU
         return time.perf_counter() - start
 
     once()

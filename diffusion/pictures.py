@@ -15,7 +15,7 @@ from diffusion.folders import SIGN
 
 
 def png(image: Tensor, software: str = "") -> bytes:
-    """(C, H, W) uint8, one or three channels, as PNG bytes that name the software where it is given."""
+    """(C, H, W) uint8, one or three channels, as PNG bytes. software: the file names it."""
     pixels = image.permute(1, 2, 0).cpu().numpy()
     buffer, info = io.BytesIO(), PngInfo()
     if software:
@@ -26,7 +26,7 @@ def png(image: Tensor, software: str = "") -> bytes:
 
 
 def grid(images: Tensor, columns: int | None = None, least: int = 56) -> Tensor:
-    """(N, C, H, W) uint8 -> one (3, H', W') uint8 picture, each image at least `least` pixels high."""
+    """(N, C, H, W) uint8 -> one (3, H', W') uint8, each image at least `least` pixels high."""
     scale = math.ceil(least / images.shape[-1])
     images = images.repeat_interleave(scale, -1).repeat_interleave(scale, -2)
     columns = columns or math.ceil(math.sqrt(len(images)))

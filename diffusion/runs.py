@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from torch import nn
 
 from diffusion import checkpoint, machine, older
 from diffusion.checkpoint import Card, metadata, remove_parts, write_atomic
@@ -71,17 +72,22 @@ def train_model(
     lines = fit(method, dataset, config, state, preview=preview)
     progress = _logged(with_warning(lines, config, advice), run / "log.jsonl")
     *_, last = track(progress, str(run), _describe)
-    training = {"settings": settings, "iterations": config.iterations}
     images = config.iterations * config.batch_size
-    training |= {"images": images, "total_images": images + settings.get("earlier_images", 0)}
-    training |= {"seconds": last.seconds}
+    training = {
+        "settings": settings,
+        "iterations": config.iterations,
+        "images": images,
+        "total_images": images + settings.get("earlier_images", 0),
+        "seconds": last.seconds,
+    }
     card = replace(card, training=training)
     if processes.is_main_process:
-        leave(run, method.players["student"].module, card)
+        student = method.players["student"].module
+        assert isinstance(student, Denoiser)
+        leave(run, student, card)
         tidy(run)
-        say(
-            f"{run}  loss {last.loss:.4f} after {last.seconds:.0f} s: {finished}, {run / 'samples.png'}"
-        )
+        paths = f"{finished}, {run / 'samples.png'}"
+        say(f"{run}  loss {last.loss:.4f} after {last.seconds:.0f} s: {paths}")
     processes.wait_for_everyone()
     return load(run, config.precision)
 
@@ -110,7 +116,8 @@ def settings_of_run(card: Card, dataset: Dataset, config: FitConfig) -> dict:
 def settled(config: FitConfig, *runs: Path) -> FitConfig:
     """The config with what `auto` and `minutes` stand for: this machine's, or an earlier start's.
 
-    runs: where the training is, or may have been begun. The first process alone speaks from here on.
+    runs: where the training is, or may have been begun. From here on the first process alone
+    speaks.
     """
     this_device()  # before anything asks PartialState
     if not PartialState().is_main_process:
@@ -147,7 +154,8 @@ class Preview:
         self.run, self.card = run, card
         self.drawn, self.took = time.monotonic(), 0.0
 
-    def __call__(self, denoiser: Denoiser) -> None:
+    def __call__(self, denoiser: nn.Module) -> None:
+        assert isinstance(denoiser, Denoiser)
         begun = time.monotonic()
         if not self.took:
             say(f"{self.run / 'samples.png'}  its samples, drawn anew as it trains")
@@ -158,7 +166,7 @@ class Preview:
 
 
 def draw(run: Path, model: Model, calls: int = 50) -> None:
-    """Write samples.png, 64 images of the model by its own plan, or by a solver where that is longer."""
+    """Write samples.png, 64 images by the model's own plan, or where that is longer by a solver."""
     indices, steps = torch.arange(64, device=model.device), model.card.plans[0].num_steps
     # a teacher's 1000 calls would take longer than its training where there is no GPU
     sampler = next((name for name in QUICK if name in model.solvers), None)
@@ -191,9 +199,9 @@ def tidy(run: Path) -> None:
 
 
 def require_same(run: Path, before: dict, now: dict) -> None:
-    """UserError where the run there is of other settings; one that it lacks was off, as is 0 or none.
+    """UserError where the run there has other settings; one that it lacks was off, as 0 or none.
 
-    Images are known by their sha256, wherever they lie; those of a run that has none, by their name.
+    Images are known by their sha256, wherever they lie; where a run has none, by their name.
     """
     known = before.get("data_sha256") and now.get("data_sha256")
     if known and before["data_sha256"] != now["data_sha256"]:

@@ -9,6 +9,7 @@ towards some x0; they differ in which x0. The last, to s = 0, ends at that x0 it
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ def descent(angles: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def ddim(denoise: Denoise, noise: Noises, angles: Tensor, eta: float = 0.0) -> Tensor:
-    """Song et al. 2021, eq. 12 and 16: N calls. eta = 0 is deterministic, eta = 1 ancestral DDPM."""
+    """Song et al. 2021, eq. 12 and 16: N calls. eta = 0 is deterministic, 1 is ancestral DDPM."""
     x = next(noise)
     for t, s in descent(angles):
         x0 = denoise(x, t)
@@ -36,7 +37,7 @@ def ddim(denoise: Denoise, noise: Noises, angles: Tensor, eta: float = 0.0) -> T
     return denoise(x, angles[1])
 
 
-def ancestral_learned(denoise: Denoise, noise: Noises, angles: Tensor) -> Tensor:
+def ancestral_learned(denoise: Callable, noise: Noises, angles: Tensor) -> Tensor:
     """Ancestral steps whose variance the network chooses (Nichol & Dhariwal 2021, eq. 15): N calls.
 
     beta is (sin t / sin s)^2 times the posterior's variance, so that exp(log-variance / 2) is the
@@ -198,7 +199,7 @@ def one_call(steps: int) -> int:
 
 
 def two_calls(steps: int) -> int:
-    """A step's, but the last has one."""
+    """Two a step, but one for the last."""
     return 2 * steps - 1
 
 
@@ -209,8 +210,9 @@ class Solver:
     run: Callable[[Callable, Noises, Tensor], Tensor]
     """(denoise, noise, angles ascending from 0) -> x0."""
     needs: frozenset[str]
-    """Of a model that it may run at any angles. denoise: D(x_t, t) is the mean of the images that
-    x_t may be from; jump: f(x_t, t) is where the ODE ends; variance: it predicts one too."""
+    """The abilities of a model that it may run at any angles. denoise: D(x_t, t) is the mean of the
+    images that x_t may be from; jump: f(x_t, t) is where the ODE ends; variance: it predicts one
+    too."""
     calls: Callable[[int], int] = one_call
     """Sampler steps -> the network calls that it claims."""
     space: Callable[[Tensor, int], Tensor] = respace
@@ -260,7 +262,7 @@ def sample(
     condition: with the guidance weight, where there is one.
     """
 
-    def denoise(x_t: Tensor, t: Tensor, **variance: bool):
+    def denoise(x_t: Tensor, t: Tensor, **variance: bool) -> Any:
         return denoiser(x_t, t, condition, **variance)
 
     return SOLVERS[sampler].run(denoise, noise, angles)

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from diffusion.console import UserError
-from diffusion.sde import PROCESSES
 
 
 def linear_beta(num_steps: int = 1000, beta_min: float = 1e-4, beta_max: float = 0.02) -> Tensor:
@@ -47,10 +46,10 @@ def sigmoid(
     low, high = start / temperature, end / temperature
     x = low + i * (high - low)
 
-    def span(a, b):  # sigmoid(a) - sigmoid(b), without the subtraction
+    def span(a: Tensor, b: float) -> Tensor:  # sigmoid(a) - sigmoid(b), without the subtraction
         return torch.sinh((a - b) / 2) / (2 * torch.cosh(a / 2) * math.cosh(b / 2))
 
-    # alpha^2 is proportional to sigmoid(high) - sigmoid(x), and sigma^2 to sigmoid(x) - sigmoid(low)
+    # alpha^2 goes with sigmoid(high) - sigmoid(x), and sigma^2 with sigmoid(x) - sigmoid(low)
     return _from_zero(torch.atan2(span(x, low).sqrt(), (-span(x, high)).clamp(min=0).sqrt()))
 
 
@@ -60,7 +59,7 @@ def karras(
     ratio_max: float = 160.0,
     rho: float = 7.0,
 ) -> Tensor:
-    """Karras et al. 2022, eq. 5, with t = atan(sigma / sigma_data), which are 0.004 to 160 there."""
+    """Karras et al. 2022, eq. 5, with t = atan(sigma / sigma_data), a ratio from 0.004 to 160."""
     ramp = torch.linspace(0, 1, num_steps, dtype=torch.float64)
     low, high = ratio_min ** (1 / rho), ratio_max ** (1 / rho)
     ratios = (low + ramp * (high - low)) ** rho
@@ -68,8 +67,42 @@ def karras(
     return _from_zero(torch.atan(ratios))
 
 
-SCHEDULES = {"linear": linear_beta, "cosine": cosine, "sigmoid": sigmoid, "karras": karras}
-SCHEDULES |= {name: process.angles for name, process in PROCESSES.items()}
+def vp(num_steps: int = 1000, beta_min: float = 0.1, beta_max: float = 20.0) -> Tensor:
+    """The variance-preserving SDE (Song et al. 2021b, eq. 32 and 33) at equal steps of its time."""
+    tau = torch.linspace(0, 1, num_steps + 1, dtype=torch.float64)
+    alpha, variance = _vp(tau, beta_min, beta_max)
+    return torch.atan2(variance.sqrt(), alpha)
+
+
+def sub_vp(num_steps: int = 1000, beta_min: float = 0.1, beta_max: float = 20.0) -> Tensor:
+    """Their sub-VP SDE, whose deviation is VP's variance (eq. 29)."""
+    tau = torch.linspace(0, 1, num_steps + 1, dtype=torch.float64)
+    alpha, variance = _vp(tau, beta_min, beta_max)
+    return torch.atan2(variance, alpha)
+
+
+def _vp(tau: Tensor, beta_min: float, beta_max: float) -> tuple[Tensor, Tensor]:
+    """VP's factor of x0 and its noise's variance at times from 0 to 1, for a beta that rises."""
+    total_beta = tau * beta_min + tau.square() * (beta_max - beta_min) / 2  # its integral from 0
+    return (-total_beta / 2).exp(), -torch.expm1(-total_beta)
+
+
+def ve(num_steps: int = 1000, sigma_min: float = 0.01, sigma_max: float = 50.0) -> Tensor:
+    """Their variance-exploding SDE for data of unit variance (eq. 30), at 0 exactly 0."""
+    tau = torch.linspace(0, 1, num_steps + 1, dtype=torch.float64)
+    sigma = sigma_min * torch.expm1(2 * math.log(sigma_max / sigma_min) * tau).sqrt()
+    return torch.atan2(sigma, torch.ones_like(tau))
+
+
+SCHEDULES = {
+    "linear": linear_beta,
+    "cosine": cosine,
+    "sigmoid": sigmoid,
+    "karras": karras,
+    "vp": vp,
+    "sub-vp": sub_vp,
+    "ve": ve,
+}
 
 
 def halve(angles: Tensor, factor: int = 2) -> Tensor:
@@ -94,7 +127,7 @@ def respace(angles: Tensor, num_steps: int) -> Tensor:
 
 
 def even(angles: Tensor, num_steps: int, shift: float = 1.0) -> Tensor:
-    """Equal steps from 0 to the list's end, shifted: where consistency models are trained and restarted.
+    """Equal steps from 0 to the list's end, shifted, at which consistency models are trained.
 
     For consistency distillation in few minutes far better than Karras' spacing, most of whose
     angles crowd close to noise.
@@ -103,11 +136,11 @@ def even(angles: Tensor, num_steps: int, shift: float = 1.0) -> Tensor:
 
 
 def shifted(angles: Tensor, shift: float) -> Tensor:
-    """tan t times `shift`, with both ends where they were: above 1, more steps where noise is heavy.
+    """tan t times `shift`, both ends where they were: above 1, more steps where noise is heavy.
 
-    For data of deviation d a DDIM step's error goes with the difference of atan(tan(t) / d), so that
-    a shift by d is best: the main components of larger images have many times the variance of a
-    pixel, and are decided close to pi/2 (the shift of Hoogeboom et al. 2023, section 3.1).
+    For data of deviation d a DDIM step's error goes with the difference of atan(tan(t) / d), so
+    that a shift by d is best: the main components of larger images have many times the variance of
+    a pixel, and are decided close to pi/2 (the shift of Hoogeboom et al. 2023, section 3.1).
     """
     t = angles + torch.atan2(
         (shift - 1) * angles.sin() * angles.cos(), angles.cos() ** 2 + shift * angles.sin() ** 2
@@ -123,7 +156,7 @@ def check_shift(shift: float) -> None:
 
 
 def truncated(angles: Tensor, num_steps: int, stop: float = 0.2) -> Tensor:
-    """Equal steps from the list's end to the angle `stop`, then all the rest in one: early stopping.
+    """Equal steps from the list's end to the angle `stop`, then the rest in one: early stopping.
 
     The last call's x0 is the image, however many calls there are: those that finer steps near the
     data would take go where noise is heavy. The default was best on 8x8 digits at 8 calls.

@@ -4,12 +4,13 @@ import json
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from types import FrameType
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -39,7 +40,11 @@ class Follower(Protocol):
     def state_dict(self) -> dict[str, Tensor]:
         """All that a resumed training needs of it."""
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None: ...
+    def load_state_dict(self, state: dict[str, Tensor], /) -> Any: ...
+
+
+Followers = Mapping[str, Follower]  # by name
+Optimizers = Mapping[str, torch.optim.Optimizer]  # by the name of the player that each moves
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,8 @@ class Average:
 
     @torch.no_grad()
     def follow(self, nets: Nets, done: int, progress: float = 0.0) -> None:
-        kept, new = list(self.module.parameters()), list(nets[self.player].parameters())
+        kept: list[Tensor] = list(self.module.parameters())
+        new: list[Tensor] = list(nets[self.player].parameters())
         share = 1 - self.decay(done, progress)
         if self.fused:
             torch._foreach_lerp_(kept, new, share)
@@ -105,14 +111,16 @@ class Method:
     """By name. The one named "student" is what a training is for."""
     loss: Callable[[Nets, Batch, Turn], Tensor]
     """Loss per image (B,), of those whose turn it is: only they get gradients."""
-    followers: Mapping[str, Follower] = field(default_factory=dict)
+    followers: Followers = field(default_factory=dict)
     """What the loss reads and moves on with the training, by name."""
 
 
 class Objective(Protocol):
     """The loss of a method with one network, per image (B,)."""
 
-    followers: Mapping[str, Follower]
+    @property
+    def followers(self) -> Followers:
+        """What it reads and moves on with the training, by name."""
 
     def __call__(self, student: nn.Module, batch: Batch, progress: float) -> Tensor:
         """progress: the share of the training that is done, in [0, 1)."""
@@ -148,8 +156,11 @@ class Progress(NamedTuple):
 EARLY = 5.0  # seconds to the first line at the latest, or to the end of the step
 
 
-def frozen_copy(denoiser: nn.Module) -> nn.Module:
-    return deepcopy(denoiser).eval().requires_grad_(False)
+Network = TypeVar("Network", bound=nn.Module)
+
+
+def frozen_copy(network: Network) -> Network:
+    return deepcopy(network).eval().requires_grad_(False)
 
 
 def fit(
@@ -159,7 +170,7 @@ def fit(
     state: Path,
     fused: bool = True,
     preview: Callable[[nn.Module], None] | None = None,
-) -> Iterator[Progress]:
+) -> Generator[Progress]:
     """Train a method's players in place; its student ends with its averaged weights.
 
     Resumes from the file `state` where there is one, to the same result bit for bit, and
@@ -266,9 +277,14 @@ class Decay:
 
 
 def _optimizer(net: nn.Module, config: FitConfig, fused: bool) -> torch.optim.Optimizer:
-    settings = {"betas": (0.9, 0.99), "weight_decay": config.weight_decay}
-    settings |= {"fused": fused, "foreach": False}  # neither is one parameter after the other
-    return torch.optim.AdamW(net.parameters(), config.learning_rate, **settings)
+    return torch.optim.AdamW(
+        net.parameters(),
+        config.learning_rate,
+        betas=(0.9, 0.99),
+        weight_decay=config.weight_decay,
+        fused=fused,
+        foreach=False,  # where it is not fused, one parameter after the other
+    )
 
 
 def make_worker() -> Accelerator:
@@ -286,11 +302,11 @@ def make_worker() -> Accelerator:
 
 
 @contextmanager
-def _stop_requests() -> Iterator[list[int]]:
+def _stop_requests() -> Generator[list[int]]:
     """A list that is empty until SIGINT or SIGTERM comes; a second one is not waited for."""
     received: list[int] = []
 
-    def note(number, frame):
+    def note(number: int, frame: FrameType | None) -> None:
         received.append(number)
         signal.signal(number, signal.default_int_handler)
 
@@ -302,7 +318,9 @@ def _stop_requests() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _save(path: Path, nets: Nets, followers, optimizers, line: Progress) -> None:
+def _save(
+    path: Path, nets: Nets, followers: Followers, optimizers: Optimizers, line: Progress
+) -> None:
     tensors = {}
     for name, net in nets.items():
         tensors |= {f"{name}.{key}": value for key, value in net.state_dict().items()}
@@ -314,7 +332,9 @@ def _save(path: Path, nets: Nets, followers, optimizers, line: Progress) -> None
     save_tensors(path, tensors, {"line": json.dumps(line._asdict())})
 
 
-def _restore(path: Path, nets: Nets, followers, optimizers) -> Progress | None:
+def _restore(
+    path: Path, nets: Nets, followers: Followers, optimizers: Optimizers
+) -> Progress | None:
     """The line of the log at which the state was saved; None where there is no state."""
     if not path.exists():
         return None

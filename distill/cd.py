@@ -1,25 +1,25 @@
 """Consistency distillation (Song et al. 2023): `python -m distill.consistency`."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import nn
 
 from diffusion.config import FitConfig
 from diffusion.model import Model
-from distill import shared
+from distill import discrete, shared
 from distill.discrete import Consistency, matching
 from distill.pairs import CURRICULA, Angles, growing
 from distill.steps import Denoise
 
 
 @dataclass(frozen=True)
-class Loss(shared.NeighbourLoss):
+class Loss(discrete.NeighbourLoss):
     """How the student is compared with its target, between neighbours of a list of noise levels."""
 
-    solver: shared.Solver = "heun"
+    solver: discrete.Solver = "heun"
     target_ema: float = 0.95
-    distance: shared.Distance = "l2"
-    weight: shared.Weight = "one"
+    distance: discrete.Distance = "l2"
+    weight: discrete.Weight = "one"
     frechet: float = 0.0
     """Weight of a second loss that makes images sharper, the Fréchet distance of the student's
     images from real ones in features of the teacher's network (Mathiasen & Hvilshøj 2020). 0:
@@ -32,7 +32,6 @@ class Options(shared.ConsistencyOptions):
     al. 2023)."""
 
     loss: Loss = Loss()
-    fit: FitConfig = field(default_factory=FitConfig)
 
 
 # from the teacher's step few large batches beat many small ones at as many images

@@ -40,7 +40,7 @@ def read_command() -> tuple[ModuleType, StudentOptions]:
     if given.mode:
         prog += f" --mode {mode}"
     else:
-        sentences = (" ".join(module.Options.__doc__.split()) for module in MODES.values())
+        sentences = (" ".join((module.Options.__doc__ or "").split()) for module in MODES.values())
         description = "\n\n".join([DESCRIPTION, *sentences])
     return MODES[mode], parse(MODES[mode].PRESETS, prog, arguments, description)
 

@@ -1,29 +1,28 @@
 """Consistency training (Song et al. 2023): `python -m distill.consistency --mode ct`."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import nn
 
-from diffusion.config import FitConfig
 from diffusion.model import Model
-from distill import shared
+from distill import discrete, shared
 from distill.discrete import Consistency, matching
 from distill.pairs import CURRICULA, Angles, growing
 from distill.steps import Denoise
 
 
 @dataclass(frozen=True)
-class Loss(shared.NeighbourLoss):
+class Loss(discrete.NeighbourLoss):
     """How the student is compared with its target, between neighbours of a list of noise levels."""
 
-    solver: shared.Solver = "data"
-    curriculum: shared.Growth = "root"
+    solver: discrete.Solver = "data"
+    curriculum: discrete.Growth = "root"
     # The paper's 150 and 0.9 are for 800,000 iterations: in the thousands of here its targets are
     # too slow to carry the data from the first pair to the last.
     num_angles: int = 80
     target_ema: float = 0.1
-    distance: shared.Distance = "l2"
-    weight: shared.Weight = "one"
+    distance: discrete.Distance = "l2"
+    weight: discrete.Weight = "one"
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,6 @@ class Options(shared.ConsistencyOptions):
     weights on (Song et al. 2023)."""
 
     loss: Loss = Loss()
-    fit: FitConfig = field(default_factory=FitConfig)
 
 
 PRESETS = {data: Options(fit=fit) for data, fit in shared.FITS.items()}

@@ -1,26 +1,57 @@
 """Consistency between two angles, f(x_t, t) = f(x_s, s): the loss of cd, ct, ict and ect."""
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from diffusion.batches import Batch
 from diffusion.circle import add_noise, broadcast, rotate
-from diffusion.training import Average, Follower, frozen_copy
+from diffusion.training import Average, Followers, frozen_copy
 from distill.frechet import FrechetTerm
-from distill.pairs import (
-    Angles,
-    Curriculum,
-    Ends,
-    Pairs,
-    segments,
-    target_decay,
-    to_data,
-)
+from distill.pairs import Angles, Curriculum, Ends, Pairs, segments, target_decay, to_data
 from distill.steps import STEPS, Denoise, Step
+
+Solver = Literal["heun", "euler", "data"]
+Distance = Literal["l2", "pseudo-huber", "squared"]
+Weight = Literal["one", "gap", "sigma-gap", "karras"]
+Growth = Literal["fixed", "root", "doubling"]
+
+
+@dataclass(frozen=True)
+class PairLoss:
+    """How the student is compared with its target, between two noise levels."""
+
+    solver: Solver
+    """How to get from one noise level to the next. heun, euler: by the teacher's step of second or
+    first order; data: by the training image itself, without the teacher."""
+    target_ema: float
+    """How slowly the target follows the student, as the decay of an average of its weights (at
+    first, where the number of noise levels grows). 0: the target is the student itself."""
+    distance: Distance
+    """How the student's image and its target are compared. l2: their distance; squared: its square;
+    pseudo-huber: a distance that is smooth at 0 (Song & Dhariwal 2023)."""
+    weight: Weight
+    """How much each pair of noise levels, the angles t > s, counts. one: all alike; gap:
+    1 / (t - s); sigma-gap: 1 / (tan t - tan s); karras: tan^(-6/7) of the pair's middle, as
+    sigma-gap falls on Karras' list of angles."""
+    segments: int = 1
+    """Into how many parts the noise levels are cut. The student goes from any level to the end of
+    its part, and makes an image in so many calls (Heek et al. 2024). 1: a consistency model."""
+
+
+@dataclass(frozen=True)
+class NeighbourLoss(PairLoss):
+    """How the student is compared with its target, between neighbours of a list of noise levels."""
+
+    curriculum: Growth = "fixed"
+    """How the number of noise levels grows in training. fixed: not at all; root: as the root of the
+    iterations (Song et al. 2023); doubling: in stages (Song & Dhariwal 2023)."""
+    num_angles: int = 16
+    """How many noise levels the student compares, in the end if the number grows."""
 
 
 @dataclass(frozen=True)
@@ -41,13 +72,18 @@ class Consistency:
     """(t, s) -> (B,)."""
     target: nn.Module | None = None
     """What judges x_s: an average of the student, or None for the student itself."""
-    followers: Mapping[str, Follower] = field(default_factory=dict)
+    followers: Followers = field(default_factory=dict)
     ends: Ends = to_data
     """t -> the angle a < t where its segment ends; no step goes beyond it."""
     frechet: FrechetTerm | None = None
     """Joins the loss."""
 
-    def __call__(self, student, batch: Batch, progress: float) -> Tensor:
+    def joined_by(self, term: FrechetTerm) -> "Consistency":
+        """The same objective with the term and what it follows."""
+        followers = {**self.followers, "moments": term.frechet}
+        return replace(self, frechet=term, followers=followers)
+
+    def __call__(self, student: Denoise, batch: Batch, progress: float) -> Tensor:
         t, s = self.pairs(batch.level, progress)
         a = self.ends(t)
         s = torch.maximum(s, a)
@@ -97,7 +133,7 @@ WEIGHTS = {
 
 
 def matching(
-    loss,
+    loss: PairLoss,
     teacher: Denoise,
     student: nn.Module,
     angles: Angles,

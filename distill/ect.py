@@ -1,12 +1,11 @@
 """Easy consistency tuning (Geng et al. 2024): `python -m distill.consistency --mode ect`."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import nn
 
-from diffusion.config import FitConfig
 from diffusion.model import Model
-from distill import shared
+from distill import discrete, shared
 from distill.discrete import Consistency, matching
 from distill.pairs import Angles, LogNormal, fixed, tightening
 from distill.steps import Denoise
@@ -16,15 +15,15 @@ NOISE = LogNormal(mean=-0.4, std=2.0)
 
 
 @dataclass(frozen=True)
-class Loss(shared.PairLoss):
+class Loss(discrete.PairLoss):
     """How the student is compared with its target, between two noise levels."""
 
-    solver: shared.Solver = "data"
+    solver: discrete.Solver = "data"
     stages: int = 4
     """Stages of equal length. From each to the next the gap between the two noise levels halves."""
     target_ema: float = 0.0
-    distance: shared.Distance = "pseudo-huber"
-    weight: shared.Weight = "sigma-gap"
+    distance: discrete.Distance = "pseudo-huber"
+    weight: discrete.Weight = "sigma-gap"
     frechet: float = 0.0
     """Weight of a second loss that makes images sharper, the Fréchet distance of the student's
     images from real ones in features of the teacher's network (Mathiasen & Hvilshøj 2020). 0:
@@ -37,7 +36,6 @@ class Options(shared.ConsistencyOptions):
     stages (Geng et al. 2024)."""
 
     loss: Loss = Loss()
-    fit: FitConfig = field(default_factory=FitConfig)
 
 
 PRESETS = {data: Options(fit=fit) for data, fit in shared.FITS.items()}

@@ -8,8 +8,7 @@ any that judges.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import TypeVar
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -25,11 +24,10 @@ from diffusion.images import some
 from diffusion.model import Model
 from diffusion.training import Nets
 
-T = TypeVar("T")
-ANGLE = 0.1  # of the noise in which the teacher sees an image
+ANGLE = 0.1  # at which the teacher sees an image
 WIDEST = 1024  # features: a covariance of so many takes thousands of images
 MOST = 60_000  # real images
-DECAY = 0.99  # of the moments: with 64 images a step, those of about 12,700
+DECAY = 0.99  # a step, of the moments: with 64 images each, they are those of about 12,700
 EVERY = 8  # steps from one map to the next
 RIDGE = 1e-3  # of a feature's variance, added to every one
 
@@ -37,7 +35,7 @@ Features = Callable[[Tensor, Tensor], Tensor]  # (x0, eps) (B, C, H, W) -> (B, D
 
 
 def sums(phi: Tensor) -> Tensor:
-    """(D + 1, D + 1) float64: of outer products of features (B, D) with a 1 behind each.
+    """(D + 1, D + 1) float64: outer products of features (B, D), a 1 behind each, summed.
 
     Sums of several batches add up; moments reads them.
     """
@@ -56,12 +54,13 @@ def middle(teacher: Model, compile: bool = False) -> Features:
     Averaged within as many squares as leave at most 1024 features.
     """
     denoiser = teacher.denoiser
-    if not hasattr(denoiser.net, "encode"):
+    encode = getattr(denoiser.net, "encode", None)
+    if encode is None:
         raise UserError(
             "--frechet needs a teacher whose network has an `encode`, as the U-Net has: leave it "
             "out"
         )
-    encode = torch.compile(denoiser.net.encode) if compile else denoiser.net.encode
+    encode = torch.compile(encode) if compile else encode
 
     def features(x0: Tensor, eps: Tensor) -> Tensor:
         t = torch.full((len(x0),), ANGLE, dtype=torch.float64, device=x0.device)
@@ -75,7 +74,8 @@ def middle(teacher: Model, compile: bool = False) -> Features:
 @torch.no_grad()
 def of_data(features: Features, dataset: Dataset, flip: bool, device: torch.device) -> Tensor:
     """The sums of training images, every second mirrored where training mirrors half of them."""
-    random, total = torch.Generator(device).manual_seed(0), 0
+    random = torch.Generator(device).manual_seed(0)
+    total = torch.zeros((), dtype=torch.float64, device=device)
     for images in some(dataset.train, MOST).images.split(128):
         if flip:
             images[::2] = images[::2].flip(-1)
@@ -103,6 +103,15 @@ class Frechet(nn.Module):
     and d held, has the gradient of d; and m and S may be running averages over many batches.
     """
 
+    centre: Tensor
+    scale: Tensor
+    real_root: Tensor
+    mean: Tensor
+    square: Tensor
+    map: Tensor
+    distance: Tensor
+    fresh: Tensor
+
     def __init__(self, real: Tensor, pixels: int):
         """real: the sums of real features; pixels: values of an image."""
         super().__init__()
@@ -120,7 +129,7 @@ class Frechet(nn.Module):
         buffer("centre", mean.float())
         buffer("scale", scale.float())
         buffer("real_root", root(covariance))
-        # of the student; the map is the identity before the first is made
+        # the student's moments; the map is the identity before the first is made
         buffer("mean", torch.zeros_like(mean), kept=True)
         buffer("square", torch.zeros_like(covariance), kept=True)
         buffer("map", torch.eye(len(mean), device=mean.device), kept=True)
@@ -183,14 +192,8 @@ class FrechetTerm:
         return loss.new_zeros(len(x0)).index_add(0, noisy, loss)
 
 
-def with_frechet(
-    objective: T, weight: float, teacher: Model, dataset: Dataset, config: FitConfig
-) -> T:
-    """The consistency objective with the term at this weight, and its moments; at 0 as it is."""
-    if not weight:
-        return objective
+def frechet_term(weight: float, teacher: Model, dataset: Dataset, config: FitConfig) -> FrechetTerm:
+    """The term at this weight, with the real images' moments in the teacher's features."""
     features = middle(teacher, config.compile)
     real = of_data(features, dataset, config.flip, teacher.device)
-    frechet = Frechet(real, math.prod(teacher.shape))
-    term = FrechetTerm(weight, features, frechet)
-    return replace(objective, frechet=term, followers={**objective.followers, "moments": frechet})
+    return FrechetTerm(weight, features, Frechet(real, math.prod(teacher.shape)))

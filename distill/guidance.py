@@ -5,25 +5,26 @@ guided teacher does in two. It samples as the teacher does; `python -m distill.p
 --teacher runs/NAME/guided` then halves its steps, at every weight of the range at once.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from diffusion import networks
 from diffusion.batches import Batch
 from diffusion.checkpoint import Card
 from diffusion.circle import add_noise, x0_loss
 from diffusion.condition import Guidance as Weight
 from diffusion.condition import to_json
-from diffusion.config import FitConfig
 from diffusion.console import UserError, run
 from diffusion.denoiser import Denoiser
 from diffusion.model import Model, build
+from diffusion.networks import NetworkConfig
 from diffusion.noise import seed32
 from diffusion.runs import train_model
-from diffusion.training import Follower, one_network
+from diffusion.training import Followers, one_network
 from distill import shared
 from students.start import StudentOptions, begin, parse, student_card
 from teachers.levels import uniform
@@ -43,7 +44,6 @@ class Options(StudentOptions):
     own_guidance: float = 1.5
     """The weight that the student samples with if students.generate is given no --guidance. On
     digits 1.5 is the least weight measured at which every image is of its class."""
-    fit: FitConfig = field(default_factory=FitConfig)
 
 
 PRESETS = {data: Options(fit=fit) for data, fit in shared.FITS.items()}
@@ -60,9 +60,9 @@ class Guidance:
     teacher: nn.Module
     angles: Tensor
     """(N + 1,) float64, ascending from 0: the teacher's."""
-    followers: Mapping[str, Follower] = field(default_factory=dict)
+    followers: Followers = field(default_factory=dict)
 
-    def __call__(self, student, batch: Batch, progress: float) -> Tensor:
+    def __call__(self, student: nn.Module, batch: Batch, progress: float) -> Tensor:
         t = uniform(self.angles, batch.level)
         x_t = add_noise(batch.x0, batch.eps, t)
         with torch.no_grad():
@@ -71,11 +71,16 @@ class Guidance:
         return x0_loss(x0, target, t, "v")
 
 
-def with_guidance_input(teacher: Denoiser, guidance: tuple[float, float], seed: int) -> Denoiser:
-    """The teacher's network and weights with a guidance input, which changes nothing as yet."""
+def with_guidance_input(
+    teacher: Denoiser, net: NetworkConfig, guidance: tuple[float, float], seed: int
+) -> Denoiser:
+    """The teacher's network and weights with a guidance input, which changes nothing as yet.
+
+    net: the shape of the teacher's network.
+    """
     torch.manual_seed(seed32(seed))
     kinds = {**teacher.kinds, "guidance": Weight(*guidance)}
-    student = build(teacher.net.config, teacher.config, kinds, teacher.precision)
+    student = build(net, teacher.config, kinds, teacher.precision)
     missing, unexpected = student.net.load_state_dict(teacher.net.state_dict(), strict=False)
     assert not unexpected
     assert all(name.startswith("guidance.") for name in missing)
@@ -106,8 +111,9 @@ def distill(options: Options) -> Model:
             f"{options.teacher} takes its guidance weight as an input already: give it to "
             "distill.progressive, or name its own teacher"
         )
-    student = with_guidance_input(teacher.denoiser, options.guidance, options.fit.seed)
-    inherited = student_card(teacher) | {
+    net = networks.from_json(teacher.card.net)
+    student = with_guidance_input(teacher.denoiser, net, options.guidance, options.fit.seed)
+    inherited: dict[str, Any] = student_card(teacher) | {
         "condition": to_json(student.kinds),
         "denoiser": student.config.to_json(),
         "shifted": teacher.card.shifted,  # its plans are the teacher's

@@ -1,12 +1,11 @@
 """Improved consistency training (Song & Dhariwal 2023): distill.consistency --mode ict."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import nn
 
-from diffusion.config import FitConfig
 from diffusion.model import Model
-from distill import shared
+from distill import discrete, shared
 from distill.discrete import Consistency, matching
 from distill.pairs import CURRICULA, Angles, LogNormal, growing
 from distill.steps import Denoise
@@ -16,15 +15,15 @@ NOISE = LogNormal(mean=-0.4, std=2.0)
 
 
 @dataclass(frozen=True)
-class Loss(shared.NeighbourLoss):
+class Loss(discrete.NeighbourLoss):
     """How the student is compared with its target, between neighbours of a list of noise levels."""
 
-    solver: shared.Solver = "data"
-    curriculum: shared.Growth = "doubling"
+    solver: discrete.Solver = "data"
+    curriculum: discrete.Growth = "doubling"
     num_angles: int = 160  # the paper's 1280 is for 400,000 iterations
     target_ema: float = 0.0
-    distance: shared.Distance = "pseudo-huber"
-    weight: shared.Weight = "karras"
+    distance: discrete.Distance = "pseudo-huber"
+    weight: discrete.Weight = "karras"
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,6 @@ class Options(shared.ConsistencyOptions):
     stages (Song & Dhariwal 2023)."""
 
     loss: Loss = Loss()
-    fit: FitConfig = field(default_factory=FitConfig)
 
 
 PRESETS = {data: Options(fit=fit) for data, fit in shared.FITS.items()}

@@ -1,7 +1,7 @@
 """Mid-training of a consistency student (Hu et al. 2025, CMT): `python -m distill.midtraining`."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Literal
@@ -13,14 +13,13 @@ from diffusion.batches import Batch
 from diffusion.checkpoint import Card
 from diffusion.circle import x0_loss
 from diffusion.condition import Condition, take
-from diffusion.config import FitConfig
 from diffusion.console import at_least, run
 from diffusion.model import Model
 from diffusion.plan import plan
 from diffusion.runs import train_model
 from diffusion.samplers import sample
 from diffusion.schedules import even, respace
-from diffusion.training import Follower, one_network
+from diffusion.training import Followers, one_network
 from distill import progressive
 from students.start import StudentOptions, begin, parse, student_card
 
@@ -39,7 +38,6 @@ class Options(StudentOptions):
     weighting: Literal["truncated", "v"] = "truncated"
     """How much each noise level counts, as a weight of x0's squared error. truncated: max(SNR, 1);
     v: SNR + 1."""
-    fit: FitConfig = field(default_factory=FitConfig)
 
 
 # for as long as a round of halving
@@ -59,9 +57,9 @@ class Midtraining:
     angles: Tensor
     """(N + 1,) float64, ascending from 0: the trajectory's."""
     weighting: str = "truncated"
-    followers: Mapping[str, Follower] = field(default_factory=dict)
+    followers: Followers = field(default_factory=dict)
 
-    def __call__(self, student, batch: Batch, progress: float) -> Tensor:
+    def __call__(self, student: nn.Module, batch: Batch, progress: float) -> Tensor:
         num_steps, size = len(self.angles) - 1, len(batch.eps)
         count = math.ceil(size / num_steps)
         with torch.no_grad():

@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 from accelerate import PartialState
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffusion import checkpoint
 from diffusion.batches import Batch
@@ -22,7 +22,7 @@ from diffusion.model import Model, load
 from diffusion.plan import plan
 from diffusion.runs import train_model
 from diffusion.schedules import halve, respace, shifted
-from diffusion.training import Average, Follower, frozen_copy, one_network
+from diffusion.training import Average, Followers, frozen_copy, one_network
 from distill.steps import STEPS, Step
 from students.start import (
     StudentOptions,
@@ -64,7 +64,6 @@ class Options(StudentOptions):
     next_teacher: Literal["ema", "raw"] = "ema"
     """Which weights of a student teach the next. ema: the average, which is kept; raw: the last
     ones."""
-    fit: FitConfig = field(default_factory=FitConfig)
 
 
 FOLDER = FitConfig(minutes=20, batch_size=64, learning_rate=5e-4, anneal="linear", ema=0.99)
@@ -115,9 +114,9 @@ class Halving:
     table: Tensor
     """(n, k + 1) float64 from steps_table: the teacher's angles in each student step."""
     weighting: str = "truncated"
-    followers: Mapping[str, Follower] = field(default_factory=dict)
+    followers: Followers = field(default_factory=dict)
 
-    def __call__(self, student, batch: Batch, progress: float) -> Tensor:
+    def __call__(self, student: nn.Module, batch: Batch, progress: float) -> Tensor:
         row = (batch.level * len(self.table)).long()
         angles = list(self.table[row].unbind(1))
         t = angles[0]

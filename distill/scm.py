@@ -4,10 +4,10 @@ f does not change along the ODE. Their TrigFlow is the circle at sigma_data = 1,
 velocity, and f the denoiser: f(x_t, t) = cos(t) x_t - sin(t) F(x_t, t).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -20,7 +20,7 @@ from diffusion.batches import Batch
 from diffusion.circle import FROM_X0, add_noise, broadcast, x0_loss
 from diffusion.config import FitConfig
 from diffusion.model import Model
-from diffusion.training import Follower, Method, Nets, Player, Turn
+from diffusion.training import Followers, Method, Nets, Player, Turn
 from distill import shared
 from distill.pairs import Angles, LogNormal
 from distill.steps import Denoise
@@ -46,7 +46,6 @@ class Options(shared.ConsistencyOptions):
     time (Lu & Song 2024)."""
 
     loss: Loss = Loss()
-    fit: FitConfig = field(default_factory=FitConfig)
 
 
 FITS = {
@@ -79,9 +78,9 @@ class ContinuousConsistency:
     normalise: Callable[[Tensor], Tensor] = lambda g: g
     log_weight: Callable[[Tensor], Tensor] | None = None
     """t -> (B,); its own loss is added. None: 0."""
-    followers: Mapping[str, Follower] = field(default_factory=dict)
+    followers: Followers = field(default_factory=dict)
 
-    def __call__(self, student, batch: Batch, progress: float) -> Tensor:
+    def __call__(self, student: nn.Module, batch: Batch, progress: float) -> Tensor:
         t = self.angles(batch.level)
         x_t = add_noise(batch.x0, batch.eps, t)
         share = min(1.0, progress / self.warmup) if self.warmup else 1.0
@@ -117,7 +116,7 @@ def tangent(f: Callable, x_t: Tensor, t: Tensor, x0: Tensor, share: float = 1.0)
 
 @torch.no_grad()
 def derivative(
-    call, inputs: tuple[Tensor, ...], directions: tuple[Tensor, ...]
+    call: Callable, inputs: tuple[Tensor, ...], directions: tuple[Tensor, ...]
 ) -> tuple[Tensor, Tensor]:
     """call(*inputs) and its derivative along the directions, by one forward-mode pass."""
     # fused attention kernels have no forward mode, the plain products that they replace do;
@@ -136,10 +135,12 @@ class _Float32Norms(TorchFunctionMode):
     type than its value, which no layer after it takes.
     """
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function in (F.group_norm, F.layer_norm) and args[0].dtype == torch.bfloat16:
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        if func in (F.group_norm, F.layer_norm) and args[0].dtype == torch.bfloat16:
             args = (args[0].float(), *args[1:])
-        return function(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
 
 
 def unit(g: Tensor, c: float = 0.1) -> Tensor:

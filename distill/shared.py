@@ -5,7 +5,6 @@ from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,17 +16,14 @@ from diffusion.denoiser import Denoiser
 from diffusion.model import Model, load, of_card
 from diffusion.noise import seed32
 from diffusion.plan import plan
+from diffusion.registry import Entry
 from diffusion.runs import train_model
 from diffusion.schedules import even
 from diffusion.training import Method, Objective, one_network
-from distill.frechet import with_frechet
+from distill.discrete import Consistency
+from distill.frechet import frechet_term
 from distill.pairs import Angles
 from students.start import StudentOptions, begin, images_spent, student_card
-
-Solver = Literal["heun", "euler", "data"]
-Distance = Literal["l2", "pseudo-huber", "squared"]
-Weight = Literal["one", "gap", "sigma-gap", "karras"]
-Growth = Literal["fixed", "root", "doubling"]
 
 # How a student of consistency or guidance trains on each dataset, if its method does not say else.
 FITS = {
@@ -41,46 +37,15 @@ FITS = {
 }
 
 
-@dataclass(frozen=True)
-class PairLoss:
-    """How the student is compared with its target, between two noise levels."""
-
-    solver: Solver
-    """How to get from one noise level to the next. heun, euler: by the teacher's step of second or
-    first order; data: by the training image itself, without the teacher."""
-    target_ema: float
-    """How slowly the target follows the student, as the decay of an average of its weights (at
-    first, where the number of noise levels grows). 0: the target is the student itself."""
-    distance: Distance
-    """How the student's image and its target are compared. l2: their distance; squared: its square;
-    pseudo-huber: a distance that is smooth at 0 (Song & Dhariwal 2023)."""
-    weight: Weight
-    """How much each pair of noise levels, the angles t > s, counts. one: all alike; gap:
-    1 / (t - s); sigma-gap: 1 / (tan t - tan s); karras: tan^(-6/7) of the pair's middle, as
-    sigma-gap falls on Karras' list of angles."""
-    segments: int = 1
-    """Into how many parts the noise levels are cut. The student goes from any level to the end of
-    its part, and makes an image in so many calls (Heek et al. 2024). 1: a consistency model."""
-
-
-@dataclass(frozen=True)
-class NeighbourLoss(PairLoss):
-    """How the student is compared with its target, between neighbours of a list of noise levels."""
-
-    curriculum: Growth = "fixed"
-    """How the number of noise levels grows in training. fixed: not at all; root: as the root of the
-    iterations (Song et al. 2023); doubling: in stages (Song & Dhariwal 2023)."""
-    num_angles: int = 16
-    """How many noise levels the student compares, in the end if the number grows."""
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ConsistencyOptions(StudentOptions):
-    """Options of every mode, each of which adds its settings `loss` and a FitConfig `fit`."""
+    """Options of every mode."""
 
     start: Path | None = None
     """The run or checkpoint whose weights the student starts from, such as distill.midtraining's.
     Its network must be the teacher's."""
+    loss: Entry
+    """The mode's settings, as its default."""
 
 
 LIMITS = {
@@ -93,14 +58,14 @@ LIMITS = {
 }
 
 
-def check_loss(loss) -> None:
+def check_loss(loss: Entry) -> None:
     """UserError for settings of a mode's loss that it cannot be trained with."""
     check_limits(loss, {name: limit for name, limit in LIMITS.items() if hasattr(loss, name)})
-    segments = getattr(loss, "segments", 1)
-    if getattr(loss, "num_angles", 0) % segments:
+    segments, num_angles = getattr(loss, "segments", 1), getattr(loss, "num_angles", 0)
+    if num_angles % segments:
         raise UserError(
             f"--num-angles must be a multiple of --segments {segments}, so that every segment's "
-            f"border is trained, got {loss.num_angles}"
+            f"border is trained, got {num_angles}"
         )
     if segments > 1 and getattr(loss, "frechet", 0):
         raise UserError(
@@ -143,8 +108,9 @@ def train(
     segments, frechet = settings.get("segments", 1), settings.get("frechet", 0.0)
     name = f"{'multistep' if segments > 1 else 'consistency'}-{mode}"
     name, earlier = name + ("-frechet" if frechet else ""), {}
-    if options.start:
-        name, earlier = f"{before.card.method}+{name}", {"start": before.sha256}
+    if before and options.start:
+        name = f"{before.card.method}+{name}"
+        earlier["start"] = before.sha256
     if before and images_spent(before):
         earlier["earlier_images"] = images_spent(before)
     # a student of segments rotates over each; one of a single segment takes any number of calls
@@ -160,7 +126,9 @@ def train(
         **student_card(teacher),
     )
     aim = objective(options.loss, teacher.denoiser, student, angles)
-    aim = with_frechet(aim, frechet, teacher, dataset, options.fit)
+    if frechet:
+        assert isinstance(aim, Consistency)
+        aim = aim.joined_by(frechet_term(frechet, teacher, dataset, options.fit))
     return train_model(out, method(student, aim), dataset, options.fit, card)
 
 

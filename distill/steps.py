@@ -17,7 +17,7 @@ def euler_step(teacher: Denoise) -> Step:
 
 
 def heun_step(teacher: Denoise) -> Step:
-    """Its second-order step: the trapezoid rule in cot t, diffusion.samplers.heun."""
+    """The teacher's second-order step: the trapezoid rule in cot t, diffusion.samplers.heun."""
 
     def step(batch: Batch, x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
         x0 = teacher(x_t, t, batch.condition)

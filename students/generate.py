@@ -3,7 +3,7 @@
 import io
 import os
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -51,7 +51,8 @@ class Options:
     steps: int | None = None
     """Network calls for each image (guidance may double them). If left out: the checkpoint's own
     number."""
-    sampler: Literal[tuple(SOLVERS)] | None = None
+    # the choices are whatever solvers are registered, which a type cannot say
+    sampler: Literal[tuple(SOLVERS)] | None = None  # ty: ignore[invalid-type-form]
     """How to go from noise to an image. If left out: the checkpoint's own way, or ddim at other
     --steps."""
     angles: tuple[float, ...] | None = None
@@ -93,7 +94,8 @@ def plan_of(model: Model, options: Options) -> Plan:
         )
     if options.steps not in (None, len(options.angles)):
         raise UserError(
-            f"--steps {options.steps} does not fit {len(options.angles)} --angles: leave --steps out"
+            f"--steps {options.steps} does not fit {len(options.angles)} --angles: leave --steps "
+            "out"
         )
     sampler = options.sampler or model.card.sampler
     if sampler not in model.solvers:
@@ -104,13 +106,14 @@ def plan_of(model: Model, options: Options) -> Plan:
 
 
 def given_to(model: Model, options: Options) -> dict[str, Tensor]:
-    """What the options tell the network of every image: (num, ...) by name."""
+    """The condition that the options ask for: (num, ...) by name."""
     if options.label is None:
         return {}
     label = model.kinds.get("label")
     if not isinstance(label, Label):
         raise UserError(
-            f"--label {options.label} needs a model with classes, and this one has none: leave it out"
+            f"--label {options.label} needs a model with classes, and this one has none: leave it "
+            "out"
         )
     if not 0 <= options.label < label.num_classes:
         raise UserError(
@@ -158,19 +161,19 @@ def picture(number: int) -> str:
 
 
 def pictures_before(folder: Path) -> list[Path]:
-    """The pictures that an earlier call made there. UserError where the folder holds anything else."""
+    """The pictures that an earlier call made. UserError where the folder holds anything else."""
     check_claim(folder, "pictures")
     made = [picture(i) for i in range(read_mark(folder).get("pictures", 0))]
     if others := strangers(folder, {*made, PART}):
         raise UserError(
-            f"{folder} holds {others[0]}, which students.generate did not make: expected a new or empty "
-            "folder, or one of its pictures alone; give another --out"
+            f"{folder} holds {others[0]}, which students.generate did not make: expected a new or "
+            "empty folder, or one of its pictures alone; give another --out"
         )
     return [folder / name for name in made if (folder / name).exists()]
 
 
 @contextmanager
-def new_pictures(folder: Path, count: int) -> Iterator[Path]:
+def new_pictures(folder: Path, count: int) -> Generator[Path]:
     """A folder to write so many pictures to, which then take the place of those made before.
 
     A failure leaves everything as it was.

@@ -60,36 +60,34 @@ def check_alike(models: list[Model], paths: tuple[Path, ...]) -> None:
     if len({model.sha256 for model in models}) < max(2, len(models)):
         raise UserError(f"expected two or more different students, got {' '.join(map(str, paths))}")
     for model, path in zip(models, paths, strict=True):
-        for what in ("net", "denoiser", "condition", "codec", "data", "sampler", "guidance"):
-            mine, firsts = getattr(model.card, what), getattr(models[0].card, what)
+        refused = f"{path} cannot be averaged with {paths[0]}"
+        for name in ("net", "denoiser", "condition", "codec", "data", "sampler", "guidance"):
+            mine, firsts = getattr(model.card, name), getattr(models[0].card, name)
             if mine != firsts:
-                raise UserError(
-                    f"{path} cannot be averaged with {paths[0]}: its {what} is {mine}, not {firsts}"
-                )
+                raise UserError(f"{refused}: its {name} is {mine}, not {firsts}")
         plans, firsts = (
             {plan.num_steps: plan.angles for plan in each.card.plans} for each in (model, models[0])
         )
         if plans.keys() != firsts.keys():
-            raise UserError(
-                f"{path} cannot be averaged with {paths[0]}: it has {[*plans]} steps of "
-                f"its own, not {[*firsts]}"
-            )
+            raise UserError(f"{refused}: it has {[*plans]} steps of its own, not {[*firsts]}")
         if other := [steps for steps in plans if plans[steps] != firsts[steps]]:
+            steps = other[-1]
             raise UserError(
-                f"{path} cannot be averaged with {paths[0]}: its {other[-1]} steps are at other angles "
-                f"({_few(plans[other[-1]])}, not {_few(firsts[other[-1]])}), as another --shift makes them"
+                f"{refused}: its {steps} steps are at other angles ({_few(plans[steps])}, not "
+                f"{_few(firsts[steps])}), as another --shift makes them"
             )
-        if _origin(model.card) != _origin(models[0].card):
+        origin, first_origin = _origin(model.card), _origin(models[0].card)
+        if origin != first_origin:
             hint = "; of older halved students only the one before is known, not the teacher"
-            known = model.card.origin and models[0].card.origin
+            hint = "" if model.card.origin and models[0].card.origin else hint
             raise UserError(
-                f"{path} cannot be averaged with {paths[0]}: its teacher has the weights "
-                f"{_origin(model.card)!s:.8}, not {_origin(models[0].card)!s:.8}{'' if known else hint}"
+                f"{refused}: its teacher has the weights {origin!s:.8}, not "
+                f"{first_origin!s:.8}{hint}"
             )
 
 
 def _origin(card: Card) -> str | None:
-    """The teacher that the student's line began with; its parent where an older card says no more."""
+    """The teacher that the student's line began with; its parent where an older card says less."""
     return card.origin or card.parent
 
 
@@ -98,7 +96,10 @@ def _few(angles: Sequence[float]) -> str:
 
 
 def soup(options: Options) -> Model:
-    """The average of these students: loaded where it is finished, else made. Its angles are the first's."""
+    """The average of these students: loaded where it is finished, else made.
+
+    Its angles are the first student's.
+    """
     check_claim(options.out)
     models = [load(path) for path in options.students]
     check_alike(models, options.students)
@@ -112,8 +113,9 @@ def soup(options: Options) -> Model:
     apart = distance(weights)
     if apart > FARTHEST:
         raise UserError(
-            f"these networks are too far apart to be averaged ({apart:.2f}, at most {FARTHEST}): expected "
-            "students that began at the same weights, as cd, ect and progressive do, not ct or ict"
+            f"these networks are too far apart to be averaged ({apart:.2f}, at most {FARTHEST}): "
+            "expected students that began at the same weights, as cd, ect and progressive do, not "
+            "ct or ict"
         )
     claim(options.out)
     models[0].denoiser.net.load_state_dict(average(weights))

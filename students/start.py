@@ -1,12 +1,12 @@
 """How every student begins: from its teacher's weights, on its teacher's data."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from diffusion import data as datasets
-from diffusion.config import check
+from diffusion.config import FitConfig, check
 from diffusion.console import UserError
 from diffusion.data import Dataset
 from diffusion.folders import check_claim
@@ -19,7 +19,7 @@ from teachers.presets import for_data
 
 @dataclass(frozen=True)
 class StudentOptions:
-    """Options of every distillation command, each of which adds a FitConfig named `fit`."""
+    """Options of every distillation command."""
 
     teacher: Path = Path("runs/digits/teacher")
     """The teacher's run or checkpoint. The default teacher is trained first if there is none."""
@@ -32,6 +32,7 @@ class StudentOptions:
     shift: float | None = None
     """Where the student's steps are: above 1, more of them where noise is heavy. If left out: as
     the teacher has it. A student that teaches keeps its own."""
+    fit: FitConfig = field(default_factory=FitConfig)
 
 
 Options = TypeVar("Options", bound=StudentOptions)
@@ -95,7 +96,7 @@ def _trained(teacher: Path) -> bool:
     return teacher.is_file() or (teacher / "model.safetensors").exists()
 
 
-def student_card(teacher: Model) -> dict:
+def student_card(teacher: Model) -> dict[str, Any]:
     """What a student's card takes over from its teacher's; its plans are shifted."""
     card = teacher.card
     return {

@@ -3,15 +3,15 @@
 import argparse
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal, Protocol, TypeVar
 
 import torch
 import tyro
-from torch import Tensor
+from torch import Tensor, nn
 from tyro.conf import Suppress
 
 from diffusion import codec as codecs
@@ -33,14 +33,24 @@ from diffusion.networks import NetworkConfig, UNetConfig
 from diffusion.noise import seed32
 from diffusion.pace import passes_per_second
 from diffusion.plan import plan
+from diffusion.registry import Entry
 from diffusion.runs import settled, train_model
 from diffusion.schedules import SCHEDULES, check_shift
-from diffusion.training import Follower, one_network
+from diffusion.training import Followers, one_network
 from teachers.levels import ImportanceSampling, Levels, LossHistory, log_normal, uniform
 from teachers.presets import preset
 from teachers.variance import VariationalBound
 
-T = TypeVar("T")
+
+class TrainingOptions(Entry, Protocol):
+    """A training command's options."""
+
+    @property
+    def fit(self) -> FitConfig:
+        """How the network is trained."""
+
+
+T = TypeVar("T", bound=TrainingOptions)
 
 
 @dataclass(frozen=True)
@@ -51,18 +61,18 @@ class Denoising:
     """(N + 1,) float64, ascending from 0."""
     weighting: str = "v"
     levels: Levels = uniform
-    followers: Mapping[str, Follower] = field(default_factory=dict)
+    followers: Followers = field(default_factory=dict)
     bound: VariationalBound | None = None
     """For a student that learns its variance, and learns that alone from this: L_hybrid of Nichol
     & Dhariwal 2021, eq. 16, with their lambda = 0.001."""
 
-    def __call__(self, student, batch: Batch, progress: float) -> Tensor:
+    def __call__(self, student: nn.Module, batch: Batch, progress: float) -> Tensor:
         t = self.levels(self.angles, batch.level)
         x_t = add_noise(batch.x0, batch.eps, t)
-        told = {"condition": batch.condition, "dropout": batch.dropout()}
+        predict = partial(student, x_t, t, batch.condition, dropout=batch.dropout())
         if self.bound is None:
-            return x0_loss(student(x_t, t, **told), batch.x0, t, self.weighting)
-        x0, share = student(x_t, t, **told, variance=True)
+            return x0_loss(predict(), batch.x0, t, self.weighting)
+        x0, share = predict(variance=True)
         loss = x0_loss(x0, batch.x0, t, self.weighting)
         return loss + 0.001 * self.bound(x0.detach(), share, batch.x0, t)
 
@@ -123,8 +133,13 @@ class Options:
     @staticmethod
     def default(data: str = "digits", size: int | None = None, channels: int = 3) -> "Options":
         chosen = preset(data, size, channels)
-        common = {"clamp": chosen.clamp, "shift": chosen.shift}
-        return Options(data=data, net=chosen.net, fit=chosen.teacher, **common)
+        return Options(
+            data=data,
+            clamp=chosen.clamp,
+            shift=chosen.shift,
+            net=chosen.net,
+            fit=chosen.teacher,
+        )
 
 
 def load_data(options: Options) -> Dataset:
@@ -168,8 +183,8 @@ def train_teacher(options: Options) -> Model:
     angles = SCHEDULES[options.schedule]()
     check_prediction(options.denoiser.prediction, angles)
     config = replace(options.denoiser, bounds=codec.bounds if options.clamp else None)
-    learned = config.learned_variance
-    if learned and not codec.grey_levels:
+    learned, grey_levels = config.learned_variance, codec.grey_levels
+    if learned and not grey_levels:
         raise UserError(
             f"--learned-variance needs images in grey levels, which --codec {options.codec} has not"
         )
@@ -188,7 +203,7 @@ def train_teacher(options: Options) -> Model:
     torch.manual_seed(seed32(options.fit.seed))
     denoiser = build(options.net, config, kinds, options.fit.precision)
     angles = angles.to(this_device())
-    bound = VariationalBound(angles, codec.grey_levels) if learned else None
+    bound = VariationalBound(angles, grey_levels) if learned and grey_levels else None
     objective = OBJECTIVES[options.levels](angles, options.weighting, bound=bound)
     method = one_network(denoiser, objective)
     advice = partial(faster, options.net, options.fit)
@@ -197,9 +212,10 @@ def train_teacher(options: Options) -> Model:
 
 def faster(net: NetworkConfig, fit: FitConfig) -> str:
     """Which smaller network would train faster here, and how much, by a few of its passes."""
-    if not hasattr(net, "smaller"):
+    smaller = getattr(net, "smaller", None)
+    if smaller is None:
         return ""
-    small, shape = net.smaller(), (net.channels, net.size, net.size)
+    small, shape = smaller(), (net.channels, net.size, net.size)
     mine, other = (
         passes_per_second(
             build(each, DenoiserConfig(), {}, fit.precision).to(this_device()).train(), shape
@@ -226,7 +242,7 @@ def parse(
 ) -> T:
     """Options of a training command, by --iterations or by --minutes; those left out are default's.
 
-    arguments: the command line's by default; description: above the help, if not the options' own.
+    arguments: the command line's by default. description: above the help, in place of the options'.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     flags = {word.split("=")[0] for word in arguments}

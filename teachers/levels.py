@@ -42,6 +42,10 @@ class LossHistory(nn.Module):
     Theirs keeps each step's last 10 losses; a bin's mean here forgets at the same pace.
     """
 
+    mean_square: Tensor
+    seen: Tensor
+    fresh: Tensor
+
     def __init__(self, bins: int = 100):
         super().__init__()
         self.register_buffer("mean_square", torch.zeros(bins, dtype=torch.float64))
@@ -56,7 +60,7 @@ class LossHistory(nn.Module):
         return 0.999 * norm / norm.sum() + 0.001 / len(norm)
 
     def place(self, level: Tensor) -> tuple[Tensor, Tensor]:
-        """Uniform levels (B,) -> levels of the proposal, through its inverse CDF, and weights (B,)."""
+        """Uniform levels (B,) -> the proposal's, through its inverse CDF, and weights (B,)."""
         p = self.proposal()
         ends = p.cumsum(0)
         chosen = torch.searchsorted(ends, level * ends[-1], right=True).clamp(max=len(p) - 1)
@@ -94,7 +98,7 @@ class ImportanceSampling:
     def followers(self) -> dict[str, Follower]:
         return {**self.objective.followers, "losses": self.history}
 
-    def __call__(self, student, batch: Batch, progress: float) -> Tensor:
+    def __call__(self, student: nn.Module, batch: Batch, progress: float) -> Tensor:
         level, weight = self.history.place(batch.level)
         loss = self.objective(student, batch._replace(level=level), progress)
         self.history.record(level, loss.detach())

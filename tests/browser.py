@@ -1,4 +1,4 @@
-"""A page in a real browser without a window: its DOM after a script, and what it says on the console."""
+"""A page in a real browser without a window: its DOM after a script, and its console's lines."""
 
 import os
 import shutil

@@ -78,7 +78,7 @@ def digits() -> Dataset:
 
 @pytest.fixture(scope="session")
 def train_tiny(tiny, quick, digits) -> Callable[..., Path]:
-    """(run, config, schedule, dataset) -> the run, of a teacher of few angles so that it samples fast."""
+    """(run, config, schedule, dataset) -> the run, of a teacher whose few angles sample fast."""
 
     def train(run: Path, config=quick, angles=None, dataset=digits) -> Path:
         angles = cosine(8) if angles is None else angles

@@ -9,14 +9,11 @@ from diffusion.circle import (
     FROM_X0,
     TO_X0,
     add_noise,
-    convert,
-    implied_velocity,
-    implied_x0,
     merge_steps,
     rotate,
     x0_loss,
 )
-from tests.analytic import normal
+from tests.analytic import BIMODAL, normal
 
 X0, EPS = (normal(seed, 4, 3, 2, 2, dtype=torch.float64) for seed in (0, 1))
 close = torch.testing.assert_close
@@ -55,15 +52,6 @@ def test_rotation_turns_by_the_angle_t_minus_s_along_the_velocity(angles):
 def test_two_rotations_towards_one_x0_are_one(angles):
     t, u, s = angles
     close(rotate(rotate(EPS, X0, t, u), X0, u, s), rotate(EPS, X0, t, s))
-
-
-@given_angles(2)
-def test_implied_x0_and_velocity_are_those_of_the_rotation(angles):
-    t, s = angles
-    x_t = add_noise(X0, EPS, t)
-    x_s = rotate(x_t, X0, t, s)
-    close(implied_x0(x_t, x_s, t, s), X0)
-    close(implied_velocity(x_t, x_s, t, s), t.cos() * EPS - t.sin() * X0)
 
 
 @pytest.mark.parametrize("t", [1e-8, 0.01, 1.0, math.pi / 2])
@@ -125,7 +113,18 @@ def test_each_prediction_converts_to_each_other(source, target):
     t = torch.tensor([0.05, 0.5, 1.0, 1.5], dtype=torch.float64)
     cos, sin = t.cos()[:, None, None, None], t.sin()[:, None, None, None]
     meaning = {"x0": X0, "eps": EPS, "v": cos * EPS - sin * X0, "score": -EPS / sin}
-    close(convert(meaning[source], add_noise(X0, EPS, t), t, source, target), meaning[target])
+    x_t = add_noise(X0, EPS, t)
+    x0 = TO_X0[source](x_t, meaning[source], t)
+    close(FROM_X0[target](x_t, x0, t), meaning[target])
+
+
+@pytest.mark.parametrize("t", [0.02, 0.7, math.pi / 2])
+def test_the_denoisers_score_is_the_gradient_of_the_log_density(t):
+    t = torch.tensor(t, dtype=torch.float64)
+    x_t = normal(0, 4, 1, 3, 3, dtype=torch.float64).requires_grad_()
+    (gradient,) = torch.autograd.grad(BIMODAL.density(x_t, t).log().sum(), x_t)
+    x_t = x_t.detach()
+    close(FROM_X0["score"](x_t, BIMODAL(x_t, t), t), gradient, rtol=1e-7, atol=1e-9)
 
 
 SNR = {  # as a weight of x0's squared error: Salimans & Ho 2022, section 4; Ho et al. 2020, eq. 14
@@ -148,6 +147,6 @@ def test_a_weighting_named_for_a_prediction_is_that_predictions_squared_error(pr
     t = torch.tensor([0.05, 0.7, 0.9, 1.5], dtype=torch.float64)
     x_t = add_noise(X0, EPS, t)
     guess = X0 + 0.1 * normal(3, *X0.shape, dtype=torch.float64)
-    wrong, right = (convert(x0, x_t, t, "x0", prediction) for x0 in (guess, X0))
+    wrong, right = (FROM_X0[prediction](x_t, x0, t) for x0 in (guess, X0))
     expected = (wrong - right).square().mean((1, 2, 3))
     close(x0_loss(guess, X0, t, prediction), expected, rtol=1e-6, atol=0)

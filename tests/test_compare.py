@@ -1,4 +1,4 @@
-"""The comparison: counted calls, every file, nothing measured twice, no figure that the batch changes."""
+"""The comparison: counted calls, every file, nothing measured twice, figures whatever the batch."""
 
 import dataclasses
 import io
@@ -165,7 +165,7 @@ def test_every_row_has_its_times_and_the_teacher_its_likelihood(compared):
 @pytest.mark.parametrize("form", ["markdown", "csv", "latex", "jsonl"])
 def test_a_table_to_be_piped_is_alone_on_stdout(compared, teacher, command, form):
     folder, rows = compared
-    told = [
+    arguments = [
         "--steps",
         "1,2,4",
         "--solvers",
@@ -179,7 +179,7 @@ def test_a_table_to_be_piped_is_alone_on_stdout(compared, teacher, command, form
         "--features",
         "random",
     ]
-    told += [
+    arguments += [
         "--seeds",
         0,
         1,
@@ -191,7 +191,7 @@ def test_a_table_to_be_piped_is_alone_on_stdout(compared, teacher, command, form
         folder,
         teacher.parent,
     ]
-    outcome = command(compare.main, *told)
+    outcome = command(compare.main, *arguments)
     assert outcome.code == 0
     written = {
         "markdown": lambda: table.markdown(comparison(rows)),
@@ -230,13 +230,13 @@ def test_rows_of_another_machine_join_the_table_only_without_times(compared, stu
     with pytest.raises(UserError, match=r"another.*--no-times"):
         compare.compare(Options(runs=given, out=tmp_path / "timed", **SETTINGS))
     settings = SETTINGS | {"times": False}
-    shown = compare.compare(Options(runs=given, out=tmp_path / "both", **settings))
-    assert [row.method for row in shown] == ["teacher", "teacher", "teacher", "progressive"]
-    assert shown[-1].timings == []
-    assert shown[-1].conditions["date"] > shown[0].conditions["date"]
+    both = compare.compare(Options(runs=given, out=tmp_path / "both", **settings))
+    assert [row.method for row in both] == ["teacher", "teacher", "teacher", "progressive"]
+    assert both[-1].timings == []
+    assert both[-1].conditions["date"] > both[0].conditions["date"]
     text = (tmp_path / "both" / "table.md").read_text()
     assert "images/s" not in text
-    assert together.merge([jsonl.read(tmp_path / "both" / "results.jsonl")]) == shown
+    assert together.merge([jsonl.read(tmp_path / "both" / "results.jsonl")]) == both
     alone = Options(runs=given[1:], out=tmp_path / "merged", **settings)
     assert compare.compare(alone) == there
 
@@ -276,14 +276,14 @@ def test_a_row_whose_images_are_none_is_left_out_with_the_reason(
 def test_a_comparison_without_the_long_row_has_all_others(compared, teacher, tmp_path):
     options = Options(runs=(teacher.parent,), out=tmp_path, **SETTINGS | {"long": False})
     planned = compare.plan(options, options.runs)
-    found = [(row.model.sha256, row.plan.sampler, row.plan.num_steps) for row in planned]
+    keys = [(row.model.sha256, row.plan.sampler, row.plan.num_steps) for row in planned]
     _, rows = compared
-    assert found == [(r.sha256, r.sampler, r.steps) for r in rows][1:]
+    assert keys == [(r.sha256, r.sampler, r.steps) for r in rows][1:]
 
 
 def test_a_models_own_sampler_is_compared_at_counts_that_are_not_its_own(teacher):
-    found = list(rows(teacher, load(teacher), [4, 8], ("ancestral",)))
-    assert [(row.title, row.own) for row in found] == [
+    planned = list(rows(teacher, load(teacher), [4, 8], ("ancestral",)))
+    assert [(row.title, row.own) for row in planned] == [
         ("teacher 8", True),
         ("teacher, ancestral 4", False),
     ]
@@ -305,10 +305,10 @@ def test_a_long_plan_is_judged_on_whole_batches_of_as_few_images_as_the_features
 
 def test_solvers_are_compared_at_every_shift_that_is_told(teacher):
     model = load(teacher)
-    found = list(rows(teacher, model, [1, 2, 4], ("ddim",), long=False, shifts=(1.0, 3.0)))
+    planned = list(rows(teacher, model, [1, 2, 4], ("ddim",), long=False, shifts=(1.0, 3.0)))
     counts = [(1, 1), (1, 2), (1, 4), (3, 2), (3, 4)]  # one step is the same at every shift
-    assert [row.title for row in found] == [f"teacher shift {k}, ddim {n}" for k, n in counts]
-    for row, (shift, _) in zip(found, counts, strict=True):
+    assert [row.title for row in planned] == [f"teacher shift {k}, ddim {n}" for k, n in counts]
+    for row, (shift, _) in zip(planned, counts, strict=True):
         expected = shifted(respace(model.schedule, row.plan.num_steps), shift)
         assert row.plan.angles == tuple(expected.tolist())
 
@@ -365,10 +365,10 @@ def test_a_long_plan_is_timed_while_its_fewer_images_are_made(slow, tmp_path, ca
         assert row.timing(64).seconds[:2] == pytest.approx((0.05 * row.steps,) * 2)
     assert rows[-1].timing(64).first == pytest.approx(2.6)  # of its images, as it was compiled
     assert rows[0].floor != rows[1].floor
-    found = lines.lines(rows)
-    assert found[0].ratio is None
-    assert [line.yardstick.steps for line in found] == [32] * 5
-    assert found[1].speed_up == pytest.approx(120)
+    in_table = lines.lines(rows)
+    assert in_table[0].ratio is None
+    assert [line.yardstick.steps for line in in_table] == [32] * 5
+    assert in_table[1].speed_up == pytest.approx(120)
 
 
 def test_a_comparison_stopped_within_its_long_row_still_ends_with_times(
@@ -422,9 +422,9 @@ def test_rows_judged_without_times_get_them_later(slow, tmp_path, calls):
 def test_a_long_plan_on_as_many_images_as_the_rest_is_the_yardstick_itself(slow, tmp_path, calls):
     settings = LONG | {"long_images": 200, "times": False}
     rows = compare.compare(Options(runs=(slow,), out=tmp_path, **settings))
-    found = lines.lines(rows)
-    assert [line.yardstick.steps for line in found] == [120] * 5
-    assert found[0].title == "teacher"
+    in_table = lines.lines(rows)
+    assert [line.yardstick.steps for line in in_table] == [120] * 5
+    assert in_table[0].title == "teacher"
 
 
 @pytest.mark.parametrize(
@@ -442,11 +442,11 @@ def test_a_row_that_can_stand_in_for_the_long_plan_is_added_where_none_can(
 ):
     model, counts = load(slow), [int(n) for n in steps.split(",")]
     made = rows(slow, model, counts, solvers, long)
-    found = [(row.plan.sampler, row.plan.num_steps) for row in made]
-    without = [each for each in found if each not in added]
-    assert found == without + added
+    plans = [(row.plan.sampler, row.plan.num_steps) for row in made]
+    without = [each for each in plans if each not in added]
+    assert plans == without + added
     assert all(steps in (1, 2, 8, 16, 120) for _, steps in without)
-    assert (("ancestral", 120) in found) == long
+    assert (("ancestral", 120) in plans) == long
 
 
 def test_images_of_a_long_plan_are_no_more_than_the_others(slow):
@@ -469,8 +469,8 @@ def test_a_handful_of_images_is_compared_to_the_end(tmp_path, train_tiny, quick,
     few = dataclasses.replace(quick, batch_size=min(count, quick.batch_size))
     train_tiny(tmp_path / "runs" / "teacher", few, dataset=photos)
     settings = SETTINGS | {"steps": "1,2", "solvers": ("ddim",), "seeds": (0,)}
-    found = compare.compare(Options(runs=(tmp_path / "runs",), **settings))
-    assert [(row.held_out, row.likelihood) for row in found] == [({}, {})] * len(found)
+    records = compare.compare(Options(runs=(tmp_path / "runs",), **settings))
+    assert [(row.held_out, row.likelihood) for row in records] == [({}, {})] * len(records)
     words = (tmp_path / "runs" / "compare" / "table.md").read_text()
     assert "no images are held out" in words
     page = report.write(report.Options((tmp_path / "runs" / "compare",)))

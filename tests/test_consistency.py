@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from diffusion import checkpoint
-from diffusion.circle import add_noise, implied_x0, merge_steps, rotate
+from diffusion.circle import add_noise, broadcast, merge_steps, rotate
 from diffusion.config import FitConfig
 from diffusion.console import UserError
 from diffusion.denoiser import Denoiser
@@ -60,6 +60,12 @@ NEIGHBOURS = neighbours(even(cosine(), 18))
 
 def squared(step, pairs=NEIGHBOURS, **options) -> Consistency:
     return Consistency(step, pairs, DISTANCES["squared"], WEIGHTS["one"], **options)
+
+
+def implied_x0(x_t, x_s, t, s):
+    """The x0 for which rotate(x_t, x0, t, s) is x_s. Needs t != s."""
+    distance = broadcast(t.sin(), x_s) * x_s - broadcast(s.sin(), x_t) * x_t
+    return distance / broadcast((t - s).sin(), x_t)
 
 
 def exact_step(data):
@@ -258,13 +264,13 @@ def test_log_normal_pairs_are_as_frequent_as_the_error_functions_say():
     angles = even(torch.tensor([0.0, 1.5]), 12)
     t, s = neighbours(angles, LOG_NORMAL.share)(grid_batch(100_000).level, 0.0)
     assert (torch.searchsorted(angles, t) - torch.searchsorted(angles, s) == 1).all()
-    found = torch.bincount(torch.searchsorted(angles, s), minlength=12) / len(t)
+    frequencies = torch.bincount(torch.searchsorted(angles, s), minlength=12) / len(t)
 
     def erf(angle):
         return math.erf((math.log(math.tan(angle)) + 0.4) / (2.0 * math.sqrt(2))) if angle else -1
 
     shares = torch.tensor([erf(b) - erf(a) for a, b in pairwise(angles.tolist())])
-    close(found, shares / shares.sum(), rtol=0, atol=2e-5)
+    close(frequencies, shares / shares.sum(), rtol=0, atol=2e-5)
 
 
 def test_a_log_normal_angle_and_its_share_are_inverse():
@@ -278,7 +284,7 @@ LEVELS = grid_batch(1000).level
 
 
 def stage(number: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of 1 to 8, in its middle: t, s."""
+    """t and s in the middle of stage 1 to 8."""
     return tightening(math.pi / 2, STAGES, LOG_NORMAL)(LEVELS, (number - 0.5) / STAGES)
 
 
@@ -421,7 +427,7 @@ def test_cts_targets_carry_the_data_through_all_its_pairs():
 
 
 def test_icts_weight_falls_towards_noise_as_sigma_to_the_minus_6_7_and_stays_above_0_there():
-    """1 / (tan t - tan s) on Karras' list, whose sigma^(1/7) is even (Karras et al. 2022, eq. 5)."""
+    """1 / (tan t - tan s) on Karras' list, whose sigma^(1/7) is even (their eq. 5)."""
     weight = WEIGHTS[ict.Loss().weight]
     angles = karras(1280)[2:]
     ours, theirs = (w(angles[1:], angles[:-1]) for w in (weight, WEIGHTS["sigma-gap"]))
@@ -492,8 +498,8 @@ def test_the_help_of_a_mode_shows_its_options_and_no_others(mode, order, command
     outcome = command(main, *order.format(mode).split())
     assert outcome.code == 0
     every = {field.name for module in MODES.values() for field in fields(module.Loss)}
-    shown = {name for name in every if f"--{name.replace('_', '-')} " in outcome.out}
-    assert shown == {field.name for field in fields(MODES[mode].Loss)}
+    listed = {name for name in every if f"--{name.replace('_', '-')} " in outcome.out}
+    assert listed == {field.name for field in fields(MODES[mode].Loss)}
     assert MODES[mode].Options.__doc__.split("(")[0].split("\n")[0] in outcome.out
 
 
@@ -626,7 +632,7 @@ def test_every_method_has_a_preset_for_each_dataset_and_for_folders(method, gpu,
 
 
 def test_the_commands_of_the_documents_are_understood(monkeypatch):
-    """Of README, docs and results: every distill.consistency that they show parses."""
+    """Every distill.consistency that README, docs and results show parses."""
     root = Path(__file__).parents[1]
     texts = [root / "README.md", *root.glob("docs/*.md"), *root.glob("results/*/README.md")]
     pattern = r"distill\.consistency((?: +--[a-z]+(?:-[a-z]+)*(?: +[\w./][\w./-]*)?)*)"

@@ -131,7 +131,7 @@ def test_cifar10_keeps_its_images_colours_and_classes_in_order(cifar):
 
 @pytest.fixture
 def debian(tmp_path_factory, monkeypatch) -> Path:
-    """In place of Debian's package: a folder with the four files, of other images, and a new cache."""
+    """In place of Debian's package: a folder with the four files of other images, a new cache."""
     folder = tmp_path_factory.mktemp("debian")
     for stem, count in (("train", 30), ("t10k", 15)):
         images = np.full((count, 28, 28), 7, dtype=np.uint8)

@@ -89,7 +89,8 @@ def test_only_eps_is_refused_and_only_schedules_that_end_at_pure_noise(schedule,
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize(
-    ("size", "multipliers"), [(8, (1, 2)), (16, (1,)), (28, (1, 2, 2)), (32, (1, 1, 2)), (64, (1, 1, 1, 2))]
+    ("size", "multipliers"),
+    [(8, (1, 2)), (16, (1,)), (28, (1, 2, 2)), (32, (1, 1, 2)), (64, (1, 1, 1, 2))],
 )  # fmt: skip
 def test_a_denoiser_keeps_the_shape_and_type_of_images_of_every_size(size, channels, multipliers):
     config = {"width": 8, "blocks": 1, "attention": (8, 7)}

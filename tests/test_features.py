@@ -59,15 +59,15 @@ def test_a_network_of_ones_own_gives_its_features_under_its_files_sha256(digits,
     torch.manual_seed(0)
     module = Small().eval()
     path = save(module, tmp_path / {script: "my net.pt", export: "my net.pt2"}[save])
-    found = extractor(str(path), digits, CPU)
-    assert found.sha256 == file_sha256(path)
-    assert found.name == f"fd-my-net-digits-{found.sha256[:8]}"
-    assert found.dim == 5
+    network = extractor(str(path), digits, CPU)
+    assert network.sha256 == file_sha256(path)
+    assert network.name == f"fd-my-net-digits-{network.sha256[:8]}"
+    assert network.dim == 5
     with torch.no_grad():
         for count in (1, 2, 100, 2 * custom.BATCH + 1):  # one batch and a single image beyond two
             images = digits.train[:count]
             expected = module(digits.train[: max(2, count)])[:count]
-            torch.testing.assert_close(found.extract(images), expected)
+            torch.testing.assert_close(network.extract(images), expected)
 
 
 class Broken(nn.Module):
@@ -147,8 +147,8 @@ def test_weights_of_inception_for_another_extractor_are_refused(digits, tmp_path
 
 def test_a_folders_metric_is_named_by_its_last_part_without_spaces(digits):
     spec = replace(digits.spec, name="/data/My pictures, 2024")
-    found = extractor("random", replace(digits, spec=spec), CPU)
-    assert found.name == f"fd-random-My-pictures-2024-{found.sha256[:8]}"
+    network = extractor("random", replace(digits, spec=spec), CPU)
+    assert network.name == f"fd-random-My-pictures-2024-{network.sha256[:8]}"
 
 
 @pytest.fixture
@@ -171,15 +171,15 @@ def threads():
 def test_the_classifier_is_the_same_to_the_bit_whatever_the_random_numbers_and_the_threads(
     train, digits, threads
 ):
-    found = []
+    networks = []
     for number in (1, 2):
         torch.manual_seed(number)
         torch.set_num_threads(number)
         before = torch.get_rng_state()
-        found.append(train(f"cache-{number}"))
+        networks.append(train(f"cache-{number}"))
         assert torch.equal(torch.get_rng_state(), before)
         assert torch.get_num_threads() == number
-    first, second = found
+    first, second = networks
     assert first.name == second.name == f"fd-cnn-digits-{first.sha256[:8]}"
     assert first.accuracy == second.accuracy > 0.5
     images = digits.test[:50]
@@ -204,11 +204,11 @@ def test_the_classifier_is_trained_once_for_one_set_of_images_and_says_so(
 
 
 def test_the_classifiers_probabilities_agree_with_its_accuracy(train, digits):
-    found = train()
-    shares = found.probabilities(found.extract(digits.test))
+    network = train()
+    shares = network.probabilities(network.extract(digits.test))
     torch.testing.assert_close(shares.sum(1), torch.ones(len(digits.test)))
     right = (shares.argmax(1) == digits.test_labels).double().mean()
-    assert float(right) == pytest.approx(found.accuracy)
+    assert float(right) == pytest.approx(network.accuracy)
 
 
 def test_a_dataset_without_classes_has_no_classifier(train, digits):

@@ -357,11 +357,11 @@ def test_a_page_for_judges_replaces_no_file_but_its_like(command, pictures, tmp_
     pictures(tmp_path / "images.npz", 4)
     page = tmp_path / "page.html"
     two = [tmp_path / "images.npz"] * 2
-    told = ["make", *two, "--pairs", 2, "--out", page]
-    assert [command(human.main, *told).code for _ in range(2)] == [0, 0]
+    arguments = ["make", *two, "--pairs", 2, "--out", page]
+    assert [command(human.main, *arguments).code for _ in range(2)] == [0, 0]
     page.write_text("<title>My own page</title>")
-    outcome = command(human.main, *told)
+    outcome = command(human.main, *arguments)
     assert (outcome.code, outcome.err.count("\n")) == (2, 1)
     assert page.read_text() == "<title>My own page</title>"
-    outcome = command(human.main, *told[:-1], tmp_path)
+    outcome = command(human.main, *arguments[:-1], tmp_path)
     assert (outcome.code, "is a folder" in outcome.err) == (2, True)

@@ -29,7 +29,7 @@ def cloud(seed: int, count: int = 4000, dim: int = DIM) -> torch.Tensor:
     return torch.randn(count, dim, generator=random) @ mix + centre
 
 
-def told(frechet: Frechet, features: torch.Tensor) -> Frechet:
+def followed(frechet: Frechet, features: torch.Tensor) -> Frechet:
     """The same after a first step that saw these, and its map made."""
     frechet(features)
     frechet.follow(None, 1)
@@ -43,15 +43,17 @@ def scaled(frechet: Frechet, features: torch.Tensor) -> torch.Tensor:
 
 def with_ridge(features: torch.Tensor, ridge: float) -> Moments:
     """Their moments, of as many as they are, each direction's variance larger by the ridge."""
-    found = Moments.of(features)
-    added = torch.eye(features.shape[1], dtype=torch.float64) * ridge * found.count
+    measured = Moments.of(features)
+    added = torch.eye(features.shape[1], dtype=torch.float64) * ridge * measured.count
     # a covariance over N, as the loss has it, not N - 1
-    return replace(found, scatter=(found.scatter + added) * (found.count - 1) / found.count)
+    return replace(
+        measured, scatter=(measured.scatter + added) * (measured.count - 1) / measured.count
+    )
 
 
 def test_it_is_the_distance_of_the_scaled_features():
     real, mine = cloud(0), cloud(1)
-    frechet = told(Frechet(sums(real), DIM), mine)
+    frechet = followed(Frechet(sums(real), DIM), mine)
     a, b = (with_ridge(scaled(frechet, x), frechet.ridge) for x in (real, mine))
     assert float(frechet.distance) ** 2 == pytest.approx(frechet_distance(a, b), rel=1e-4)
     # of one variance over the data, and an image's in all
@@ -61,7 +63,7 @@ def test_it_is_the_distance_of_the_scaled_features():
 def test_its_gradient_is_that_of_the_distance():
     """As finite differences of eval's distance have it, in every feature of some images."""
     real, mine = cloud(0), cloud(1, count=40)
-    frechet = told(Frechet(sums(real), DIM), mine)
+    frechet = followed(Frechet(sums(real), DIM), mine)
     leaf = mine.clone().requires_grad_(True)
     frechet(leaf).mean().backward()
     target = with_ridge(scaled(frechet, real).double(), frechet.ridge)
@@ -79,7 +81,7 @@ def test_its_gradient_is_that_of_the_distance():
 
 def test_its_map_makes_the_students_moments_the_real_ones():
     real, mine = cloud(0), cloud(1)
-    frechet = told(Frechet(sums(real), DIM), mine)
+    frechet = followed(Frechet(sums(real), DIM), mine)
     target, student = (with_ridge(scaled(frechet, x).double(), frechet.ridge) for x in (real, mine))
     centred = (scaled(frechet, mine) - frechet.mean.float()) @ frechet.map
     close(centred.mean(0), torch.zeros(DIM), rtol=0, atol=1e-5)
@@ -89,7 +91,7 @@ def test_its_map_makes_the_students_moments_the_real_ones():
 
 def test_features_that_are_spread_as_the_real_ones_are_left_alone():
     real = cloud(0)
-    frechet = told(Frechet(sums(real), DIM), real)
+    frechet = followed(Frechet(sums(real), DIM), real)
     leaf = real.clone().requires_grad_(True)
     loss = frechet(leaf)
     assert float(loss.detach().max()) < 1e-6
@@ -135,7 +137,7 @@ def batch(size: int = 8) -> Batch:
 
 
 def test_the_term_grows_with_the_training_and_acts_on_the_noisier_half_alone():
-    frechet = told(Frechet(sums(cloud(0, dim=64)), 64), cloud(1, dim=64))
+    frechet = followed(Frechet(sums(cloud(0, dim=64)), 64), cloud(1, dim=64))
     term = FrechetTerm(2.0, lambda x0, eps: x0.flatten(1), frechet)
     x0 = batch().x0.requires_grad_(True)
     early, late = (term(x0, batch(), progress) for progress in (0.25, 0.75))
@@ -216,7 +218,7 @@ def test_a_student_trained_by_it_is_nearer_to_the_data_in_these_features(
     def distance(student) -> float:
         frechet = Frechet(real, 64)
         images = student.x0(student.plan(1), 0, torch.arange(512))
-        told(frechet, features(images, torch.randn(512, 1, 8, 8)))
+        followed(frechet, features(images, torch.randn(512, 1, 8, 8)))
         return float(frechet.distance)
 
     plain, nearer = (trained(f"{weight}", frechet=weight, iterations=250) for weight in (0.0, 1.0))

@@ -169,7 +169,16 @@ def test_a_model_samples_at_its_cards_weight_unless_told_another():
     assert torch.equal(plain.x0(plain.plan(), 0, indices), images[1.0])
 
 
-@pytest.mark.parametrize(("kinds", "weight"), [(GUIDED, 0.5), (GUIDED, 4.5), (CLASSED, -1.0), (CLASSED, math.nan), (CLASSED, math.inf)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kinds", "weight"),
+    [
+        (GUIDED, 0.5),
+        (GUIDED, 4.5),
+        (CLASSED, -1.0),
+        (CLASSED, math.nan),
+        (CLASSED, math.inf),
+    ],
+)
 def test_a_weight_that_the_model_cannot_be_guided_by_is_an_error(kinds, weight):
     with pytest.raises(UserError, match="--guidance must be from"):
         model_of(kinds).plan(guidance=weight)
@@ -183,7 +192,7 @@ def test_guidance_of_a_model_without_classes_is_an_error():
 @pytest.mark.parametrize("prediction", ["v", "x0", "eps"])
 def test_a_student_with_a_guidance_input_begins_as_its_teacher_exactly(prediction):
     teacher = random_denoiser(CLASSED, prediction)
-    student = with_guidance_input(teacher, (1.0, 4.0), seed=0)
+    student = with_guidance_input(teacher, teacher.net.config, (1.0, 4.0), seed=0)
     x_t, label = normal(0, 4, 1, 8, 8), {"label": torch.tensor([0, 9, 10, 4])}
     expected = teacher(x_t, ANGLES, label)
     assert student.kinds == GUIDED
@@ -262,7 +271,7 @@ def test_distillation_brings_the_student_near_the_guided_teacher_at_every_weight
 ):
     teacher = random_denoiser(CLASSED).eval().requires_grad_(False)
     teacher.net.classes.weight *= 10
-    student = with_guidance_input(teacher, (1.0, 4.0), seed=0)
+    student = with_guidance_input(teacher, teacher.net.config, (1.0, 4.0), seed=0)
     images, condition = digits.test.take(torch.arange(64))
     distance = Distance(teacher, digits.codec.encode(images), condition["label"])
     before = [distance(student, weight) for weight in (2.0, 3.0, 4.0)]
@@ -322,7 +331,7 @@ def test_a_guided_student_samples_as_its_teacher_does_and_halves(conditional, gu
 def training(tmp_path, digits, quick):
     def begin(name: str):
         teacher = random_denoiser(CLASSED).to(this_device()).requires_grad_(False)
-        student = with_guidance_input(teacher, (1.0, 4.0), seed=0)
+        student = with_guidance_input(teacher, teacher.net.config, (1.0, 4.0), seed=0)
         objective = Guidance(teacher, cosine(8).to(this_device()))
         config = replace(quick, save_every=0.0)
         method = one_network(student, objective)
@@ -348,9 +357,9 @@ def test_generate_guides_a_teacher_and_its_student(command, tmp_path, conditiona
     images, said = {}, {}
     for run in (conditional, guided):
         out = tmp_path / f"{run.name}.npz"
-        told = command(generate.main, run, "--guidance", weight, "--num", 3, "--out", out)
-        assert told.code == 0
-        said[run], images[run] = told.out, np.load(out, allow_pickle=False)["images"]
+        outcome = command(generate.main, run, "--guidance", weight, "--num", 3, "--out", out)
+        assert outcome.code == 0
+        said[run], images[run] = outcome.out, np.load(out, allow_pickle=False)["images"]
     assert ("of 2 network calls" in said[conditional]) == (weight != "1")
     assert "of 2 network calls" not in said[guided]
     assert images[guided].shape == images[conditional].shape == (3, 8, 8, 1)

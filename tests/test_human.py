@@ -113,7 +113,8 @@ async function judge() {
   const kept = JSON.parse(localStorage.getItem(page));
   const out = document.createElement("pre");
   out.id = "check";
-  out.textContent = JSON.stringify({ results: { ...results, ...session }, kept, seen, done: !$("done").hidden });
+  const done = !$("done").hidden;
+  out.textContent = JSON.stringify({ results: { ...results, ...session }, kept, seen, done });
   document.body.append(out);
 }
 judge();
@@ -133,9 +134,9 @@ def test_a_judge_who_always_prefers_the_bright_ones_is_read_back_as_such(
     assert check["seen"] == ["5 of 12"]
     assert check["kept"]["answers"] == check["results"]["answers"]
     (tmp_path / "results.json").write_text(json.dumps(check["results"]))
-    found = human.tally(tmp_path / "results.json")
-    assert (found.first, found.second) == (bright, dark)
-    assert (found.wins, found.losses, found.neither) == (11, 0, 1)
+    tally = human.tally(tmp_path / "results.json")
+    assert (tally.first, tally.second) == (bright, dark)
+    assert (tally.wins, tally.losses, tally.neither) == (11, 0, 1)
 
 
 def test_a_page_that_is_opened_again_goes_on_where_the_judge_left_it(two_sets, browse, tmp_path):
@@ -176,9 +177,9 @@ def test_against_real_images_the_rate_is_that_of_generated_ones_taken_for_real(
     assert f"<h1>{human.QUESTIONS[True]}</h1>" in page
     fooled = ["b" if real_first else "a"] * 12
     (tmp_path / "r.json").write_text(json.dumps(results_of(page, fooled[:7])))
-    found = human.tally(tmp_path / "r.json")
-    assert (found.first, found.second) == (two_sets[0], "real:digits")
-    assert (found.wins, found.losses) == (7, 0)
+    tally = human.tally(tmp_path / "r.json")
+    assert (tally.first, tally.second) == (two_sets[0], "real:digits")
+    assert (tally.wins, tally.losses) == (7, 0)
 
 
 def test_a_checkpoint_shows_the_images_that_generate_makes(student):

@@ -1,4 +1,4 @@
-"""A folder of images: every kind comes out as it looks, what is left out is named, and it is quick."""
+"""A folder of images: every kind comes out as it looks, what is left out is named, quickly."""
 
 import io
 import json

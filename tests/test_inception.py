@@ -43,7 +43,7 @@ class Layers(nn.Module):
 
 
 class Base(nn.Module):
-    """The interface of NVIDIA's inception-2015-12-05.pt, which resizes by itself if called whole."""
+    """The interface of NVIDIA's inception-2015-12-05.pt, which resizes if it is called whole."""
 
     def __init__(self):
         super().__init__()
@@ -108,7 +108,7 @@ def clean_fid(published, monkeypatch) -> None:
         return InceptionV3W(str(published.parent), False, resize_inside)
 
     def sqrtm(x: np.ndarray, disp: bool = True, sqrtm=linalg.sqrtm):
-        """Of the block that is not 0, where 2048 dimensions take half a minute."""
+        """The root of the block that is not 0: 2048 dimensions would take half a minute."""
         root, block = np.zeros_like(x), np.ix_(*[np.flatnonzero(x.any(1) | x.any(0))] * 2)
         root[block] = sqrtm(x[block])
         return root if disp else (root, 0)
@@ -159,13 +159,13 @@ def test_the_weights_are_found_without_the_network(published, digits, offline, t
     renamed = tmp_path / "other.pt"
     renamed.write_bytes(published.read_bytes())
     places = {"file": published, "renamed file": renamed, "folder": published.parent}
-    found = extractor("inception", digits, CPU, places.get(where), cache=published.parent)
-    assert found.extract(digits.train.images[:2]).shape == (2, 2048)
+    network = extractor("inception", digits, CPU, places.get(where), cache=published.parent)
+    assert network.extract(digits.train.images[:2]).shape == (2, 2048)
 
 
 def names_all(error: UserError, *words: object) -> bool:
-    found = [str(word) in str(error) for word in (*words, inception.URL, "--inception PATH")]
-    return all(found) and "\n" not in str(error)
+    named = [str(word) in str(error) for word in (*words, inception.URL, "--inception PATH")]
+    return all(named) and "\n" not in str(error)
 
 
 @pytest.mark.parametrize("place", ["file", "folder", "cache"])

@@ -49,9 +49,11 @@ def signs(seed: int, *shape: int):
 @pytest.mark.parametrize("deviation", [1e-3, 0.6, 20.0, 500.0])
 def test_the_decoders_256_probabilities_sum_to_one(centre, deviation):
     levels = torch.arange(256, dtype=torch.uint8)
-    found = log_levels(levels, torch.full((256,), centre, dtype=DOUBLE), torch.tensor(deviation))
-    assert found.isfinite().all()
-    assert found.logsumexp(0).item() == pytest.approx(0, abs=1e-12)
+    log_masses = log_levels(
+        levels, torch.full((256,), centre, dtype=DOUBLE), torch.tensor(deviation)
+    )
+    assert log_masses.isfinite().all()
+    assert log_masses.logsumexp(0).item() == pytest.approx(0, abs=1e-12)
 
 
 def test_the_decoders_probability_is_the_mass_within_half_a_level():
@@ -60,8 +62,8 @@ def test_the_decoders_probability_is_the_mass_within_half_a_level():
     gaussian = Normal(centre, 2.5)
     low, high = gaussian.cdf(levels.double() - 0.5), gaussian.cdf(levels.double() + 0.5)
     low[0], high[-1] = 0, 1
-    found = log_levels(levels, centre, torch.tensor(2.5))
-    torch.testing.assert_close(found, (high - low).log(), rtol=1e-10, atol=0)
+    log_masses = log_levels(levels, centre, torch.tensor(2.5))
+    torch.testing.assert_close(log_masses, (high - low).log(), rtol=1e-10, atol=0)
 
 
 def test_the_decoder_is_exact_where_its_probability_underflows():
@@ -83,7 +85,7 @@ def test_the_decoder_is_exact_where_its_probability_underflows():
 @pytest.mark.parametrize("data", [Gaussian(), SKEWED, Gaussian(-1.0, 1.7), Gaussian(0.4, 0.02)])
 @pytest.mark.parametrize("last", [NOISE, FAR])
 def test_flow_gives_the_density_of_a_gaussian(data, last):
-    """Of N(0, I) at the last angle, taken back along the exact flow."""
+    """The density of N(0, I) at the last angle, taken back along the exact flow."""
     x = add_noise(
         data.mean + data.scale * normal(0, 5, 1, 3, 3, dtype=DOUBLE),
         normal(1, 5, 1, 3, 3, dtype=DOUBLE),
@@ -92,8 +94,8 @@ def test_flow_gives_the_density_of_a_gaussian(data, last):
     (_, before), (_, after) = data._marginal(FIRST), data._marginal(last)
     stretched = 9 * (after / before).log().item()
     expected = log_normal(data.flow(x, FIRST, last)) + stretched
-    found = flow_log_density(data, x, flow_angles(FIRST, last, 24), signs(2, 5, 1, 3, 3))
-    torch.testing.assert_close(found, expected, rtol=0, atol=9e-4)
+    log_density = flow_log_density(data, x, flow_angles(FIRST, last, 24), signs(2, 5, 1, 3, 3))
+    torch.testing.assert_close(log_density, expected, rtol=0, atol=9e-4)
 
 
 def correlated() -> tuple[MultivariateNormal, Callable]:
@@ -126,8 +128,8 @@ def exact_trace(denoise: Callable, z: Tensor, angles: Tensor) -> Tensor:
 def test_flow_gives_the_density_of_correlated_pixels():
     marginal, denoise = correlated()
     z = marginal.sample((6,)).reshape(6, 1, 2, 2)
-    found = exact_trace(denoise, z, flow_angles(FIRST, NOISE, 24))
-    torch.testing.assert_close(found, marginal.log_prob(z.flatten(1)), rtol=0, atol=4e-4)
+    log_density = exact_trace(denoise, z, flow_angles(FIRST, NOISE, 24))
+    torch.testing.assert_close(log_density, marginal.log_prob(z.flatten(1)), rtol=0, atol=4e-4)
 
 
 def test_random_probes_are_right_on_average():
@@ -144,20 +146,20 @@ def test_flow_gives_the_density_of_a_mixture(last):
     z = torch.linspace(-2.5, 1.8, 60, dtype=DOUBLE).reshape(60, 1, 1, 1)
     density, *_, score = BIMODAL._components(z, FIRST)
     expected = (density.log() - score**2 / 2).logsumexp(-1).flatten() - math.log(2 * math.pi) / 2
-    found = flow_log_density(
+    log_density = flow_log_density(
         BIMODAL, z, flow_angles(FIRST, last, 24), repeat(torch.ones(1, 1, 1, 1))
     )
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(log_density, expected, rtol=1e-3, atol=1e-3)
 
 
 def test_twice_the_steps_leave_a_sixteenth_of_the_error():
     z = torch.linspace(-2, 1.5, 40, dtype=DOUBLE).reshape(40, 1, 1, 1)
     one = torch.ones(1, 1, 1, 1)
-    exact, *found = (
+    exact, *estimates = (
         flow_log_density(BIMODAL, z, flow_angles(FIRST, NOISE, steps), repeat(one))
         for steps in (640, 40, 80, 160)
     )
-    errors = [(log_density - exact).square().mean().sqrt().item() for log_density in found]
+    errors = [(log_density - exact).square().mean().sqrt().item() for log_density in estimates]
     for coarse, fine in pairwise(errors):
         assert 11 < coarse / fine < 23
 
@@ -193,9 +195,9 @@ def cost(denoise: Callable, x0: Tensor, angles: Tensor) -> Tensor:
 @pytest.mark.parametrize("data", [SKEWED, Gaussian(-1.0, 1.7)])
 def test_drawn_steps_estimate_the_sum_over_all(data, angles):
     x0 = torch.full((4000, 1, 2, 2), 0.8, dtype=DOUBLE)
-    found = cost(data, x0, angles)
+    costs = cost(data, x0, angles)
     expected = exact_cost(data, x0[:1], angles).sum()
-    assert (found.mean() - expected).abs() < 4 * found.std() / 4000**0.5 + 1e-9
+    assert (costs.mean() - expected).abs() < 4 * costs.std() / 4000**0.5 + 1e-9
 
 
 @pytest.mark.parametrize("angles", [cosine(), cosine()[:800], cosine(40), karras(10)])
@@ -206,8 +208,8 @@ def test_images_between_them_draw_every_step_by_its_weight(angles):
     error = (t.sin() * (1 + 3 * t)) ** 2
     expected = kl_divergence(q, Normal(torch.zeros_like(q.mean), 1.0))
     expected += ((s.tan() ** -2 - t.tan() ** -2) / 2 * error).sum()
-    found = cost(lambda x_t, t: x0 + (t.sin() * (1 + 3 * t))[:, None, None, None], x0, angles)
-    assert found.mean() == pytest.approx(expected.item(), rel=5e-4)
+    costs = cost(lambda x_t, t: x0 + (t.sin() * (1 + 3 * t))[:, None, None, None], x0, angles)
+    assert costs.mean() == pytest.approx(expected.item(), rel=5e-4)
 
 
 def test_images_share_the_steps_out_evenly_and_each_seed_starts_elsewhere():
@@ -314,9 +316,9 @@ GREYS = Atoms(torch.arange(256, dtype=torch.uint8).reshape(256, 1, 1, 1))
 def measured(data: Atoms, repeats: int, labels: Tensor | None = None, angles=None) -> list[float]:
     """Both bounds and both errors."""
     condition = None if labels is None else {"label": labels}
-    found = bits_per_dim(model(data, angles), data.images.repeat(repeats, 1, 1, 1), condition)
-    assert found["images"] == repeats * len(data.images)
-    return [found[name + end] for end in ("", "-error") for name in NAMES]
+    figures = bits_per_dim(model(data, angles), data.images.repeat(repeats, 1, 1, 1), condition)
+    assert figures["images"] == repeats * len(data.images)
+    return [figures[name + end] for end in ("", "-error") for name in NAMES]
 
 
 NAMES = ("variational-bound", "probability-flow")
@@ -352,10 +354,10 @@ def test_a_wrong_mean_takes_more_bits():
 
 def test_bits_that_the_label_tells_are_not_paid_for():
     data = atoms(64, 2)
-    without, told = measured(data, 8), measured(data, 8, torch.arange(64).repeat(8))
+    without, labelled = measured(data, 8), measured(data, 8, torch.arange(64).repeat(8))
     for i in (0, 1):
-        error = math.hypot(without[i + 2], told[i + 2])
-        assert without[i] - told[i] == pytest.approx(math.log2(64) / 4, abs=4 * error)
+        error = math.hypot(without[i + 2], labelled[i + 2])
+        assert without[i] - labelled[i] == pytest.approx(math.log2(64) / 4, abs=4 * error)
 
 
 def test_the_batch_size_changes_only_the_rounding(digits):

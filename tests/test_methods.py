@@ -53,21 +53,21 @@ def test_a_teacher_below_the_floor_is_not_what_a_ratio_is_to():
 def test_students_of_other_settings_budgets_calls_or_teachers_are_not_pooled(other):
     place = {"run": "runs/other", "sha256": sha256("other"), "parent": TEACHER.sha256}
     changed = record("cd", **{"nfe": 2, "score": 7.0, "training": MILD} | place | other)
-    found = pools([TEACHER, *students("cd", [3.0, 4.0]), changed])
-    assert [len(pool.figures[TEACHER.metric]) for pool in found] == [1, 2, 1]
+    pooled = pools([TEACHER, *students("cd", [3.0, 4.0]), changed])
+    assert [len(pool.figures[TEACHER.metric]) for pool in pooled] == [1, 2, 1]
 
 
 def test_a_checkpoint_by_two_plans_is_not_two_trainings():
     twice = [*students("cd", [3.0, 4.0]), *students("cd", [5.0, 6.0], angles=[0.0, 0.5, 1.5])]
-    found = [pool.figures[TEACHER.metric] for pool in pools([TEACHER, *twice])]
-    assert found[1:] == [pytest.approx([3, 4]), pytest.approx([5, 6])]
+    figures = [pool.figures[TEACHER.metric] for pool in pools([TEACHER, *twice])]
+    assert figures[1:] == [pytest.approx([3, 4]), pytest.approx([5, 6])]
 
 
 def test_methods_of_one_name_are_told_apart_by_their_folders():
     other = {"training": MILD | {"recipe": "0123abcd"}, "run": "runs/hot/model.safetensors"}
     mine = students("cd", [3.0], run="runs/mild/model.safetensors")
-    found = pools([TEACHER, *mine, record("cd", 2, parent=TEACHER.sha256, **other)])
-    assert [pool.method for pool in found[1:]] == ["cd [mild]", "cd [hot]"]
+    pooled = pools([TEACHER, *mine, record("cd", 2, parent=TEACHER.sha256, **other)])
+    assert [pool.method for pool in pooled[1:]] == ["cd [mild]", "cd [hot]"]
 
 
 def test_rows_measured_otherwise_than_the_last_are_left_out_by_name(tmp_path, capsys):
@@ -94,26 +94,26 @@ def ranked(first: dict[str, list[float]], other: dict[str, list[float]]):
 
 
 def test_another_distance_of_the_same_order_swaps_nothing():
-    (found,) = ranked({"a": [1, 2], "b": [5, 6]}, {"a": [10, 11], "b": [30, 40]})
-    assert (found.tau, found.swapped) == (1, [])
+    (ranking,) = ranked({"a": [1, 2], "b": [5, 6]}, {"a": [10, 11], "b": [30, 40]})
+    assert (ranking.tau, ranking.swapped) == (1, [])
 
 
 def test_pairs_that_another_distance_orders_otherwise_beyond_the_spreads_are_named():
-    (found,) = ranked({"a": [1, 2], "b": [5, 6]}, {"a": [30, 31], "b": [10, 11]})
-    assert (found.tau, found.swapped) == (-1, [("a", "b")])
-    (words,) = in_words([found])
+    (ranking,) = ranked({"a": [1, 2], "b": [5, 6]}, {"a": [30, 31], "b": [10, 11]})
+    assert (ranking.tau, ranking.swapped) == (-1, [("a", "b")])
+    (words,) = in_words([ranking])
     assert f"{RANDOM} orders" in words
     assert "b before a at 2" in words
 
 
 def test_pairs_within_their_spreads_are_not_called_swapped():
-    (found,) = ranked({"a": [1, 2], "b": [5, 6]}, {"a": [10, 30], "b": [9, 28]})
-    assert (found.tau, found.swapped) == (-1, [])
+    (ranking,) = ranked({"a": [1, 2], "b": [5, 6]}, {"a": [10, 30], "b": [9, 28]})
+    assert (ranking.tau, ranking.swapped) == (-1, [])
 
 
 def test_of_one_training_seed_no_pair_is_called_swapped():
-    (found,) = ranked({"a": [1], "b": [5]}, {"a": [30], "b": [10]})
-    assert (found.tau, found.swapped) == (-1, [])
+    (ranking,) = ranked({"a": [1], "b": [5]}, {"a": [30], "b": [10]})
+    assert (ranking.tau, ranking.swapped) == (-1, [])
 
 
 def test_the_command_leaves_a_table_figures_and_a_plot(tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""The Fréchet distance against clean-fid's, against closed forms, and from any split of the images."""
+"""The Fréchet distance against clean-fid's, against closed forms, from any split of the images."""
 
 from collections.abc import Callable
 
@@ -17,7 +17,7 @@ from eval.measure.metrics import Moments, frechet_distance
 
 @pytest.fixture(scope="module")
 def features(digits) -> dict[str, torch.Tensor]:
-    """64 numbers an image: a network's of the digits and of noisy digits, and the digits' pixels."""
+    """64 numbers an image: a network's for digits and noisy digits, and the digits' pixels."""
     extract = random_network(digits, torch.device("cpu")).extract
     noisy = noised(digits, digits.train.images, 0.3)
     return {

@@ -157,18 +157,18 @@ def test_a_guided_label_goes_along_with_its_weight():
 
 def test_a_point_has_the_label_of_its_trajectory():
     """A teacher that makes x0 = label: so must every target be."""
-    label, told = torch.arange(40), []
+    label, labels = torch.arange(40), []
 
     def teacher(x_t, t, given):
         return given["label"][:, None, None, None] + 0 * x_t
 
     def student(x_t, t, given, dropout=None):
-        told.append(given["label"])
+        labels.append(given["label"])
         return teacher(x_t, t, given)
 
     batch = grid_batch(40, 1, 2, 2)._replace(condition={"label": label})
     assert Midtraining(teacher, SIXTEEN)(student, batch, 0.0).max() < 1e-9
-    assert sorted(set(told[0].tolist())) == [0, 1, 2]  # of 3 trajectories
+    assert sorted(set(labels[0].tolist())) == [0, 1, 2]  # of 3 trajectories
 
 
 def test_the_target_carries_no_gradient_to_the_teacher():
@@ -181,7 +181,7 @@ def test_the_target_carries_no_gradient_to_the_teacher():
 
 
 def test_a_small_network_learns_most_of_what_one_step_of_ddim_lacks():
-    """On the mixture: 1 call of the student against 1 of its teacher, which says the mean of all."""
+    """On the mixture: 1 call of the student against 1 of its teacher, which is the mean of all."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(2, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 1))
 

@@ -33,7 +33,8 @@ BASE = {
     compare: "--num-images 80 --features random --precision fp32 --steps 1",
 }
 
-# (command, what is wrong after its usual arguments, words of the message that name what came and what was expected)
+# (command, the mistake after its usual arguments, words of the message: what came, what was
+# expected)
 MISTAKES = [
     (ddpm, "--data no-such-data", ["no-such-data", "digits"]),
     (ddpm, "--data empty", ["empty", ".png"]),

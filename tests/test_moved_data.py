@@ -1,4 +1,4 @@
-"""A folder of images that moved is known again by what is in it, and one that changed is refused."""
+"""A folder of images that moved is known again by its content, and one that changed is refused."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -60,9 +60,9 @@ def test_a_moved_folder_is_trained_distilled_compared_and_reported_with_as_befor
     teach(moved, teacher)  # finished before, on these images
     progressive.distill(replace(student, data=str(moved)))
     progressive.distill(replace(student, data=str(moved)))
-    found = compare.compare(compared(runs, data=str(moved)))
-    assert [record for record in found if record.parent is None] == [before]
-    assert len(found) == 2
+    records = compare.compare(compared(runs, data=str(moved)))
+    assert [record for record in records if record.parent is None] == [before]
+    assert len(records) == 2
     assert before.data["background"] == "black"
     page = command(report.main, runs / "compare", "--no-times", "--data", moved)
     assert page.code == 0

@@ -15,9 +15,9 @@ def draws(seed: int, indices: torch.Tensor, count: int = 2) -> list[torch.Tensor
 
 @pytest.mark.parametrize("batch_size", [1, 7, 64, 512])
 def test_an_image_is_the_same_bit_for_bit_at_any_batch_size(batch_size):
-    wanted = torch.arange(1024)
-    parts = [draws(5, part) for part in wanted.split(batch_size)]
-    for k, together in enumerate(draws(5, wanted)):
+    indices = torch.arange(1024)
+    parts = [draws(5, part) for part in indices.split(batch_size)]
+    for k, together in enumerate(draws(5, indices)):
         assert torch.equal(torch.cat([part[k] for part in parts]), together)
 
 

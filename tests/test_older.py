@@ -274,18 +274,18 @@ def as_json(value: dict) -> dict:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_networks_settings_are_what_they_were_when_it_was_one_dictionary(name, tiny):
     config, kinds, flat = CONFIGS[name]
-    net, told = networks.to_json(tiny), condition.to_json(kinds)
-    assert as_json(older.net_settings(net, config.to_json(), told)) == flat
+    net, described = networks.to_json(tiny), condition.to_json(kinds)
+    assert as_json(older.net_settings(net, config.to_json(), described)) == flat
 
 
 def test_what_is_new_of_a_network_makes_its_settings_others(tiny):
-    net, denoiser, told = networks.to_json(tiny), DenoiserConfig().to_json(), condition.to_json
+    net, denoiser, describe = networks.to_json(tiny), DenoiserConfig().to_json(), condition.to_json
     settings = [
         older.net_settings(net, denoiser, {}),
         older.net_settings(net | {"name": "transformer"}, denoiser, {}),
-        older.net_settings(net, denoiser, told({"colour": Label(10)})),
-        older.net_settings(net, denoiser, told({"label": Label(10)})),
-        older.net_settings(net, denoiser, told({"label": Label(9)})),
+        older.net_settings(net, denoiser, describe({"colour": Label(10)})),
+        older.net_settings(net, denoiser, describe({"label": Label(10)})),
+        older.net_settings(net, denoiser, describe({"label": Label(9)})),
         older.net_settings(net, denoiser | {"bounds": (0.0, 1.0)}, {}),
     ]
     assert len({json.dumps(each, sort_keys=True) for each in settings}) == len(settings)

@@ -92,19 +92,19 @@ def test_a_click_sorts_numbers_by_size_and_a_second_click_turns_the_order(browse
 
 
 SORT = """
-const found = {};
+const sorted = {};
 for (const table of document.querySelectorAll(".sortable")) {
   for (const [column, button] of [...table.tHead.querySelectorAll("button")].entries()) {
     for (const order of ["rising", "falling"]) {
       button.click();
-      found[`${table.id} ${column} ${order}`] = [...table.tBodies[0].rows].map((row) =>
+      sorted[`${table.id} ${column} ${order}`] = [...table.tBodies[0].rows].map((row) =>
         [...row.cells].map((cell) => cell.dataset.value));
     }
   }
 }
 const out = document.createElement("pre");
 out.id = "check";
-out.textContent = JSON.stringify(found);
+out.textContent = JSON.stringify(sorted);
 document.body.append(out);
 """
 
@@ -122,9 +122,9 @@ def test_every_table_sorts_by_every_column_and_what_is_missing_stays_last(browse
         html.unescape(re.search(r'<pre id="check">(.*?)</pre>', opened.dom)[1])
     )
     assert len(sorted_rows) == 2 * sum(len(made.heads) for made in tables.values())
-    for name, shown in sorted_rows.items():
+    for name, listed in sorted_rows.items():
         table_name, column, order = name.split()
-        values = [row[int(column)] for row in shown]
+        values = [row[int(column)] for row in listed]
         some = [value for value in values if value != ""]
         assert values == some + [""] * (len(values) - len(some))
         if int(column):
@@ -133,7 +133,7 @@ def test_every_table_sorts_by_every_column_and_what_is_missing_stays_last(browse
         assert some == sorted(some, key=key, reverse=order == "falling")
         given = [[str("" if c.value is None else c.value) for c in cells]
                  for cells in tables[table_name].rows]  # fmt: skip
-        assert sorted(shown) == sorted(given)
+        assert sorted(listed) == sorted(given)
     assert cells_of(opened.dom, "further", "tfoot") == [["held-out images", "", "0.5"]]
 
 
@@ -142,15 +142,15 @@ def test_the_report_has_every_row_of_the_records_with_the_tables_cells(tmp_path)
     rows[0] = replace(rows[0], likelihood={"probability-flow": 3.25})
     page = write_report(tmp_path, rows).read_text()
     expected = table.tables(comparison(rows))
-    assert [found.title for found in expected] == [
+    assert [each.title for each in expected] == [
         "Quality and cost", "Speed", "Likelihood", "Further figures",
     ]  # fmt: skip
-    for found in expected:
-        name = found.title.split()[0].lower()
-        shown = without_pill(cells_of(page, name))
-        shown += cells_of(page, name, "tfoot") if found.foot else []
-        assert shown == [list(cells) for cells in found.cells]
-        assert found.caption in html.unescape(page)
+    for each in expected:
+        name = each.title.split()[0].lower()
+        listed = without_pill(cells_of(page, name))
+        listed += cells_of(page, name, "tfoot") if each.foot else []
+        assert listed == [list(cells) for cells in each.cells]
+        assert each.caption in html.unescape(page)
     assert [r for r in rows if f'data-tag="{r.tag}"' not in page] == []
     labels = alternatives(page)[2]
     assert [r for r in rows if f"{r.title}, {r.nfe:,} call" not in labels] == []
@@ -214,14 +214,14 @@ def points_of(picture: pictures.Picture) -> dict[str, list[tuple[float, float]]]
 
 
 def test_rows_without_times_are_in_the_chart_of_calls_alone():
-    shown = lines([*ROWS[:3], replace(ROWS[3], timings=[])])
+    rows = lines([*ROWS[:3], replace(ROWS[3], timings=[])])
     charts = [
-        pictures.cost_chart(shown, cost, "cost")
+        pictures.cost_chart(rows, cost, "cost")
         for cost in (lambda line: line.record.nfe, lambda line: line.milliseconds)
     ]
     assert [sum(map(len, points_of(made).values())) for made in charts] == [4, 3]
     assert points_of(charts[0])["progressive"] == [(1, 30.0), (4, 4.4)]
-    assert pictures.cost_chart(shown[3:], lambda line: line.milliseconds, "cost") is None
+    assert pictures.cost_chart(rows[3:], lambda line: line.milliseconds, "cost") is None
 
 
 def ships(rows: list[Record]) -> Record | None:
@@ -275,12 +275,12 @@ def test_a_long_plan_on_fewer_images_is_no_part_of_the_front_nor_of_the_floor(mo
     few = replace(TEACHER, num_images=50, quality=[0.5, 0.5], floor=[0.4, 0.4])
     points, front = [], pictures.front
     monkeypatch.setattr(pictures, "front", lambda given: front(points.extend(given) or given))
-    shown = lines([few, *ROWS[1:]])
-    made = pictures.cost_chart(shown, lambda line: line.record.nfe, "calls")
+    rows = lines([few, *ROWS[1:]])
+    made = pictures.cost_chart(rows, lambda line: line.record.nfe, "calls")
     assert sorted(points) == sorted((row.nfe, row.score) for row in ROWS[1:])
     assert sum(map(len, points_of(made).values())) == len(ROWS)
     assert points_of(made)["teacher (50 images)"] == [(1000, 0.5)]
-    assert "progressive at 4 calls is the best" in verdict.sentences(shown)[0]
+    assert "progressive at 4 calls is the best" in verdict.sentences(rows)[0]
 
 
 def test_the_pareto_front_holds_just_the_points_that_none_dominates():
@@ -290,10 +290,10 @@ def test_the_pareto_front_holds_just_the_points_that_none_dominates():
     undominated = {
         p for p in points if not any(q[0] <= p[0] and q[1] <= p[1] and q != p for q in points)
     }
-    found = pictures.front(points)
-    assert len(found) > 3
-    assert {*found} == undominated
-    assert found == sorted(found)
+    front = pictures.front(points)
+    assert len(front) > 3
+    assert {*front} == undominated
+    assert front == sorted(front)
 
 
 @pytest.mark.parametrize("score", [0.0, -1e-9])
@@ -406,7 +406,8 @@ def test_real_images_close_the_samples(tmp_path):
 @pytest.mark.parametrize("width", [1400, 500])
 def test_a_page_is_no_wider_than_the_screen(browse, tmp_path, width):
     path = write_report(tmp_path, ROWS)
-    show = "const page = document.documentElement; document.title = page.scrollWidth - page.clientWidth;"
+    show = "const page = document.documentElement;"
+    show += "document.title = page.scrollWidth - page.clientWidth;"
     opened = browse(path, show, width=width)
     assert "<title>0</title>" in opened.dom
 

@@ -38,7 +38,7 @@ def ddim_steps(teacher, x: torch.Tensor, angles: list[torch.Tensor]) -> torch.Te
 
 
 def target_of(teacher, x_t: torch.Tensor, angles: list[torch.Tensor]) -> torch.Tensor:
-    """Of its DDIM steps, unlabelled."""
+    """The target of the teacher's DDIM steps, without labels."""
     return merged_target(euler_step(teacher), grid_batch(1, 1, 2, 2), x_t, angles)
 
 
@@ -178,15 +178,15 @@ def test_the_target_carries_no_gradient_to_the_teacher():
 
 def test_teacher_and_student_are_told_the_condition():
     condition = {"label": torch.arange(4)}
-    told = []
+    conditions = []
 
     def denoiser(x_t, t, given, dropout=None):
-        told.append(given)
+        conditions.append(given)
         return SKEWED(x_t, t)
 
     batch = grid_batch(4, 1, 2, 2)._replace(condition=condition)
     Halving(euler_step(denoiser), EIGHT_TO_FOUR)(denoiser, batch, 0.0)
-    assert [given is condition for given in told] == [True] * 3
+    assert [given is condition for given in conditions] == [True] * 3
 
 
 @pytest.mark.parametrize(
@@ -279,8 +279,8 @@ def test_a_student_and_its_students_take_their_steps_where_the_teachers_shift_sa
     assert wide.plan(3, "ddim", 1.0) == unshifted
 
 
-def chain(out, teacher, fit, **told) -> list:
-    return distill(Options(teacher=teacher, out=out, fit=fit, last_rounds=1.0, **told))
+def chain(out, teacher, fit, **options) -> list:
+    return distill(Options(teacher=teacher, out=out, fit=fit, last_rounds=1.0, **options))
 
 
 def test_a_chain_that_goes_on_from_its_own_student_keeps_the_angles_of_one_in_one_go(

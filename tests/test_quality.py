@@ -69,23 +69,23 @@ def ladders(judge, digits) -> dict[str, list[dict[str, float]]]:
 @pytest.mark.parametrize("worse", ["blur", "noise", "collapse"])
 @pytest.mark.parametrize("name", GROWS)
 def test_every_distance_grows_with_every_step_of_harm(ladders, worse, name):
-    steps = [found[name] for found in ladders[worse]]
+    steps = [each[name] for each in ladders[worse]]
     assert all(a < b for a, b in pairwise(steps)), steps
 
 
 def test_collapse_costs_recall_coverage_and_score_but_no_precision(ladders):
     steps = ladders["collapse"]
     for name in ("recall", "coverage", "classifier-score"):
-        shares = [found[name] for found in steps]
+        shares = [each[name] for each in steps]
         assert all(a > b for a, b in pairwise(shares)), (name, shares)
         assert shares[-1] < shares[0] / 2
     # what little it moves by is how typical the images of the classes left are
-    assert min(found["precision"] for found in steps) > 0.9 * steps[0]["precision"]
+    assert min(each["precision"] for each in steps) > 0.9 * steps[0]["precision"]
 
 
 def test_blur_and_noise_cost_coverage(ladders):
     for worse in ("blur", "noise"):
-        shares = [found["coverage"] for found in ladders[worse]]
+        shares = [each["coverage"] for each in ladders[worse]]
         assert all(a >= b for a, b in pairwise(shares)), shares
         assert shares[-1] < 0.6 * shares[0]
 
@@ -106,7 +106,7 @@ def test_copies_of_a_handful_of_images_are_marked_though_nothing_is_held_out(dig
     assert held_out == {}
 
     def figures_of(copies: int) -> dict[str, float]:
-        """Of fresh images and so many noisy copies in a hundred."""
+        """The figures of fresh images with so many noisy copies in a hundred."""
         noisy = few.train[torch.arange(copies) % 12].int() + torch.arange(64).view(8, 8) % 3
         images = torch.cat([noisy.clamp(0, 255).byte(), fresh[copies:]])
         return judge.others(judge.see_images(images))
@@ -163,5 +163,5 @@ def test_real_features_are_read_from_the_cache_where_they_are_in_it(judge, digit
 
 def test_the_features_of_no_images_are_none(judge, digits, tmp_path):
     unable = replace(judge.extractor, extract=None)  # some networks take no empty batch
-    found = quality.reference(digits.test[:0], unable, CPU, tmp_path)
-    assert found.shape == (0, judge.extractor.dim)
+    features = quality.reference(digits.test[:0], unable, CPU, tmp_path)
+    assert features.shape == (0, judge.extractor.dim)

@@ -28,19 +28,19 @@ def timings(laps) -> dict:
 
 
 def by_size(laps) -> dict[int, Timing]:
-    """Of a sweep of one call."""
+    """The timings of a sweep of one call, by batch size."""
     return {lap.timing.batch_size: lap.timing for lap in laps}
 
 
 def test_drifting_machine_favours_nobody_in_a_race_but_does_in_single_file(clock):
     def ratio(*races: list[str]) -> float:
         clock.now = 0.0
-        found = {}
+        timed = {}
         for names in races:
             calls = {name: clock.call(name, 0.01) for name in names}
-            found |= timings(race.race(calls, 1, CPU))
-        assert found["b"].seconds[-1] > 1.5 * found["a"].seconds[0]  # it does drift
-        return found["b"].median / found["a"].median
+            timed |= timings(race.race(calls, 1, CPU))
+        assert timed["b"].seconds[-1] > 1.5 * timed["a"].seconds[0]  # it does drift
+        return timed["b"].median / timed["a"].median
 
     clock.drift = 1.0
     assert ratio(["a", "b"]) == pytest.approx(1, abs=0.002)
@@ -49,9 +49,9 @@ def test_drifting_machine_favours_nobody_in_a_race_but_does_in_single_file(clock
 
 def test_each_unsettled_call_runs_once_a_round_and_the_order_turns_round(clock):
     calls = {"a": clock.call("a", 0.7), "b": clock.call("b", 0.9), "c": clock.call("c", 0.01)}
-    found = timings(race.race(calls, 1, CPU, budget=2.0))
+    timed = timings(race.race(calls, 1, CPU, budget=2.0))
     assert "".join(clock.runs).startswith("aabbcc" + "cba" + "abc" + "cba" + "ccc")
-    assert [len(found[name].seconds) for name in "abc"] == [3, 3, 29]
+    assert [len(timed[name].seconds) for name in "abc"] == [3, 3, 29]
 
 
 def test_progress_never_falls_and_is_whole_once_at_the_end(clock):
@@ -81,16 +81,16 @@ def test_race_of_nobody_is_over():
 )
 def test_call_that_runs_out_of_memory_is_marked_and_the_others_go_on(clock, error):
     calls = {"a": clock.call("a", 0.5), "b": partial(fails, error), "c": clock.call("c", 0.5)}
-    found = timings(race.race(calls, 4, CPU))
-    assert found["b"] == Timing(4, failed="out of memory")
-    assert len(found["a"].seconds) == len(found["c"].seconds) == 4
+    timed = timings(race.race(calls, 4, CPU))
+    assert timed["b"] == Timing(4, failed="out of memory")
+    assert len(timed["a"].seconds) == len(timed["c"].seconds) == 4
 
 
 def test_real_allocator_of_the_cpu_runs_out_of_memory():
     calls = {"huge": lambda: torch.empty(2**50), "small": lambda: torch.empty(2)}
-    found = timings(race.race(calls, 1, CPU, budget=0.0))
-    assert found["huge"].failed == "out of memory"
-    assert len(found["small"].seconds) >= 3
+    timed = timings(race.race(calls, 1, CPU, budget=0.0))
+    assert timed["huge"].failed == "out of memory"
+    assert len(timed["small"].seconds) >= 3
 
 
 def test_call_that_runs_out_of_memory_only_later_keeps_no_repeats(clock):
@@ -125,15 +125,15 @@ def costing(clock: Machine, a: float, b: float, fits: int = 2**30) -> Callable[[
 
 @pytest.mark.parametrize(("a", "b"), [(0.01, 0.01), (0.1, 0.01), (0.1, 0.001)])
 def test_sweep_finds_the_best_throughput_and_stops_where_it_no_longer_grows(clock, a, b):
-    found = by_size(race.sweep({0: costing(clock, a, b)}, CPU, limit=1e9))
+    timed = by_size(race.sweep({0: costing(clock, a, b)}, CPU, limit=1e9))
     rate = {2**k: 2**k / (a + b * 2**k) for k in range(20)}
-    assert {n: t.images_per_second for n, t in found.items()} == pytest.approx(
-        {n: rate[n] for n in found}
+    assert {n: t.images_per_second for n, t in timed.items()} == pytest.approx(
+        {n: rate[n] for n in timed}
     )
-    *_, third, _, last = found
+    *_, third, _, last = timed
     assert rate[last] < 1.05 * rate[third]  # two doublings were not worth 5 %
     assert rate[third] >= 1.05 * rate[third // 4]  # but those before were
-    assert max(t.images_per_second for t in found.values()) > 0.95 / b  # of all that is to be had
+    assert max(t.images_per_second for t in timed.values()) > 0.95 / b  # of all that is to be had
 
 
 @pytest.mark.parametrize(
@@ -165,9 +165,9 @@ def test_sweep_marks_the_batch_that_does_not_fit_and_the_others_go_on(clock):
 
 
 def test_sweep_stops_before_a_batch_that_may_take_longer_than_the_limit(clock):
-    found = by_size(race.sweep({0: costing(clock, 0.0, 1.0)}, CPU, limit=1.5))
-    assert found.keys() == {1, 2}
-    assert found[2] == Timing(2, failed="over 1.5 s")
+    timed = by_size(race.sweep({0: costing(clock, 0.0, 1.0)}, CPU, limit=1.5))
+    assert timed.keys() == {1, 2}
+    assert timed[2] == Timing(2, failed="over 1.5 s")
     assert clock.now < 10
 
 
@@ -179,10 +179,10 @@ def test_sweep_measures_nothing_that_is_known(clock):
         return costing(clock, rate, 0.0)(n) if n < 64 else fails(MemoryError())
 
     known = {n: Timing(n, first=1.0, seconds=(rate,) * 3) for n in (1, 4, 48)}
-    found = by_size(race.sweep({0: call}, CPU, known={0: known}))
+    timed = by_size(race.sweep({0: call}, CPU, known={0: known}))
     assert set(sizes) == {2, 8, 16, 32, 64}
-    assert found.keys() == set(sizes)
-    assert found[64].failed
+    assert timed.keys() == set(sizes)
+    assert timed[64].failed
 
 
 def test_sweep_races_the_rows_at_each_size_so_that_drift_favours_nobody(clock):
@@ -191,12 +191,12 @@ def test_sweep_races_the_rows_at_each_size_so_that_drift_favours_nobody(clock):
     def call(n: int) -> torch.Tensor:
         return clock.call("", 0.01 + 0.001 * n)()
 
-    found = {
+    timed = {
         (lap.key, lap.timing.batch_size): lap.timing
         for lap in race.sweep({"a": call, "b": call}, CPU)
     }
-    sizes = {n for _, n in found}
+    sizes = {n for _, n in timed}
     assert len(sizes) > 5
     for n in sizes:
-        ratio = found["b", n].median / found["a", n].median
+        ratio = timed["b", n].median / timed["a", n].median
         assert ratio == pytest.approx(1, abs=0.01)

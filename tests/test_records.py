@@ -1,4 +1,4 @@
-"""results.jsonl: what is written is read back, what is wrong is refused by name, rows that differ by row."""
+"""results.jsonl: what is written is read back, what is wrong is refused by name or by its row."""
 
 import json
 import math
@@ -273,7 +273,11 @@ OTHERS = [  # what differs, what the message names, whether it matters without t
     ({"metric": "fid", "extractor": {"sha256": "f" * 64}}, "metric fid ffffffff", True),
     ({"extractor": {"sha256": "f" * 64}}, "fd-cnn-digits-0123abcd ffffffff", True),
     ({"data": {"name": "digits", "split": "test", "images": 1438}}, "digits test", True),
-    ({"data": {"name": "/home/me/digits", "split": "train", "images": 10}}, "10 of digits train", True),
+    (
+        {"data": {"name": "/home/me/digits", "split": "train", "images": 10}},
+        "10 of digits train",
+        True,
+    ),
     ({"batch_size": 7}, "batch size 7", False),
     ({"environment": {"device": "another", "precision": "fp32", "torch": "2.6", "threads": 1}},
      "device another", False),
@@ -338,8 +342,8 @@ def test_titles_tell_apart_what_would_be_mixed_up_and_nothing_else():
     one = [progressive("runs/digits", n) for n in (4, 2, 1)]
     assert together.titles([FULL, *one]) == ["teacher", *["progressive"] * 3]
     two = [progressive("runs/long", n) for n in (2, 1)]
-    found = together.titles([FULL, *one, *two])
-    assert found == ["teacher", *["progressive [digits]"] * 3, *["progressive [long]"] * 2]
+    titles = together.titles([FULL, *one, *two])
+    assert titles == ["teacher", *["progressive [digits]"] * 3, *["progressive [long]"] * 2]
     machine = {"device": "another", "precision": "fp32", "torch": "2.6", "threads": 1}
     moved = [replace(row, environment=machine) for row in one]
     assert {*together.titles([*one, *moved])} == {"progressive [a device]", "progressive [another]"}

@@ -19,6 +19,7 @@ from diffusion.schedules import (
     shifted,
     sigmoid,
     truncated,
+    vp,
 )
 from tests.analytic import Gaussian
 
@@ -67,6 +68,50 @@ def test_every_angle_has_the_papers_alpha_bar_to_12_digits(name):
     angles = SCHEDULES[name](1000)
     torch.testing.assert_close(angles.sin(), sigma, rtol=1e-12, atol=0)
     torch.testing.assert_close(angles.cos(), alpha, rtol=1e-12, atol=1e-16)
+
+
+def beta(tau: float) -> float:
+    return 0.1 + 19.9 * tau
+
+
+def total_beta(tau: float) -> float:
+    """The integral of beta from 0."""
+    return 0.1 * tau + 9.95 * tau**2
+
+
+# Song et al. 2021b, appendix B: dx = f(tau) x dtau + g(tau) dw of each process, as (f, g^2).
+SDES = {
+    "vp": lambda tau: (-beta(tau) / 2, beta(tau)),
+    "sub-vp": lambda tau: (-beta(tau) / 2, beta(tau) * -math.expm1(-2 * total_beta(tau))),
+    "ve": lambda tau: (0.0, 0.01**2 * 5000 ** (2 * tau) * 2 * math.log(5000)),
+}
+
+
+@pytest.mark.parametrize("name", SDES)
+def test_a_processs_angles_are_those_of_the_moments_that_its_sde_leads_to(name):
+    """The moments' equations (Sarkka & Solin 2019, eq. 5.50 and 5.51), by Runge and Kutta."""
+
+    def slope(tau, mean, variance):
+        f, g_squared = SDES[name](tau)
+        return f * mean, 2 * f * variance + g_squared
+
+    count = 400
+    h, mean, variance, angles = 1 / count, 1.0, 0.0, [0.0]
+    for i in range(count):
+        tau = i * h
+        a = slope(tau, mean, variance)
+        b = slope(tau + h / 2, mean + h / 2 * a[0], variance + h / 2 * a[1])
+        c = slope(tau + h / 2, mean + h / 2 * b[0], variance + h / 2 * b[1])
+        d = slope(tau + h, mean + h * c[0], variance + h * c[1])
+        mean += h / 6 * (a[0] + 2 * b[0] + 2 * c[0] + d[0])
+        variance += h / 6 * (a[1] + 2 * b[1] + 2 * c[1] + d[1])
+        angles.append(math.atan2(math.sqrt(variance), mean))
+    close(SCHEDULES[name](count), torch.tensor(angles, dtype=torch.float64), rtol=1e-6, atol=1e-9)
+
+
+def test_vp_is_the_limit_of_ddpms_linear_betas():
+    """Song et al. 2021b, appendix B: within the first order of 1000 steps."""
+    close(vp().sin(), linear_beta().sin(), rtol=0, atol=3e-3)
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 63, 1000])
@@ -183,23 +228,23 @@ def test_a_shift_keeps_both_ends_and_the_order_and_one_by_1_changes_nothing(name
     angles = SCHEDULES[name](50)
     assert torch.equal(shifted(angles, 1.0), angles)
     for shift in (0.3, 2.0, 5.0):
-        found = shifted(angles, shift)
-        assert (found[0], found[-1]) == (angles[0], angles[-1])
-        assert (found.diff() > 0).all()
+        moved = shifted(angles, shift)
+        assert (moved[0], moved[-1]) == (angles[0], angles[-1])
+        assert (moved.diff() > 0).all()
 
 
 def test_a_shift_multiplies_the_tangents_and_its_inverse_undoes_it():
     angles = even(cosine(), 40)
-    found = shifted(angles, 3.0)
-    close(found[:-1].tan(), 3 * angles[:-1].tan(), rtol=1e-12, atol=0)
-    close(shifted(found, 1 / 3), angles, rtol=1e-12, atol=1e-15)
-    close(even(cosine(), 40, 3.0), found, rtol=0, atol=0)
+    moved = shifted(angles, 3.0)
+    close(moved[:-1].tan(), 3 * angles[:-1].tan(), rtol=1e-12, atol=0)
+    close(shifted(moved, 1 / 3), angles, rtol=1e-12, atol=1e-15)
+    close(even(cosine(), 40, 3.0), moved, rtol=0, atol=0)
 
 
 def test_the_best_shift_is_the_deviation_of_the_data():
-    """Of N(0, 8^2), as an image's main component may be, a step turns by the difference of
-    atan(tan(t) / 8), and DDIM's multiplies by its cosine: equal ones are best, and tan t times 8 makes
-    them. The exact map multiplies noise by 8.
+    """A step for N(0, 8^2), as an image's main component may be, turns by the difference of
+    atan(tan(t) / 8), and DDIM's multiplies by its cosine: equal ones are best, and tan t times 8
+    makes them. The exact map multiplies noise by 8.
     """
     wide, noise = Gaussian(0.0, 8.0), torch.ones(1, 1, 1, 1, dtype=torch.float64)
 

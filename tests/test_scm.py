@@ -72,7 +72,7 @@ def test_the_exact_consistency_function_does_not_change_along_the_exact_ode(data
 
 @both_kinds_of_data
 def test_the_tangent_is_cos_t_times_the_change_along_the_exact_ode(data):
-    """Of the denoiser itself, by central differences between two points of the ODE."""
+    """The denoiser's change, by central differences between two points of the ODE."""
     h = 1e-4
     ahead, behind = (data(data.flow(X, T, T + d), T + d) for d in (h, -h))
     inside = math.pi / 2 - h > T
@@ -127,14 +127,14 @@ def test_the_gradient_is_that_of_the_closing_gap():
     def student(x_t, t, condition=None, dropout=None):
         return theta * BIMODAL(x_t, t) + (1 - theta) * x_t
 
-    found = ContinuousConsistency(towards(BIMODAL), angles)(student, BATCH, 0.0).mean()
-    (found,) = torch.autograd.grad(found, theta)
+    gradient = ContinuousConsistency(towards(BIMODAL), angles)(student, BATCH, 0.0).mean()
+    (gradient,) = torch.autograd.grad(gradient, theta)
     h = 1e-4
     ahead, behind = (student(BIMODAL.flow(X, T, T + d), T + d) for d in (h, -h))
     change = ((ahead - behind) / (2 * h)).detach()
     weight = column(T.cos() / T.sin())
     (expected,) = torch.autograd.grad(2 * (weight * student(X, T) * change).mean(), theta)
-    assert found.item() == pytest.approx(expected.item(), rel=1e-4)
+    assert gradient.item() == pytest.approx(expected.item(), rel=1e-4)
 
 
 def test_warming_up_begins_as_diffusion_training_in_velocity():
@@ -154,11 +154,11 @@ def test_warming_up_begins_as_diffusion_training_in_velocity():
 
 def test_a_normalised_tangent_keeps_its_direction_and_is_never_longer_than_1():
     g = normal(0, 5, 3, 4, 4) * torch.tensor([0.0, 1e-3, 0.1, 1.0, 1e6]).reshape(-1, 1, 1, 1)
-    found = unit(g)
-    norm = found.flatten(1).square().mean(1).sqrt()
+    scaled = unit(g)
+    norm = scaled.flatten(1).square().mean(1).sqrt()
     before = g.flatten(1).square().mean(1).sqrt()
     close(norm, before / (before + 0.1))
-    close(F.cosine_similarity(found.flatten(1), g.flatten(1))[1:], torch.ones(4))
+    close(F.cosine_similarity(scaled.flatten(1), g.flatten(1))[1:], torch.ones(4))
 
 
 def test_the_learnt_weight_rests_where_it_is_the_log_of_one_over_the_loss():
@@ -168,8 +168,8 @@ def test_the_learnt_weight_rests_where_it_is_the_log_of_one_over_the_loss():
 
     def gradient() -> Tensor:
         w = log_weight(t)
-        (found,) = torch.autograd.grad((w.exp() * loss - w).mean(), [log_weight.coefficients])
-        return found
+        (gradient,) = torch.autograd.grad((w.exp() * loss - w).mean(), [log_weight.coefficients])
+        return gradient
 
     assert gradient().abs().max() > 0.1
     with torch.no_grad():

@@ -233,45 +233,45 @@ def memorisation(images, train, test) -> dict[str, float]:
 
 
 def test_a_copied_training_set_is_flagged(digits):
-    found = memorisation(digits.train[:300], digits.train, digits.test)
-    assert (found["ratio"], found["nearer"]) == (0, 1)
-    assert found["p_value"] < 1e-50
-    assert (found["copied"], found["copied_floor"]) == (1, 0)
+    figures = memorisation(digits.train[:300], digits.train, digits.test)
+    assert (figures["ratio"], figures["nearer"]) == (0, 1)
+    assert figures["p_value"] < 1e-50
+    assert (figures["copied"], figures["copied_floor"]) == (1, 0)
 
 
 def test_copies_with_a_little_noise_are_flagged(digits):
-    found = memorisation(noise(digits.train[:300], 8), digits.train, digits.test)
-    assert found["ratio"] < 0.3
-    assert found["p_value"] < 1e-50
-    assert found["copied"] > 0.9
+    figures = memorisation(noise(digits.train[:300], 8), digits.train, digits.test)
+    assert figures["ratio"] < 0.3
+    assert figures["p_value"] < 1e-50
+    assert figures["copied"] > 0.9
 
 
 def test_fresh_images_are_flagged_no_more_often_than_the_p_value_says(digits):
     p_values = []
     for seed in range(20):
         fresh, held_out = digits.test[torch.randperm(359, generator=seeded(seed))].split(180)
-        found = memorisation(fresh, digits.train, held_out)
-        p_values.append(found["p_value"])
-        assert found["ratio"] == pytest.approx(1, abs=0.15)
-        assert found["nearer"] == pytest.approx(0.5, abs=0.1)
-        assert found["copied"] <= 0.01
+        figures = memorisation(fresh, digits.train, held_out)
+        p_values.append(figures["p_value"])
+        assert figures["ratio"] == pytest.approx(1, abs=0.15)
+        assert figures["nearer"] == pytest.approx(0.5, abs=0.1)
+        assert figures["copied"] <= 0.01
     assert sum(p < 0.05 for p in p_values) <= 3
     assert min(p_values) > 0.001
 
 
 def test_a_few_copies_among_fresh_images_are_counted_though_the_median_hides_them(digits):
     fresh, held_out = digits.test.split(180)
-    found = memorisation(torch.cat([digits.train[:20], fresh]), digits.train, held_out)
-    assert found["copied"] == pytest.approx(20 / 200)
-    assert found["ratio"] > 0.9
+    figures = memorisation(torch.cat([digits.train[:20], fresh]), digits.train, held_out)
+    assert figures["copied"] == pytest.approx(20 / 200)
+    assert figures["ratio"] > 0.9
 
 
 def test_images_far_from_everything_are_no_copies(digits):
     images = torch.randint(0, 256, (100, 1, 8, 8), generator=seeded(), dtype=torch.uint8)
-    found = memorisation(images, digits.train, digits.test)
-    assert found["ratio"] > 2
-    assert (found["nearer"], found["copied"]) == (0, 0)
-    assert found["p_value"] > 0.999
+    figures = memorisation(images, digits.train, digits.test)
+    assert figures["ratio"] > 2
+    assert (figures["nearer"], figures["copied"]) == (0, 0)
+    assert figures["p_value"] > 0.999
 
 
 # Tiles

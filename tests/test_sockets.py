@@ -1,4 +1,4 @@
-"""Sockets: each thing that the suite lets in, added from outside in this file, touching no other."""
+"""Sockets: each thing that the suite lets in, added from outside in this file alone."""
 
 import hashlib
 import json
@@ -162,8 +162,8 @@ class MLP(nn.Module):
         self.layers = nn.Sequential(*layers, nn.Linear(config.width, outputs * config.size**2))
 
     def forward(self, x_t: Tensor, t: Tensor, condition=None) -> Tensor:
-        told = [condition[name][:, None] for name in self.kinds]
-        h = self.layers(torch.cat([x_t.flatten(1), t[:, None], *told], dim=1))
+        columns = [condition[name][:, None] for name in self.kinds]
+        h = self.layers(torch.cat([x_t.flatten(1), t[:, None], *columns], dim=1))
         return h.reshape(len(x_t), self.outputs, *x_t.shape[2:])
 
 

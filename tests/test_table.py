@@ -1,4 +1,4 @@
-"""The tables: every format shows the same cells, a ratio is to the row's own teacher, nothing is made up."""
+"""The tables: every format shows the same cells, and a ratio is to the row's own teacher."""
 
 import csv
 import io
@@ -38,27 +38,27 @@ ROWS = [TEACHER, SOLVER, FOUR, ONE, UNTIMED]
 
 
 def column(rows: list[Record], head: str, title: str = "Quality and cost") -> list[str]:
-    (found,) = (each for each in table.tables(comparison(rows)) if each.title == title)
-    return [cells[found.heads.index(head)] for cells in found.cells]
+    (chosen,) = (each for each in table.tables(comparison(rows)) if each.title == title)
+    return [cells[chosen.heads.index(head)] for cells in chosen.cells]
 
 
 def heads(rows: list[Record], title: str, times: bool = True) -> tuple[str, ...]:
-    found = (each.heads for each in table.tables(comparison(rows, times)) if each.title == title)
-    return next(found, ())
+    of_title = (t.heads for t in table.tables(comparison(rows, times)) if t.title == title)
+    return next(of_title, ())
 
 
 def parsed_markdown(text: str) -> list[list[list[str]]]:
     """The heads and the rows of each table."""
-    found: list[list[list[str]]] = []
+    tables: list[list[list[str]]] = []
     previous = ""
     for line in text.splitlines():
         if line.startswith("|"):
             if not previous.startswith("|"):
-                found.append([])
+                tables.append([])
             cells = re.split(r"(?<!\\)\|", line)[1:-1]
-            found[-1].append([cell.strip().replace(r"\|", "|") for cell in cells])
+            tables[-1].append([cell.strip().replace(r"\|", "|") for cell in cells])
         previous = line
-    return [[head, *rows] for head, _, *rows in found]
+    return [[head, *rows] for head, _, *rows in tables]
 
 
 LATEX = {r"\textbackslash{}": "\\", r"\textasciitilde{}": "~", r"\textasciicircum{}": "^"}
@@ -68,18 +68,18 @@ LATEX |= {r"$\times$": "×", r"$\pm$": "±", r"$\le$": "≤"} | {f"\\{c}": c for
 
 def parsed_latex(text: str) -> list[list[list[str]]]:
     known = re.compile("|".join(re.escape(word) for word in sorted(LATEX, key=len, reverse=True)))
-    found = []
+    tables = []
     for body in re.findall(r"\\toprule\n(.*?)\\bottomrule", text, re.DOTALL):
         lines = [line.removesuffix(r" \\") for line in body.splitlines() if line != r"\midrule"]
         cells = [re.split(r" (?<!\\)& ", line) for line in lines]
-        found.append([[known.sub(lambda m: LATEX[m[0]], x) for x in line] for line in cells])
-    return found
+        tables.append([[known.sub(lambda m: LATEX[m[0]], x) for x in line] for line in cells])
+    return tables
 
 
 def number(text: str) -> float | None:
     """The first number of a cell."""
-    found = re.match(r"-?[\d,.]+(e[-+]\d+)?", text)
-    return float(found[0].replace(",", "")) if found and text != "-" else None
+    match = re.match(r"-?[\d,.]+(e[-+]\d+)?", text)
+    return float(match[0].replace(",", "")) if match and text != "-" else None
 
 
 @pytest.mark.parametrize("times", [True, False])
@@ -96,10 +96,10 @@ def test_the_csv_holds_the_same_numbers_in_full(times):
     rows = list(csv.DictReader(io.StringIO(table.FORMATS["csv"](comparison(ROWS, times)))))
     assert len(rows) == len(ROWS)
     checked = set()
-    for found in table.tables(comparison(ROWS, times)):
-        for line, cells in zip(found.lines, found.cells, strict=False):  # the foot is no row
+    for each in table.tables(comparison(ROWS, times)):
+        for line, cells in zip(each.lines, each.cells, strict=False):  # the foot is no row
             row = rows[[x.key for x in ROWS].index(line.record.key)]
-            for head, cell in list(zip(found.heads, cells, strict=True))[1:]:
+            for head, cell in list(zip(each.heads, cells, strict=True))[1:]:
                 expected = number(cell)
                 if head == "size":
                     expected *= 1e6
@@ -129,12 +129,12 @@ def test_a_terminal_shows_every_cell_whole_however_narrow_it_is(monkeypatch, wid
     monkeypatch.setattr(table, "out", screen)
     rows = [replace(row, method=f"m{i}") for i, row in enumerate(ROWS)]
     table.show("rich", comparison(rows))
-    shown = screen.file.getvalue()
-    for found in table.tables(comparison(rows)):
-        missing = [cell for row in found.cells for cell in row if cell not in shown]
-        assert (missing == []) == (found.title != table.FURTHER)
-        assert found.title == table.FURTHER or found.caption in shown
-    grid = [line for line in shown.splitlines() if line.startswith(" ")]
+    printed = screen.file.getvalue()
+    for each in table.tables(comparison(rows)):
+        missing = [cell for row in each.cells for cell in row if cell not in printed]
+        assert (missing == []) == (each.title != table.FURTHER)
+        assert each.title == table.FURTHER or each.caption in printed
+    grid = [line for line in printed.splitlines() if line.startswith(" ")]
     assert max(map(len, grid)) <= width
 
 
@@ -184,11 +184,11 @@ def family(name: str, score: float, seconds: float) -> list[Record]:
 def test_a_ratio_and_a_speed_up_are_to_the_rows_own_teacher():
     one, two = family("one", 10.0, 0.1), family("two", 40.0, 0.3)
     rows = [one[0], *two, *one[1:]]
-    found = {line.record.key: line for line in lines(rows)}
+    by_key = {line.record.key: line for line in lines(rows)}
     for each in (one, two):
         teacher = each[0]
         for row in each:
-            line = found[row.key]
+            line = by_key[row.key]
             assert line.teacher is teacher
             assert line.ratio == pytest.approx(row.score / teacher.score)
             assert line.speed_up == pytest.approx(teacher.batch.median / row.batch.median)
@@ -263,12 +263,12 @@ def test_a_column_that_no_row_has_a_figure_for_is_left_out():
     assert column([TEACHER, rich], "peak MB", "Speed") == ["-", "10"]
 
 
-@pytest.mark.parametrize(("repeats", "shown"), [(FOR_P90 - 1, False), (FOR_P90, True)])
-def test_a_90th_percentile_is_shown_only_where_the_repeats_allow_it(repeats, shown):
+@pytest.mark.parametrize(("repeats", "has_p90"), [(FOR_P90 - 1, False), (FOR_P90, True)])
+def test_a_90th_percentile_is_shown_only_where_the_repeats_allow_it(repeats, has_p90):
     seconds = tuple(0.001 * (i + 1) for i in range(repeats))
     row = replace(FOUR, timings=[Timing(1, seconds=seconds)])
-    assert ("p90, ms" in heads([row], "Speed")) == shown
-    if shown:
+    assert ("p90, ms" in heads([row], "Speed")) == has_p90
+    if has_p90:
         assert column([row], "p90, ms", "Speed") == [f"{1 + 0.9 * (repeats - 1):.3g}"]
 
 
@@ -293,17 +293,17 @@ def test_a_batch_that_failed_says_why():
 
 @pytest.mark.parametrize("title", ["Quality and cost", "Speed", table.FURTHER])
 def test_a_collapse_is_marked_in_the_first_cell_of_every_table(title):
-    found = column(ROWS, "method", title)
-    assert [name for name in found if "(collapsed)" in name] == ["progressive (collapsed)"]
+    methods = column(ROWS, "method", title)
+    assert [name for name in methods if "(collapsed)" in name] == ["progressive (collapsed)"]
     assert "(collapsed): " in table.tables(comparison(ROWS))[0].caption
     assert "(copies)" not in table.tables(comparison(ROWS))[0].caption
 
 
 def test_copies_are_marked_and_explained():
     copies = {"memorisation-copied": [0.3, 0.3], "memorisation-copied_floor": [0.01, 0.01]}
-    found = table.tables(comparison([replace(FOUR, others=copies)]))
-    assert found[0].cells[0][0] == "progressive (copies)"
-    assert "(copies): " in found[0].caption
+    tables = table.tables(comparison([replace(FOUR, others=copies)]))
+    assert tables[0].cells[0][0] == "progressive (copies)"
+    assert "(copies): " in tables[0].caption
 
 
 def test_where_nothing_is_held_out_the_caption_says_what_cannot_be_judged():

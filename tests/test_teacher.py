@@ -112,7 +112,7 @@ def test_a_uniform_proposal_moves_no_level():
 
 @dataclass(frozen=True)
 class Steep:
-    """A loss that grows a hundredfold over the levels, with a gradient: (a x0 - 1)^2 e^(5 level)."""
+    """A loss that grows a hundredfold over the levels, with a gradient: (a x0 - 1)^2 e^(5 l)."""
 
     followers = MappingProxyType({})
 
@@ -129,12 +129,12 @@ def steep_batch(seed: int, count: int) -> Batch:
 
 
 def gradients(objective, count: int) -> Tensor:
-    """Of the loss of `count` batches of 16."""
-    student, found = torch.ones((), dtype=torch.float64, requires_grad=True), []
+    """The gradient of the loss of each of `count` batches of 16."""
+    student, of_batches = torch.ones((), dtype=torch.float64, requires_grad=True), []
     for seed in range(count):
         loss = objective(student, steep_batch(seed, 16), 0.0).mean()
-        found.append(torch.autograd.grad(loss, student)[0])
-    return torch.stack(found)
+        of_batches.append(torch.autograd.grad(loss, student)[0])
+    return torch.stack(of_batches)
 
 
 def test_importance_sampling_keeps_the_expected_gradient_and_lessens_its_variance():

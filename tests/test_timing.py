@@ -36,12 +36,12 @@ def alone(call: Callable[[], torch.Tensor], batch_size: int, device: torch.devic
 def test_median_quartiles_and_p90_are_numpys(count):
     draw = random.Random(0)
     seconds = tuple(draw.uniform(0.01, 0.02) for _ in range(count))
-    found = Timing(4, seconds=seconds)
-    assert found.median == pytest.approx(np.median(seconds))
-    assert found.iqr == pytest.approx(np.quantile(seconds, [0.25, 0.75]))
-    assert found.images_per_second == pytest.approx(4 / np.median(seconds))
-    if found.p90 is not None:
-        assert found.p90 == pytest.approx(np.quantile(seconds, 0.9))
+    timing = Timing(4, seconds=seconds)
+    assert timing.median == pytest.approx(np.median(seconds))
+    assert timing.iqr == pytest.approx(np.quantile(seconds, [0.25, 0.75]))
+    assert timing.images_per_second == pytest.approx(4 / np.median(seconds))
+    if timing.p90 is not None:
+        assert timing.p90 == pytest.approx(np.quantile(seconds, 0.9))
 
 
 def test_p90_is_claimed_from_the_count_at_which_a_sample_beyond_it_is_95_percent_sure():
@@ -61,10 +61,10 @@ def test_settled_medians_tell_calls_that_differ_by_2_percent_apart_19_times_in_2
     draw, wrong, count = random.Random(0), 0, 200
 
     def settle(mean: float) -> Timing:
-        found = Timing(1)
-        while not settled(found, budget=1e9):
-            found = Timing(1, seconds=(*found.seconds, draw.gauss(mean, spread * mean)))
-        return found
+        timing = Timing(1)
+        while not settled(timing, budget=1e9):
+            timing = Timing(1, seconds=(*timing.seconds, draw.gauss(mean, spread * mean)))
+        return timing
 
     for _ in range(count):
         wrong += settle(1.0).median >= settle(1.02).median
@@ -85,14 +85,14 @@ def test_settled_medians_tell_calls_that_differ_by_2_percent_apart_19_times_in_2
     ],
 )
 def test_repeats_stop_when_the_median_is_known_or_the_budget_is_spent(clock, costs, repeats, runs):
-    found = alone(clock.call("a", *costs), 1, CPU)
-    assert (len(found.seconds), len(clock.runs)) == (repeats, runs)
+    timing = alone(clock.call("a", *costs), 1, CPU)
+    assert (len(timing.seconds), len(clock.runs)) == (repeats, runs)
 
 
 def test_first_call_and_warm_up_are_apart(clock):
     call = clock.call("a", 20.0, 2.5, 0.5)
-    found = alone(call, 8, CPU)
-    assert found == Timing(8, first=20.0, seconds=pytest.approx((0.5,) * 4))
+    timing = alone(call, 8, CPU)
+    assert timing == Timing(8, first=20.0, seconds=pytest.approx((0.5,) * 4))
 
 
 # Memory
@@ -108,10 +108,10 @@ def test_peak_is_of_the_call_alone_and_not_of_its_compilation(gpu, clock):
         gpu.cached = max(gpu.cached, gpu.held + extra)
         return run()
 
-    found = alone(call, 1, GPU)
-    assert (found.allocated, found.reserved) == (300, 1300)
-    found = alone(call, 1, CPU)
-    assert (found.allocated, found.reserved) == (None, None)
+    timing = alone(call, 1, GPU)
+    assert (timing.allocated, timing.reserved) == (300, 1300)
+    timing = alone(call, 1, CPU)
+    assert (timing.allocated, timing.reserved) == (None, None)
 
 
 @pytest.mark.parametrize("fatal", [1, 2, 3])
@@ -150,10 +150,10 @@ def test_environment_tells_precision_and_compilation_apart(changed):
 
 
 def test_conditions_of_a_gpu_are_its_clocks_and_null_where_nvml_gives_none(gpu):
-    found = machine.conditions(GPU)
-    assert (found["clock_mhz"], found["memory_clock_mhz"]) == (1980, 2619)
-    assert found["watts"] is found["celsius"] is None
-    assert json.loads(json.dumps(found)) == found
+    conditions = machine.conditions(GPU)
+    assert (conditions["clock_mhz"], conditions["memory_clock_mhz"]) == (1980, 2619)
+    assert conditions["watts"] is conditions["celsius"] is None
+    assert json.loads(json.dumps(conditions)) == conditions
 
 
 @pytest.mark.parametrize("missing", ["module", "device"])
@@ -168,8 +168,8 @@ def test_clocks_are_null_where_nvml_does_not_give_them(gpu, monkeypatch, missing
 def test_conditions_of_a_cpu_are_the_mean_clock_of_its_cores_or_null(monkeypatch):
     def system(read_text: Callable[[], str]) -> tuple[str, int | None]:
         monkeypatch.setattr(machine, "Path", lambda path: SimpleNamespace(read_text=read_text))
-        found = machine.environment(CPU, "fp32", False), machine.conditions(CPU)
-        return found[0]["device"], found[1]["clock_mhz"]
+        measured = machine.environment(CPU, "fp32", False), machine.conditions(CPU)
+        return measured[0]["device"], measured[1]["clock_mhz"]
 
     core = "model name\t: A 2000: B\ncpu MHz\t\t: {}\n"
     assert system(lambda: core.format(1000.5) + core.format(3000.5)) == ("A 2000: B", 2000)

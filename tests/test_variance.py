@@ -57,7 +57,7 @@ def best_share(scale: float, t: Tensor, s: Tensor) -> Tensor:
 @pytest.mark.parametrize("share", [-0.3, 0.0, 0.4, 1.0, 1.7])
 @pytest.mark.parametrize(("t", "s"), STEPS)
 def test_a_step_costs_the_divergence_of_the_two_gaussians(t, s, share):
-    """Of DDPM's posterior and of eq. 15's Gaussian, by torch.distributions."""
+    """DDPM's posterior and eq. 15's Gaussian, by torch.distributions."""
     t, s = angle(t), angle(s)
     x_t, x0, target = (normal(seed, 4, 1, 2, 2, dtype=DOUBLE) for seed in (0, 1, 2))
     beta, posterior = variances(t, s)
@@ -68,8 +68,8 @@ def test_a_step_costs_the_divergence_of_the_two_gaussians(t, s, share):
 
     variance = (share * beta.log() + (1 - share) * posterior.log()).exp()
     q, p = Normal(mean(target), posterior.sqrt()), Normal(mean(x0), variance.sqrt())
-    found = step_cost(x0, torch.full_like(x0, share), target, t, s)
-    close(found, kl_divergence(q, p), rtol=1e-7, atol=1e-12)
+    cost = step_cost(x0, torch.full_like(x0, share), target, t, s)
+    close(cost, kl_divergence(q, p), rtol=1e-7, atol=1e-12)
 
 
 def test_in_float32_a_step_of_a_thousand_costs_what_it_does_in_float64():
@@ -94,20 +94,20 @@ def test_the_last_step_costs_the_grey_levels_under_a_gaussian_of_clipped_varianc
     bins = Normal(centre, deviation)
     low = torch.where(images == 0, 0.0, bins.cdf(images - 0.5))
     mass = torch.where(images == 255, 1.0, bins.cdf(images + 0.5)) - low
-    found = VariationalBound(angles, LEVELS).last_cost(x0, torch.full_like(x0, share), target)
+    cost = VariationalBound(angles, LEVELS).last_cost(x0, torch.full_like(x0, share), target)
     likely = mass > 1e-6  # where the cdfs' difference has digits
     assert likely.double().mean() > 0.9
-    close(found.double()[likely], -mass.log()[likely], rtol=1e-3, atol=1e-4)
+    close(cost.double()[likely], -mass.log()[likely], rtol=1e-3, atol=1e-4)
 
 
 def test_the_bound_takes_each_angle_to_the_one_before_it_and_the_first_to_the_data():
     angles, bound = cosine(8), VariationalBound(cosine(8), LEVELS)
     x0, share = normal(0, 8, 1, 8, 8), normal(1, 8, 1, 8, 8)
     target = CODEC.encode(CODEC.decode(normal(2, 8, 1, 8, 8)))
-    found = bound(x0, share, target, angles[1:])
+    costs = bound(x0, share, target, angles[1:])
     steps = step_cost(x0[1:], share[1:], target[1:], angles[2:], angles[1:-1])
-    close(found[1:], 8 * steps.mean((1, 2, 3)))
-    close(found[0], 8 * bound.last_cost(x0, share, target)[0].mean())
+    close(costs[1:], 8 * steps.mean((1, 2, 3)))
+    close(costs[0], 8 * bound.last_cost(x0, share, target)[0].mean())
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -124,7 +124,7 @@ def test_the_bound_and_its_gradient_are_finite_however_wrong_the_network_is(sche
 @pytest.mark.parametrize("scale", [0.1, 0.5, 1.6])
 @pytest.mark.parametrize(("t", "s"), STEPS)
 def test_the_cost_is_least_at_the_variance_that_gaussian_data_has(t, s, scale):
-    """Over x0 given x_t: the cost is quadratic in it, so two points of its variance stand for all."""
+    """The mean over x0 given x_t: the cost is quadratic, so two points of its variance will do."""
     t, s = angle(t), angle(s)
     targets = torch.tensor([-1.0, 1.0], dtype=DOUBLE).reshape(2, 1, 1, 1) * left(scale, t).sqrt()
 
@@ -154,7 +154,7 @@ def test_the_best_share_of_short_steps_is_the_velocitys_squared_error_whatever_t
 
 
 def variance_sampled(scale: float, angles: Tensor, share) -> float:
-    """Of x0, exactly: image k has noise k alone. share: (t, s) -> that of the step between."""
+    """x0's variance, exactly: image k has noise k alone. share: (t, s) -> the step's share."""
     before = dict(zip(angles.tolist(), angles.roll(1), strict=True))
 
     def denoise(x_t, t, variance=False):

@@ -4,26 +4,31 @@ A network is a file: a config of its shape alone, a frozen dataclass that builds
 here.
 """
 
-from dataclasses import asdict, fields
 from typing import Protocol
 
 from torch import nn
 
+from diffusion import registry
 from diffusion.condition import Kinds
-from diffusion.console import UserError
 from diffusion.networks.unet import UNet, UNetConfig
+from diffusion.registry import Entry
 
 __all__ = ["NETWORKS", "NetworkConfig", "UNet", "UNetConfig", "from_json", "to_json"]
 
 
-class NetworkConfig(Protocol):
+class NetworkConfig(Entry, Protocol):
     """The shape of a network, a frozen dataclass.
 
     Where it has a field `dropout` above 0, its network takes a generator of that name in training.
     """
 
-    channels: int
-    size: int
+    @property
+    def channels(self) -> int:
+        """The channels of an x0."""
+
+    @property
+    def size(self) -> int:
+        """Its height and its width."""
 
     def check(self) -> None:
         """UserError for a shape that no new network can have."""
@@ -37,17 +42,9 @@ NETWORKS: dict[str, type[NetworkConfig]] = {"unet": UNetConfig}
 
 def to_json(config: NetworkConfig) -> dict:
     """The network as a card names it."""
-    name = next(name for name, kind in NETWORKS.items() if type(config) is kind)
-    return {"name": name, **asdict(config)}
+    return registry.to_json(config, NETWORKS)
 
 
 def from_json(described: dict) -> NetworkConfig:
     """The inverse of to_json. UserError for a network that is not registered here."""
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in described.items()}
-    name = values.pop("name")
-    if name not in NETWORKS:
-        raise UserError(f"the model's network is {name!r}, expected one of {', '.join(NETWORKS)}")
-    unknown = values.keys() - {field.name for field in fields(NETWORKS[name])}
-    if unknown:
-        raise UserError(f"the network {name} has no {', '.join(sorted(unknown))}")
-    return NETWORKS[name](**values)
+    return registry.from_json(described, NETWORKS, "the model's network is")

@@ -42,9 +42,9 @@ class UNetConfig:
     fast, and fine details are harder."""
 
     def check(self) -> None:
-        """UserError for a shape that no new network can have, or an attention at none of its levels.
+        """UserError for a shape that no new network can have, or attention at none of its levels.
 
-        It is not asked of a checkpoint's network, which was trained as it is.
+        A checkpoint's network is not checked: it was trained as it is.
         """
         check_limits(self, LIMITS)
         levels = len(self.multipliers)
@@ -113,6 +113,8 @@ class AngleEmbedding(nn.Module):
 
     The frequencies stay low enough for a smooth d/dt (Lu & Song 2024, section 4.1).
     """
+
+    frequencies: Tensor
 
     def __init__(self, width: int):
         super().__init__()
@@ -193,7 +195,7 @@ class UNet(nn.Module):
         if label:
             self.classes = nn.Embedding(label.num_classes + 1, embedding)
         self.guidance = AngleEmbedding(embedding) if guidance else None
-        if guidance:
+        if self.guidance:
             _zero(self.guidance.mlp[-1])
         widths = [config.width * m for m in config.multipliers]
 
@@ -273,14 +275,19 @@ class UNet(nn.Module):
 
 
 def _kinds_taken(kinds: Kinds) -> tuple[Label | None, Guidance | None]:
-    """Of the conditions that a U-Net takes. UserError for any other."""
-    taken = {"label": Label, "guidance": Guidance}
+    """The label and the guidance among the conditions. UserError for any other."""
+    label = guidance = None
     for name, kind in kinds.items():
-        if not isinstance(kind, taken.get(name, ())):
-            raise UserError(
-                f"the network unet takes {' and '.join(taken)}, not {name}: choose another network"
-            )
-    return kinds.get("label"), kinds.get("guidance")
+        match name, kind:
+            case "label", Label():
+                label = kind
+            case "guidance", Guidance():
+                guidance = kind
+            case _:
+                raise UserError(
+                    f"the network unet takes label and guidance, not {name}: choose another network"
+                )
+    return label, guidance
 
 
 def _apply(

@@ -63,7 +63,7 @@ def titles(records: list[Record]) -> list[str]:
     for title in {record.title for record in records}:
         alike = [i for i, record in enumerate(records) if record.title == title]
 
-        def kinds(keys: list[str], alike=alike) -> int:
+        def kinds(keys: list[str], alike: list[int] = alike) -> int:
             return len({(records[i].steps, *(places[i].get(k) for k in keys)) for i in alike})
 
         keys: list[str] = []
