@@ -20,6 +20,7 @@ from diffusion.checkpoint import save_tensors
 from diffusion.console import UserError
 from diffusion.image_file import Form
 from eval import report
+from eval.measure.real import fingerprint
 from eval.report import Options
 from eval.results import jsonl
 from eval.results.records import Record
@@ -382,7 +383,7 @@ def test_the_nearest_training_images_are_of_a_folder_that_moved_too(tmp_path, ca
         photo(seed).save(tmp_path / "photos" / f"{seed}.png")
     train = data.load(str(tmp_path / "photos"), form=Form(8, 3, "black")).train.images
     real = {"name": str(tmp_path / "photos"), "split": "train", "images": 4}
-    real |= {"sha256": data.fingerprint(train), "background": "black"}
+    real |= {"sha256": fingerprint(train), "background": "black"}
     line = lines([replace(ROWS[2], data=real)])[0]
     assert "at least 0" in report.nearest(line, train[:1]).words
     (tmp_path / "photos").rename(tmp_path / "pictures")
