@@ -16,7 +16,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import tyro
@@ -79,11 +79,12 @@ def check(options: Options) -> None:
 def start(options: Options, path: Path) -> dict:
     """The content of gpu.json, or a new one's. UserError where it is of another machine."""
     device = this_device()
-    settings = {"shape": "tiny", "batch_size": 16}
-    if not options.cpu:
-        settings = {"shape": options.shape, "batch_size": options.batch_size}
-    settings["inception"] = str(options.inception) if options.inception else None
-    settings |= machine.environment(device, "fp32" if options.cpu else "bf16", True)
+    settings: dict[str, Any] = {
+        "shape": "tiny" if options.cpu else options.shape,
+        "batch_size": 16 if options.cpu else options.batch_size,
+        "inception": str(options.inception) if options.inception else None,
+        **machine.environment(device, "fp32" if options.cpu else "bf16", True),
+    }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         settings["gib"] = round(properties.total_memory / 2**30)

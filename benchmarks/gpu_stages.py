@@ -12,10 +12,11 @@ from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks import speed
 from benchmarks.subjects import copied, endless, made_up, objectives, untrained
@@ -121,6 +122,7 @@ class Sheet:
 
     def time(self, comparison: Comparison, repeats: int, title: str = "") -> None:
         """Images/s of every alternative, and how many times as many as the first one's."""
+        assert comparison.images
         times = take_turns(comparison.calls, repeats, self.device)
         first, *_ = comparison.calls
         for name in comparison.calls:
@@ -183,10 +185,10 @@ class Sheet:
     def batch(self, device: torch.device, size: int = 16) -> Batch:
         """The same numbers on every device."""
         random = torch.Generator().manual_seed(1)
-        x0 = self.dataset.codec.encode(self.dataset.train.images[:size])
+        x0 = self.dataset.codec.encode(self.dataset.train.take(torch.arange(size)).images)
         eps = torch.randn(x0.shape, generator=random)
         level = (torch.arange(size).double() + 0.5) / size
-        return Batch(*(part.to(device) for part in (x0, eps, level)))
+        return Batch(x0.to(device), eps.to(device), level.to(device))
 
 
 def placed(
@@ -215,6 +217,11 @@ def flat(tensors: Iterable[Tensor]) -> Tensor:
     return torch.cat([tensor.detach().flatten() for tensor in tensors])
 
 
+def gradient_of(module: nn.Module) -> Tensor:
+    """The gradients of all its weights, flat."""
+    return flat(weight.grad for weight in module.parameters() if weight.grad is not None)
+
+
 def numbers(sheet: Sheet) -> None:
     """Noise, batches and samplers."""
     device, dataset = sheet.device, sheet.dataset
@@ -224,14 +231,14 @@ def numbers(sheet: Sheet) -> None:
 
     sheet.agree(noise, absolute=True)
     config = FitConfig(batch_size=32)
-    worker = SimpleNamespace(device=device, num_processes=1, process_index=0)
+    worker: Any = SimpleNamespace(device=device, num_processes=1, process_index=0)
     for kind, home in (("pinned", CPU), ("resident", device)):
         near = lambda images, _, home=home: InMemory(images.images.to(home))  # noqa: E731
         with mock.patch.object(InMemory, "near", near):
             x0 = Batches(dataset, config, worker).draw(5).x0
         random = torch.Generator(home).manual_seed(batch_seed(config.seed, 5))
         rows = torch.randint(len(dataset.train), (32,), generator=random, device=home).cpu()
-        expected = dataset.codec.encode(dataset.train.images[rows])
+        expected = dataset.codec.encode(dataset.train.take(rows).images)
         sheet.check(f"{kind} batch", distance(x0, expected))
     model = sheet.model("fp32")
 
@@ -250,7 +257,7 @@ def passes(model: Model, batch: Batch) -> dict[str, Tensor]:
     denoiser.zero_grad()
     x0 = denoiser(batch.eps, t)
     x0.square().mean().backward()
-    gradient = flat(weight.grad for weight in denoiser.parameters())
+    gradient = gradient_of(denoiser)
     along = (batch.x0, torch.ones_like(t))
     _, change = derivative(denoiser, (batch.eps, t), along)
     return {"network": x0, "gradient": gradient, "forward mode": change}
@@ -300,7 +307,7 @@ def training(sheet: Sheet) -> None:
             student.zero_grad()
             loss = subject.objective(student, batch, 0.5).mean()
             loss.backward()
-            gradient = flat(weight.grad for weight in student.net.parameters())
+            gradient = gradient_of(student.net)
             outputs |= {("loss", subject.name): loss, ("loss gradient", subject.name): gradient}
         return outputs
 
@@ -310,8 +317,8 @@ def training(sheet: Sheet) -> None:
     def updated(place: torch.device, fused: bool) -> tuple[Tensor, Tensor]:
         """The changes that three steps of AdamW make, and their average's weights."""
         student, average = (placed(model, place).denoiser.requires_grad_(True) for _ in range(2))
-        options = {"betas": (0.9, 0.99), "fused": fused, "foreach": False}
-        optimizer = torch.optim.AdamW(student.parameters(), 1e-3, **options)
+        weights = student.parameters()
+        optimizer = torch.optim.AdamW(weights, 1e-3, (0.9, 0.99), fused=fused, foreach=False)
         random = torch.Generator().manual_seed(2)
         for done in range(3):
             for weight in student.parameters():
@@ -374,7 +381,8 @@ def extractor(sheet: Sheet, device: torch.device) -> features.Extractor:
 
 def distances(sheet: Sheet) -> None:
     """Features, and the distances that are made of them."""
-    images, dim = sheet.dataset.test.images[:64], 64 if sheet.small else 2048
+    images = sheet.dataset.test.take(torch.arange(64)).images
+    dim = 64 if sheet.small else 2048
     sheet.agree(lambda d: {("features", ""): extractor(sheet, d).extract(images.to(d))})
     random = torch.Generator().manual_seed(0)
     a = torch.randn(2 * dim, dim, generator=random) @ torch.randn(dim, dim, generator=random)
@@ -423,7 +431,7 @@ COMPILING = ("torch.compile", "CUDA graphs")
 def variants(sheet: Sheet, parts: dict) -> Iterator[tuple[str, speed.Variants]]:
     """Variants that compile nothing first, which take no minutes; then what compiling adds."""
     off = speed.absent(sheet.device, True)
-    yield ", not compiled", speed.variants(parts, {**off, **dict.fromkeys(COMPILING)})
+    yield ", not compiled", speed.variants(parts, {**off, **dict.fromkeys(COMPILING, "")})
     if sheet.can_compile("torch.compile"):
         names = {speed.ALL, *(f"without {name}" for name in COMPILING)}
         whole = speed.variants(parts, off)

@@ -8,14 +8,14 @@ the CPU. Weights and data order differ; no time depends on them.
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, islice, repeat
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -34,6 +34,7 @@ from benchmarks.turns import Comparison, TimingOptions, compare
 from diffusion.config import FitConfig
 from diffusion.console import at_least, err, run, say
 from diffusion.denoiser import DenoiserConfig
+from diffusion.images import some
 from diffusion.machine import this_device
 from diffusion.model import Model, build
 from diffusion.networks import UNetConfig
@@ -45,13 +46,15 @@ from teachers.presets import preset
 
 try:
     import diffusers
+    from diffusers.models.unets.unet_2d import UNet2DModel
     from diffusers.optimization import get_scheduler
     from diffusers.training_utils import EMAModel
 except ModuleNotFoundError as missing:
     err.print(f"error: {missing.name} is not installed: pip install -e '.[bench]'", markup=False)
     sys.exit(2)
 
-PIPELINES = {  # by our sampler's name
+# A pipeline and its scheduler, by our sampler's name.
+PIPELINES: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "ancestral": (diffusers.DDPMPipeline, diffusers.DDPMScheduler),
     "ddim": (diffusers.DDIMPipeline, diffusers.DDIMScheduler),
 }
@@ -84,7 +87,7 @@ class Options(TimingOptions):
     """How often each side is timed."""
 
 
-def peer_network(net: UNetConfig) -> diffusers.UNet2DModel:
+def peer_network(net: UNetConfig) -> nn.Module:
     """The peer's nearest to our U-Net.
 
     It has one attention in the middle, where ours has two, half as many features of the noise
@@ -94,7 +97,7 @@ def peer_network(net: UNetConfig) -> diffusers.UNet2DModel:
     widths = [net.width * multiplier for multiplier in net.multipliers]
     attended = [size in net.attention for size in sizes]
     groups = min(32, net.width // 8)
-    return diffusers.UNet2DModel(
+    return UNet2DModel(
         sample_size=net.size,
         in_channels=net.channels,
         out_channels=net.channels,
@@ -122,8 +125,8 @@ class Pictures(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.arrays)
 
-    def __getitem__(self, i: int) -> Tensor:
-        return self.transform(Image.fromarray(self.arrays[i]))
+    def __getitem__(self, index: int) -> Tensor:
+        return self.transform(Image.fromarray(self.arrays[index]))
 
 
 def peer_training(
@@ -136,12 +139,17 @@ def peer_training(
     loader = DataLoader(
         pictures, config.batch_size, shuffle=True, num_workers=workers, drop_last=True
     )
-    noising = diffusers.DDPMScheduler(num_train_timesteps=1000)
+    _, scheduler = PIPELINES["ancestral"]
+    noising = scheduler(num_train_timesteps=1000)
     optimizer = torch.optim.AdamW(
         unet.parameters(), config.learning_rate, betas=(0.95, 0.999), weight_decay=1e-6
     )
-    counts = {"num_warmup_steps": config.warmup, "num_training_steps": config.iterations}
-    rate = get_scheduler("cosine", optimizer, **counts)
+    rate = get_scheduler(
+        "cosine",
+        optimizer,
+        num_warmup_steps=config.warmup,
+        num_training_steps=config.iterations,
+    )
     unet, optimizer, loader, rate = worker.prepare(unet, optimizer, loader, rate)
     # a process has one such state, and `fit` asks for its own; the network keeps its autocast
     AcceleratorState._reset_state()
@@ -167,7 +175,8 @@ def training(net: UNetConfig, config: FitConfig, workers: int = 0) -> Iterator[C
     """One comparison, log_every steps a call."""
     dataset = made_up(net.channels, net.size, max(11_000, 2 * config.batch_size))
     unet, denoiser = peer_network(net), build(net, DenoiserConfig(), {}, config.precision)
-    theirs = peer_training(unet, Pictures(dataset.train.images, config.flip), config, workers)
+    images = some(dataset.train, len(dataset.train)).images
+    theirs = peer_training(unet, Pictures(images, config.flip), config, workers)
     steps = config.log_every
     method = one_network(denoiser, Denoising(cosine().to(this_device())))
     with TemporaryDirectory() as folder:

@@ -4,7 +4,7 @@ Training is `fit` itself, as the teacher, a halved and a consistency student tak
 from noise to uint8. Each is timed with everything on, then with one part off at a time.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,11 +22,11 @@ from diffusion.config import FitConfig
 from diffusion.console import run, say
 from diffusion.data import Dataset
 from diffusion.denoiser import Denoiser
-from diffusion.images import InMemory, Rows
+from diffusion.images import InMemory, Rows, some
 from diffusion.model import Model, load
 from diffusion.plan import plan
 from diffusion.samplers import SOLVERS
-from diffusion.training import Progress, fit, one_network
+from diffusion.training import Average, Progress, fit, one_network
 from eval.measure import stream
 from teachers.presets import preset
 
@@ -92,7 +92,7 @@ def training(
     config: FitConfig,
     on: frozenset[str],
     state: Path,
-) -> tuple[Denoiser, Iterator[Progress]]:
+) -> tuple[Denoiser, Generator[Progress]]:
     """A student that begins as the teacher, and the loop that trains it with these parts on.
 
     name: of one of benchmarks.subjects.objectives.
@@ -102,10 +102,14 @@ def training(
         guide.denoiser.net.compile()
     objective = next(s.objective for s in objectives(guide, student) if s.name == name)
     fused = "fused updates" in on
-    followers = {k: replace(average, fused=fused) for k, average in objective.followers.items()}
+    followers = {
+        name: replace(each, fused=fused) if isinstance(each, Average) else each
+        for name, each in objective.followers.items()
+    }
     method = one_network(student, replace(objective, followers=followers))
     if "resident data" not in on:
-        dataset = replace(dataset, train=Collated(dataset.train.images))
+        images = some(dataset.train, len(dataset.train)).images
+        dataset = replace(dataset, train=Collated(images))
     log_every = config.log_every if "one wait a line" in on else 1
     config = replace(config, log_every=log_every, compile="torch.compile" in on)
     return student, fit(method, dataset, config, state, fused)

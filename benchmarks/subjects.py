@@ -8,6 +8,7 @@ from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from math import inf
 from types import ModuleType
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,7 @@ from diffusion.machine import this_device
 from diffusion.model import Model, build
 from diffusion.networks import NetworkConfig
 from diffusion.plan import plan
+from diffusion.registry import Entry
 from diffusion.schedules import cosine, halve, respace
 from diffusion.training import Objective
 from distill import cd, ct, ect, ict, scm
@@ -81,12 +83,16 @@ def endless(config: FitConfig) -> FitConfig:
     return replace(config, iterations=10**9, save_every=inf)
 
 
+class FrozenObjective(Objective, Entry, Protocol):
+    """An objective that is a frozen dataclass, as all of ours are."""
+
+
 @dataclass(frozen=True)
 class Subject:
     """An objective, and the network passes of its step besides the student's with gradient."""
 
     name: str
-    objective: Objective
+    objective: FrozenObjective
     without_gradient: int = 0
     forward_mode: int = 0
 
@@ -94,11 +100,11 @@ class Subject:
 def objectives(teacher: Model, student: nn.Module) -> Iterator[Subject]:
     """Every objective; those of scm with the weight that a training has as its second player."""
 
-    def consistency(mode: ModuleType, **settings: str) -> Objective:
+    def consistency(mode: ModuleType, **settings: str) -> FrozenObjective:
         loss = mode.Loss(**settings)
         return mode.objective(loss, teacher.denoiser, student, angles_of(teacher))
 
-    def weighted(objective: scm.ContinuousConsistency) -> Objective:
+    def weighted(objective: FrozenObjective) -> FrozenObjective:
         return replace(objective, log_weight=scm.LogWeight().to(teacher.device))
 
     schedule = teacher.schedule.to(teacher.device)

@@ -68,7 +68,7 @@ def take_turns(
     """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for i in range(repeats + 1):
-        for name in reversed(calls) if i % 2 else calls:
+        for name in reversed([*calls]) if i % 2 else calls:
             seconds[name].append(timed(calls[name], device)[1])
     return Times({name: rounds[1:] for name, rounds in seconds.items()})
 

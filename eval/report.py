@@ -13,7 +13,7 @@ from diffusion.console import UserError, run, say
 from diffusion.image_file import Form
 from eval.measure.real import Real, fingerprint
 from eval.results import jsonl, together
-from eval.results.records import Record
+from eval.results.records import Data, Record
 from eval.results.store import samples_of
 from eval.show import closing, page, pictures, provenance, table, verdict
 from eval.show.lines import Comparison, Line, comparison
@@ -92,7 +92,7 @@ def nearest(
 ) -> Picture | None:
     """A row's images above the training images nearest to them; None, with a line that says why,
     where those are not on this disk."""
-    real = dict(line.record.data)
+    real = line.record.data
     form = Form(made.shape[-1], made.shape[1], real.get("background", Form.background))
     try:
         images = _measured_against(real, form, data, data_dir)
@@ -104,7 +104,7 @@ def nearest(
     return pictures.nearest([(line, made)], images.train, images.test)
 
 
-def _measured_against(real: dict, form: Form, data: str | None, data_dir: Path | None) -> Real:
+def _measured_against(real: Data, form: Form, data: str | None, data_dir: Path | None) -> Real:
     """The images that a record was measured against. A report downloads nothing."""
     name = data or datasets.at_hand(real["name"])
     images = Real.sample(datasets.load(name, data_dir, form, download=False))

@@ -33,7 +33,7 @@ from teachers import ddpm
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-T = TypeVar("T")
+T = TypeVar("T", bound=ddpm.TrainingOptions)
 
 
 @dataclass(frozen=True)
@@ -73,9 +73,11 @@ def rows(options: Options) -> Iterator[tuple[str, Model, Plan]]:
         iterations = round(options.share * training.fit.iterations)
         return replace(training, fit=replace(training.fit, iterations=iterations))
 
-    def guided(name: str, model: Model, *steps: int | str) -> Iterator[tuple[str, Model, Plan]]:
+    def guided(
+        name: str, model: Model, num_steps: int, sampler: str | None = None
+    ) -> Iterator[tuple[str, Model, Plan]]:
         for weight in options.weights:
-            yield name, model, model.plan(*steps, guidance=weight)
+            yield name, model, model.plan(num_steps, sampler, guidance=weight)
 
     first, second, third = (options.out / n for n in ("teacher", "guided", "guided-progressive"))
     training = replace(ddpm.Options.default("digits"), num_classes=10, out=first)
@@ -96,15 +98,18 @@ def measure(options: Options) -> Iterator[Figure]:
     judge = extractor("classifier", digits, device)
     real = Moments.of(reference(digits.train, judge, device))
 
+    probabilities = judge.probabilities
+    assert probabilities  # a classifier has them
+
     def figures(images: Tensor, labels: Tensor) -> tuple[float, float]:
         features = judge.extract(images.to(device))
-        agree = judge.probabilities(features).argmax(1) == labels.to(device)
+        agree = probabilities(features).argmax(1) == labels.to(device)
         return frechet_distance(Moments.of(features), real), float(agree.double().mean())
 
     numbers = torch.arange(options.num_images, device=device)
     random = torch.Generator().manual_seed(0)
     drawn = torch.randint(len(digits.test), numbers.shape, generator=random)
-    held_out = figures(digits.test[drawn], digits.test_labels[drawn])
+    held_out = figures(digits.test[drawn], digits.test_condition["label"][drawn])
     yield Figure("held-out images", None, 0, *held_out)
     for name, model, plan in chosen:
         images = torch.cat([model.sample(plan, 0, batch) for batch in numbers.split(500)])

@@ -2,7 +2,7 @@
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -84,7 +84,7 @@ def probe(path: Path, extract: Callable[[Tensor], Tensor], images: Tensor) -> in
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def _quiet() -> Generator[None]:
     """Without warnings that TorchScript is deprecated, or torch.export's log of what it raises."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)

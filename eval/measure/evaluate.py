@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, replace
@@ -22,7 +22,7 @@ from eval.measure.plans import Row
 from eval.measure.quality import SHOWN, Judge
 from eval.measure.race import Lap, race, sweep
 from eval.measure.timing import InPassing, Timing
-from eval.results.records import Record
+from eval.results.records import Record, Training
 from eval.results.store import Store
 
 REPEATS = 0.5  # seconds of repeats for each row and batch size; the least number always
@@ -64,7 +64,7 @@ def template(bench: Bench, row: Row) -> Record:
     judge, card = bench.judge, row.model.card
     extractor, num_images = judge.extractor, bench.long_images if row.long else bench.num_images
     spent = ("iterations", "images", "total_images", "seconds")
-    training = {name: card.training[name] for name in spent if name in card.training}
+    training = Training(**{name: card.training[name] for name in spent if name in card.training})
     if "settings" in card.training:
         training["recipe"] = recipe(card.training["settings"])
     return Record(
@@ -142,7 +142,7 @@ def judge_rows(
     left = {row: record.seeds[len(record.quality) :] for row, record in records.items()}
     costs = {row: record.nfe * record.num_images for row, record in records.items()}
     total = sum(cost * len(left[row]) for row, cost in costs.items())
-    for row in sorted(left, key=costs.get):
+    for row in sorted(left, key=lambda row: costs[row]):
         watch = InPassing(bench.batch_size, judge.device, bench.compile)
         known = [t for t in records[row].timings if t.batch_size == bench.batch_size]
         timed = not bench.times or any(t.over for t in known)
@@ -173,7 +173,7 @@ def judge_rows(
 
 
 @contextmanager
-def heard(row: Row, every: float = 30.0) -> Iterator[None]:
+def heard(row: Row, every: float = 30.0) -> Generator[None]:
     """A line every so many seconds while a long plan's batch is made: how far it is."""
     calls = SOLVERS[row.plan.sampler].calls(row.plan.num_steps)
     done, begun, said = 0, 0.0, 0.0
@@ -210,8 +210,8 @@ def with_seed(record: Record, quality: float, others: dict[str, float]) -> Recor
     ratio to nothing, is left out."""
     finite = {name: value for name, value in others.items() if isfinite(value)}
     before = record.others if record.quality else {name: [] for name in finite}
-    others = {name: [*before[name], finite[name]] for name in finite if name in before}
-    return replace(record, quality=[*record.quality, quality], others=others)
+    figures = {name: [*before[name], finite[name]] for name in finite if name in before}
+    return replace(record, quality=[*record.quality, quality], others=figures)
 
 
 def likelihood_of(bench: Bench, row: Row, record: Record) -> Record:

@@ -5,7 +5,7 @@
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -158,7 +158,10 @@ def classifier(dataset: Real, device: torch.device, cache: Path = CACHE) -> Extr
 
 def _train(model: Classifier, dataset: Real, device: torch.device) -> float:
     """Accuracy on the test images after STEPS steps of AdamW; the same weights every time."""
-    images, labels = dataset.train.to(device), dataset.train_labels.to(device)
+    images, labels, test_labels = dataset.train, dataset.train_labels, dataset.test_labels
+    assert labels is not None
+    assert test_labels is not None
+    images, labels = images.to(device), labels.to(device)
     model.to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, STEPS)
@@ -173,11 +176,11 @@ def _train(model: Classifier, dataset: Real, device: torch.device) -> float:
     model.eval()
     with torch.no_grad():
         predicted = [model(part.to(device)).argmax(1).cpu() for part in dataset.test.split(1000)]
-    return float((torch.cat(predicted) == dataset.test_labels).double().mean())
+    return float((torch.cat(predicted) == test_labels).double().mean())
 
 
 @contextmanager
-def _repeatable(device: torch.device) -> Iterator[None]:
+def _repeatable(device: torch.device) -> Generator[None]:
     """Torch's own random numbers from seed 0 and all sums in one order; then all as before."""
     cudnn = torch.backends.cudnn
     before, threads = (cudnn.deterministic, cudnn.benchmark), torch.get_num_threads()

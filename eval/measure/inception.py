@@ -95,7 +95,8 @@ def _download(file: Path) -> None:
     logging.getLogger("pooch").setLevel(logging.ERROR)  # that line is enough
     ask = pooch.HTTPDownloader(timeout=PATIENCE)
     try:
-        pooch.retrieve(URL, f"sha256:{SHA256}", file.name, file.parent, downloader=ask)
+        # pooch's protocol of a downloader names the arguments otherwise than its own class does
+        pooch.retrieve(URL, f"sha256:{SHA256}", file.name, file.parent, downloader=ask)  # ty: ignore[invalid-argument-type]
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{file} is missing and was not downloaded ({reason}): {_mend()}") from None

@@ -101,6 +101,7 @@ def bounds(
     ascending from 0; offset: see `diffusion_cost`.
     """
     first, x0, eps = angles[1], codec.encode(images), next(noise)
+    assert codec.grey_levels
     mean, std = codec.grey_levels
     z = add_noise(x0, eps, first)
     # sin t_1: Ho et al. 2020, eq. 13 with sigma_1^2 = beta_1. Around D it takes 0.1 bits less on

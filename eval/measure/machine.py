@@ -2,7 +2,7 @@
 
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -12,10 +12,12 @@ from statistics import mean
 import torch
 from accelerate import PartialState
 
+from eval.results.records import Conditions, Environment
+
 SM_CLOCK, MEMORY_CLOCK, CORE_TEMPERATURE = 1, 2, 0  # NVML's numbers of them
 
 
-def environment(device: torch.device, precision: str, compiled: bool) -> dict:
+def environment(device: torch.device, precision: str, compiled: bool) -> Environment:
     """What may move a time or an image; the same whenever it is asked for. JSON's types alone."""
     on_gpu = device.type == "cuda"
     return {
@@ -29,10 +31,13 @@ def environment(device: torch.device, precision: str, compiled: bool) -> dict:
         "torch": str(torch.__version__),
         "cuda": torch.version.cuda if on_gpu else None,
         "cudnn": torch.backends.cudnn.version() if on_gpu else None,
-    } | {name: version(name) for name in ("torchvision", "accelerate", "numpy")}
+        "torchvision": version("torchvision"),
+        "accelerate": version("accelerate"),
+        "numpy": version("numpy"),
+    }
 
 
-def conditions(device: torch.device) -> dict:
+def conditions(device: torch.device) -> Conditions:
     """When, by how many processes at once, and at which clocks, heat and power; null if unknown."""
     milliwatts = nvml(device, "PowerUsage")
     clock = nvml(device, "ClockInfo", SM_CLOCK) if device.type == "cuda" else _processor_mhz()
@@ -47,7 +52,7 @@ def conditions(device: torch.device) -> dict:
 
 
 @contextmanager
-def full_float32() -> Iterator[None]:
+def full_float32() -> Generator[None]:
     """float32 in convolutions, too, wherever they run.
 
     On GPUs torch lets cuDNN round their inputs to TF32's 10 bits of mantissa unless told, though

@@ -18,6 +18,7 @@ from eval.measure import sets
 from eval.measure.features import Extractor
 from eval.measure.metrics import Moments, frechet_distance
 from eval.measure.real import Real, fingerprint
+from eval.results.records import Data
 
 SLICES = 64
 NEIGHBOURS = 5  # in the balls of precision, recall, density and coverage
@@ -35,7 +36,7 @@ class Seen:
 
     moments: dict[str, Moments] = field(default_factory=dict)
     """Extractor -> moments of the features; "own" alone is of all images."""
-    odd: Tensor | None = None
+    odd: Tensor = field(default_factory=lambda: torch.zeros(4, dtype=torch.float64))
     """(4,) float64: images, those not finite, those of one flat colour, share of far-off values."""
     parts: dict[int, dict[str, Tensor]] = field(default_factory=dict)
     """Number of a batch's first image -> the rows that are kept of it, by KEPT's names."""
@@ -111,7 +112,7 @@ class Judge:
     """The training images on the device, for the nearest ones."""
     held_out_nearest: Tensor
     """(M, 2): sets.two_nearest of held-out images."""
-    data: dict
+    data: Data
     """The real images' name, split, number and sha256."""
     known_balls: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
@@ -123,12 +124,16 @@ class Judge:
         bank, some = dataset.train.to(device), dataset.test[: KEPT["pixels"]].to(device)
         near = sets.two_nearest(some, bank) if len(some) else torch.zeros(0, 2)
         real = {"own": Moments.of(train), "cross": Moments.of(crossed)}
-        data = {"name": dataset.spec.name, "split": "train", "images": len(train)}
-        data |= {"sha256": fingerprint(dataset.train)}
+        data: Data = {
+            "name": dataset.spec.name,
+            "split": "train",
+            "images": len(train),
+            "sha256": fingerprint(dataset.train),
+        }
         if dataset.of > len(train):
             data["of"] = dataset.of
         if dataset.spec.background not in ("", Form.background):
-            data |= {"background": dataset.spec.background}
+            data["background"] = dataset.spec.background
         return Judge(dataset, extractor, cross, device, train, test, real, bank, near, data)
 
     @cached_property

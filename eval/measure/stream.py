@@ -35,8 +35,8 @@ def look(
     batch_size: int,
     part: Path,
     watch: Callable[[Callable[[], Tensor], int], Tensor] = lambda call, _: call(),
-) -> Iterator[tuple[int, Seen | None]]:
-    """(images done by this process, None) after each batch; at last all processes' (number, Seen).
+) -> Iterator[tuple[int, Seen]]:
+    """(images, what they show) after each batch, this process's; at last those of all processes.
 
     part: a file's stem, beside which each process keeps what it has seen so that a killed one
     resumes there, with any number of processes. watch: makes each call for a batch, told of how
@@ -48,14 +48,14 @@ def look(
     done = {start for seen in kept for start in seen.parts}
     mine = part.with_name(f"{part.name}-{rank}.safetensors")
     processes.wait_for_everyone()  # all have read what was kept before any writes
-    found = reduce(add, kept, Seen()) if rank == 0 else Seen()
+    total = reduce(add, kept, Seen()) if rank == 0 else Seen()
     left = [start for start in range(0, num_images, batch_size) if start not in done]
-    images, saved, trouble = _count(found), time.monotonic(), ""
+    images, saved, trouble = _count(total), time.monotonic(), ""
     for start in left[rank::count]:
         numbers = indices(model, start, min(start + batch_size, num_images))
         try:
             call = partial(model.x0, plan, seed, numbers)
-            found += judge.see(watch(call, len(numbers)), start, model.codec)
+            total += judge.see(watch(call, len(numbers)), start, model.codec)
         except (MemoryError, RuntimeError) as error:
             if not out_of_memory(error):
                 raise
@@ -63,19 +63,19 @@ def look(
             break
         images += len(numbers)
         if time.monotonic() - saved > SAVE_EVERY:
-            if trouble := _trouble(found):
+            if trouble := _trouble(total):
                 break
-            save_tensors(mine, found.tensors(), {})
+            save_tensors(mine, total.tensors(), {})
             saved = time.monotonic()
         if images < num_images:
-            yield images, None
-    trouble = trouble or _trouble(found)
-    gathered = gather_object([(trouble, found.tensors() if count > 1 and not trouble else {})])
+            yield images, total
+    trouble = trouble or _trouble(total)
+    gathered = gather_object([(trouble, total.tensors() if count > 1 and not trouble else {})])
     if troubles := [trouble for trouble, _ in gathered if trouble]:
         raise UserError(troubles[0])
     if count > 1:
-        found = reduce(add, (Seen.of(tensors, model.device) for _, tensors in gathered if tensors))
-    yield num_images, found
+        total = reduce(add, (Seen.of(tensors, model.device) for _, tensors in gathered if tensors))
+    yield num_images, total
 
 
 def forget(part: Path) -> None:

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -14,9 +15,10 @@ SHARP = 0.01  # of the median: the half-width of its notch at which repeats may 
 LONG = 1.0  # seconds; a call beyond them is repeated twice, not three times
 IN_PASSING = 3.0  # seconds; a batch beyond them is timed while its images are made, and not again
 OUT_OF_MEMORY = "out of memory"
+T = TypeVar("T")
 
 
-def timed(call: Callable[[], Tensor], device: torch.device) -> tuple[Tensor, float]:
+def timed(call: Callable[[], T], device: torch.device) -> tuple[T, float]:
     """The result and its seconds, with the device idle before and after."""
     _synchronise(device)
     start = time.perf_counter()
