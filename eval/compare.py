@@ -197,8 +197,8 @@ def plan(options: Options, paths: tuple[Path, ...]) -> list[Row]:
 
 def students(planned: list[Row]) -> dict[Path, Model]:
     """The consistency students among the rows."""
-    own = [row for row in planned if row.plan.sampler == "consistency" and row.own]
-    return {row.path: row.model for row in own}
+    usual = [row for row in planned if row.plan.sampler == "consistency" and row.own_plan]
+    return {row.path: row.model for row in usual}
 
 
 def searched(options: Options, planned: list[Row], bench: Bench) -> list[Row]:
@@ -211,7 +211,7 @@ def searched(options: Options, planned: list[Row], bench: Bench) -> list[Row]:
             angles = [search_angles(bench.judge, model, steps, *size)]
             (angles,) = broadcast_object_list(angles)  # the first process's, to the bit
             chosen = plan_of("consistency", angles, model.card.guidance, note="searched")
-            made.append(Row(path, model, chosen, own=True))
+            made.append(Row(path, model, chosen, own_plan=True))
     return made
 
 

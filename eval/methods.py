@@ -44,7 +44,7 @@ class Pool:
 
     method: str
     nfe: int
-    own: bool
+    own_plan: bool
     """Whether by its own plan, not a solver's."""
     student: bool
     images: int | None
@@ -184,7 +184,7 @@ def summarise(options: Options) -> list[Pool]:
     folder, (heads, body), name = options.results[0].parent, matrix(pooled), first.metric
     text = "\n\n".join([markdown_table(heads, body).rstrip(), *notes]) + "\n"
     figures = {"pools": [asdict(p) for p in pooled], "rankings": [asdict(r) for r in ranked]}
-    points = [Point(p.method, not p.own, p.nfe, p.mean(name), p.spread(name)) for p in pooled]
+    points = [Point(p.method, not p.own_plan, p.nfe, p.mean(name), p.spread(name)) for p in pooled]
     write_atomic(folder / "methods.md", text)
     write_atomic(folder / "methods.json", json.dumps(figures, indent=1) + "\n")
     write_atomic(folder / "methods.png", chart(points, first, CALLS).file("png"))

@@ -283,7 +283,7 @@ def test_a_comparison_without_the_long_row_has_all_others(compared, teacher, tmp
 
 def test_a_models_own_sampler_is_compared_at_counts_that_are_not_its_own(teacher):
     planned = list(rows(teacher, load(teacher), [4, 8], ("ancestral",)))
-    assert [(row.title, row.own) for row in planned] == [
+    assert [(row.title, row.own_plan) for row in planned] == [
         ("teacher 8", True),
         ("teacher, ancestral 4", False),
     ]

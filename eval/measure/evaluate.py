@@ -74,7 +74,7 @@ def template(bench: Bench, row: Row) -> Record:
         parent=card.parent,
         sampler=row.plan.sampler,
         steps=row.plan.num_steps,
-        own_plan=row.own,
+        own_plan=row.own_plan,
         angles=list(row.plan.angles),
         guidance=row.plan.guidance,
         note=row.plan.note,
@@ -217,7 +217,7 @@ def with_seed(record: Record, quality: float, others: dict[str, float]) -> Recor
 def likelihood_of(bench: Bench, row: Row, record: Record) -> Record:
     """With bits per dimension, where the row is a teacher's own."""
     real, some = bench.judge.dataset, slice(0, bench.likelihood)
-    teacher = row.own and record.parent is None and "denoise" in row.model.card.abilities
+    teacher = row.own_plan and record.parent is None and "denoise" in row.model.card.abilities
     measurable = teacher and row.model.codec.grey_levels and len(real.test[some]) >= 2
     if record.likelihood or not measurable:
         return record

@@ -69,11 +69,11 @@ def bits_per_dim(
     nats = []
     parts = torch.arange(len(images)).split(batch_size)
     for indices in track(parts, "likelihood", lambda part: (int(part[0]), len(images), "images")):
-        told = take(condition, indices)
-        told = told and {name: rows.to(device) for name, rows in told.items()}
+        given = take(condition, indices)
+        given = given and {name: rows.to(device) for name, rows in given.items()}
         indices, part = indices.to(device), images[indices].to(device)
         noise, share = Noise(seed, indices, spec.shape), offsets(seed, indices)
-        denoise = partial(model.denoiser, condition=told)
+        denoise = partial(model.denoiser, condition=given)
         nats.append(bounds(denoise, part, model.codec, angles, noise, share))
     bits = torch.cat(nats, dim=1) / (math.prod(spec.shape) * math.log(2))
     variational, flow = bits.mean(1).tolist()

@@ -21,20 +21,20 @@ class Row:
     path: Path
     model: Model
     plan: Plan
-    own: bool
+    own_plan: bool
     """Whether it is the checkpoint's own plan, not a solver's."""
 
     @property
     def long(self) -> bool:
         """Whether it is a teacher's own plan of very many steps, for which solvers can stand in."""
         many, teacher = self.plan.num_steps > LONG, self.model.card.parent is None
-        return self.own and many and teacher and bool(self.model.solvers)
+        return self.own_plan and many and teacher and bool(self.model.solvers)
 
     @property
     def title(self) -> str:
         """As the table has it, with its number of steps."""
         plan = self.plan
-        named = title(self.model.card.method, plan.note, self.own, plan.sampler)
+        named = title(self.model.card.method, plan.note, self.own_plan, plan.sampler)
         return f"{named} {plan.num_steps}"
 
 
@@ -85,7 +85,7 @@ def rows(
         asked = counts is None or steps in counts or len(card.plans) == 1
         skipped = not long and card.parent is None and steps not in (counts or ())
         if asked and not skipped:
-            made.append(Row(path, model, plan, own=True))
+            made.append(Row(path, model, plan, own_plan=True))
     free = [solver for solver in solvers if solver in model.solvers]
     best = [solver for solver in QUICK if solver in model.solvers]
     ways = list(product(shifts or (None,), free or best[:1]))
@@ -98,5 +98,5 @@ def rows(
         if solver == card.sampler and card.plan(steps):
             continue  # its own
         if steps > 1 or (shift, solver) == ways[0]:  # in one step all are the same
-            made.append(Row(path, model, model.plan(nfe, solver, shift), own=False))
+            made.append(Row(path, model, model.plan(nfe, solver, shift), own_plan=False))
     return made
