@@ -25,13 +25,13 @@ def png(image: Tensor, software: str = "") -> bytes:
     return buffer.getvalue()
 
 
-def grid(images: Tensor, columns: int | None = None, least: int = 56) -> Tensor:
-    """(N, C, H, W) uint8 -> one (3, H', W') uint8, each image at least `least` pixels high."""
-    scale = math.ceil(least / images.shape[-1])
+def grid(images: Tensor, columns: int | None = None) -> Tensor:
+    """(N, C, H, W) uint8 -> one (3, H', W') uint8, each image at least 56 pixels high."""
+    scale = math.ceil(56 / images.shape[-1])
     images = images.repeat_interleave(scale, -1).repeat_interleave(scale, -2)
     columns = columns or math.ceil(math.sqrt(len(images)))
     return make_grid(images.cpu(), nrow=columns, padding=4, pad_value=255).to(torch.uint8)
 
 
-def save_grid(path: Path, images: Tensor, columns: int | None = None) -> None:
-    write_atomic(path, png(grid(images, columns), SIGN))
+def save_grid(path: Path, images: Tensor) -> None:
+    write_atomic(path, png(grid(images), SIGN))

@@ -67,30 +67,29 @@ def karras(
     return _from_zero(torch.atan(ratios))
 
 
-def vp(num_steps: int = 1000, beta_min: float = 0.1, beta_max: float = 20.0) -> Tensor:
+def vp(num_steps: int = 1000) -> Tensor:
     """The variance-preserving SDE (Song et al. 2021b, eq. 32 and 33) at equal steps of its time."""
-    tau = torch.linspace(0, 1, num_steps + 1, dtype=torch.float64)
-    alpha, variance = _vp(tau, beta_min, beta_max)
+    alpha, variance = _vp(num_steps)
     return torch.atan2(variance.sqrt(), alpha)
 
 
-def sub_vp(num_steps: int = 1000, beta_min: float = 0.1, beta_max: float = 20.0) -> Tensor:
+def sub_vp(num_steps: int = 1000) -> Tensor:
     """Their sub-VP SDE, whose deviation is VP's variance (eq. 29)."""
-    tau = torch.linspace(0, 1, num_steps + 1, dtype=torch.float64)
-    alpha, variance = _vp(tau, beta_min, beta_max)
+    alpha, variance = _vp(num_steps)
     return torch.atan2(variance, alpha)
 
 
-def _vp(tau: Tensor, beta_min: float, beta_max: float) -> tuple[Tensor, Tensor]:
-    """VP's factor of x0 and its noise's variance at times from 0 to 1, for a beta that rises."""
-    total_beta = tau * beta_min + tau.square() * (beta_max - beta_min) / 2  # its integral from 0
+def _vp(num_steps: int) -> tuple[Tensor, Tensor]:
+    """VP's factor of x0 and its noise's variance, where beta rises from 0.1 to 20."""
+    tau = torch.linspace(0, 1, num_steps + 1, dtype=torch.float64)
+    total_beta = tau * 0.1 + tau.square() * (20 - 0.1) / 2  # the integral of beta from 0
     return (-total_beta / 2).exp(), -torch.expm1(-total_beta)
 
 
-def ve(num_steps: int = 1000, sigma_min: float = 0.01, sigma_max: float = 50.0) -> Tensor:
-    """Their variance-exploding SDE for data of unit variance (eq. 30), at 0 exactly 0."""
+def ve(num_steps: int = 1000) -> Tensor:
+    """Their variance-exploding SDE for data of unit variance (eq. 30): sigma from 0.01 to 50."""
     tau = torch.linspace(0, 1, num_steps + 1, dtype=torch.float64)
-    sigma = sigma_min * torch.expm1(2 * math.log(sigma_max / sigma_min) * tau).sqrt()
+    sigma = 0.01 * torch.expm1(2 * math.log(50 / 0.01) * tau).sqrt()  # exactly 0 at tau = 0
     return torch.atan2(sigma, torch.ones_like(tau))
 
 
