@@ -40,7 +40,22 @@ for run, command in {RUNS!r}.items():
     module, *arguments = command.split()
     sys.argv[1:] = [*arguments, "--out", home + "/" + run.split("/")[0]]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
+from contextlib import suppress
 from accelerate import PartialState
+from diffusion import runs
+from diffusion.training import fit
+from tests import two_networks
+
+def stopped(*arguments, **named):
+    for done, line in enumerate(fit(*arguments, **named), 1):
+        yield line
+        if done == 7:
+            raise KeyboardInterrupt
+
+for runs.fit in (stopped, fit):
+    sys.argv[1:] = [*{FIT!r}.split(), "--save-every", "0", "--out", home + "/resumed"]
+    with suppress(KeyboardInterrupt):
+        two_networks.main()
 # written whole: of two processes the parts of a line may alternate
 sys.stdout.write("processes: %d\\n" % PartialState().num_processes)
 """
@@ -77,6 +92,14 @@ def test_two_processes_train_what_one_trains(runs, run):
         assert both == pytest.approx(alone, rel=1e-4)
     alone, both = (checkpoint.load(runs / home / run)[0] for home in ("one", "two"))
     torch.testing.assert_close(both, alone, rtol=0, atol=1e-4)  # weights have moved by 1e-2
+
+
+@pytest.mark.parametrize("home", ["one", "two"])
+def test_two_networks_stopped_and_resumed_end_with_the_same_bits_in_one_process_or_two(runs, home):
+    whole, resumed = (checkpoint.load(runs / home / run)[2] for run in ("two_networks", "resumed"))
+    lines = (runs / home / "resumed" / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["iteration"] for line in lines] == list(range(1, 13))
+    assert whole == resumed
 
 
 @pytest.mark.parametrize("run", RUNS)
