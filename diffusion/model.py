@@ -75,7 +75,7 @@ class Model:
         card's. Raises UserError where it was not trained for so many steps and no solver may run
         it, where a shift is given for its own angles, or for a weight that it cannot be guided by.
         """
-        return self._plan(num_steps, sampler, shift).guided(self._weight(guidance))
+        return self.guided(self._plan(num_steps, sampler, shift), guidance)
 
     def _plan(self, num_steps: int | None, sampler: str | None, shift: float | None) -> Plan:
         card, solvers = self.card, self.solvers
@@ -111,10 +111,13 @@ class Model:
             f"not by {sampler or card.sampler} in {num_steps}"
         )
 
-    def _weight(self, guidance: float | None) -> float | None:
-        """The weight that was asked for, once it is known that the model can be guided by it."""
+    def guided(self, plan: Plan, guidance: float | None) -> Plan:
+        """The plan at that guidance weight; None leaves its own.
+
+        Raises UserError for a weight that the model cannot be guided by.
+        """
         if guidance is None:
-            return None
+            return plan
         if not self.kinds:
             raise UserError(
                 "--guidance needs a model with classes, and this one has none: leave it out"
@@ -125,7 +128,7 @@ class Model:
                 low, high = kind.low, kind.high
         if not low <= guidance <= high or guidance == math.inf:
             raise UserError(f"--guidance must be from {low:g} to {high:g}, got {guidance:g}")
-        return guidance
+        return plan.guided(guidance)
 
     def calls_per_step(self, plan: Plan) -> int:
         """2 where the plan's guidance is made of two network calls, else 1."""

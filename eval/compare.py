@@ -70,6 +70,9 @@ class Options:
     shifts: tuple[float, ...] = ()
     """Shifts to compare, which say where the solvers' steps are, in place of the teacher's own (see
     teachers.ddpm --shift)."""
+    guidance: tuple[float, ...] = ()
+    """Guidance weights to compare, for models with classes, in place of each checkpoint's own; 1 is
+    none. A teacher's own plan of very many steps keeps its own."""
     num_images: int = 10_000
     """Images that each row's quality is measured on, for each seed. It must be above the number of
     features."""
@@ -182,7 +185,7 @@ def plan(options: Options, paths: tuple[Path, ...]) -> list[Row]:
     first = models[0][1]
     for path, model in models:
         require_same_images(first.spec, model, path)
-    asked = counts, options.solvers, options.long, options.shifts
+    asked = counts, options.solvers, options.long, options.shifts, options.guidance
     planned = [row for path, model in models for row in rows(path, model, *asked)]
     if not planned:
         raise UserError(

@@ -78,6 +78,11 @@ def test_the_command_samples_the_student_by_its_own_plan(student, tmp_path, comm
     assert (tmp_path / "grid.png").stat().st_size > 500
 
 
+def test_the_weight_of_a_guided_row_is_in_the_command():
+    (line,) = lines([replace(FOUR, guidance=1.5)])
+    assert "--steps 4 --guidance 1.5 --num 64" in closing.generate(line)
+
+
 def test_angles_that_were_searched_are_in_the_command():
     searched = record(
         "consistency",

@@ -27,6 +27,8 @@ from diffusion.schedules import cosine
 from diffusion.training import fit, one_network
 from distill import guidance, progressive
 from distill.guidance import Guidance, with_guidance_input
+from eval import compare
+from eval.results import jsonl
 from students import generate
 from teachers.ddpm import Denoising
 from tests.analytic import BIMODAL, Gaussian, normal, random_unet
@@ -390,3 +392,17 @@ def test_a_teacher_without_classes_cannot_be_distilled(command, teacher, tmp_pat
     outcome = command(guidance.main, "--teacher", teacher, "--out", tmp_path / "x")
     assert outcome.code == 2
     assert "--num-classes" in outcome.err
+
+
+def test_each_weight_is_a_row_of_its_own_in_one_table(conditional, guided, tmp_path, command):
+    settings = "--guidance 1 2 --steps 4 --solvers ddim --no-long --no-times --num-images 80"
+    settings += " --features random --likelihood 0"
+    done = command(compare.main, conditional, guided, *settings.split(), "--out", tmp_path)
+    assert done.code == 0, done.err
+    rows = jsonl.read(tmp_path / "results.jsonl")
+    calls = {(row.method, row.steps, row.guidance): row.nfe for row in rows}
+    halves = {("teacher", 4, 1): 4, ("teacher", 4, 2): 8, ("guided", 4, 1): 4, ("guided", 4, 2): 4}
+    assert calls == halves | {("guided", 8, 1): 8, ("guided", 8, 2): 8}
+    assert len({row.tag for row in rows}) == len(rows)
+    table = (tmp_path / "table.md").read_text()
+    assert table.count("[guidance 1]") == table.count("[guidance 2]") > 0

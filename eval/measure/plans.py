@@ -1,6 +1,6 @@
 """Which rows a comparison has: the runs found, and how each is sampled."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
@@ -71,12 +71,14 @@ def rows(
     solvers: tuple[str, ...],
     long: bool = True,
     shifts: tuple[float, ...] = (),
+    guidance: tuple[float, ...] = (),
 ) -> list[Row]:
     """Its own plans, then at the other counts those of the solvers that it takes.
 
     long: a teacher's own plan too, where it is not among the counts. Where that has very many
-    steps, one row of a solver has enough to stand in for it: the last solver's at 32 calls, if no
-    other. shifts: of the solvers' angles, each in turn; by default the card's.
+    steps, one row of a solver has enough to stand in for it: the last one's at 32 calls, if no other;
+    the best one's, where no solver is named. shifts: of the solvers' angles, each in turn; by default the card's. guidance: weights,
+    each in turn, of all but that long plan; by default the card's.
     """
     card = model.card
     made = []
@@ -99,4 +101,8 @@ def rows(
             continue  # its own
         if steps > 1 or (shift, solver) == ways[0]:  # in one step all are the same
             made.append(Row(path, model, model.plan(nfe, solver, shift), own_plan=False))
-    return made
+    return [
+        replace(row, plan=model.guided(row.plan, weight))
+        for row in made
+        for weight in ((None,) if row.long or not guidance else guidance)
+    ]

@@ -42,6 +42,8 @@ def generate(line: Line) -> str:
     plan = ["--steps", str(record.steps)]
     if record.note == "searched":  # angles that the checkpoint does not know
         plan = ["--angles", *(f"{angle:.6g}" for angle in reversed(record.angles[1:]))]
+    if record.guidance is not None:
+        plan += ["--guidance", f"{record.guidance:g}"]
     words = ["students.generate", str(run), *plan, "--num", "64", "--out", "grid.png"]
     return f"{python()} -m {quoted(*words)}"
 
