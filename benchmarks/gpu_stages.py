@@ -381,7 +381,8 @@ def extractor(sheet: Sheet, device: torch.device) -> features.Extractor:
 
 def distances(sheet: Sheet) -> None:
     """Features, and the distances that are made of them."""
-    images = sheet.dataset.test.take(torch.arange(64)).images
+    test = sheet.dataset.test
+    images = test.take(torch.arange(len(test))[:64]).images
     dim = 64 if sheet.small else 2048
     sheet.agree(lambda d: {("features", ""): extractor(sheet, d).extract(images.to(d))})
     random = torch.Generator().manual_seed(0)
