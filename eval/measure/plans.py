@@ -76,9 +76,10 @@ def rows(
     """Its own plans, then at the other counts those of the solvers that it takes.
 
     long: a teacher's own plan too, where it is not among the counts. Where that has very many
-    steps, one row of a solver has enough to stand in for it: the last one's at 32 calls, if no other;
-    the best one's, where no solver is named. shifts: of the solvers' angles, each in turn; by default the card's. guidance: weights,
-    each in turn, of all but that long plan; by default the card's.
+    steps, one row of a solver has steps enough to stand in for it. If none of the others has, one
+    is added: of the last solver named, or else of the best, at 32 calls. shifts: of the solvers'
+    angles, each in turn; by default the card's. guidance: weights, each in turn, of all but that
+    long plan; by default the card's.
     """
     card = model.card
     made = []
