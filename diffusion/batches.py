@@ -60,7 +60,8 @@ class Batches:
         self.images = dataset.train.near(worker.device)
         self.generator = torch.Generator(worker.device)
         self.picker = torch.Generator(self.images.device)
-        self.ahead = Ahead(self.images, self.which) if self.images.slow else None
+        ahead = Ahead(self.images, self.which, config.iterations)
+        self.ahead = ahead if self.images.slow else None
         weights = [kind for kind in kinds.values() if isinstance(kind, Guidance)]
         self.guidance = weights[0] if weights else None
         self.kinds = {name: kind for name, kind in kinds.items() if kind is not self.guidance}
@@ -79,6 +80,11 @@ class Batches:
         which = torch.randint(len(self.images), size, generator=generator, device=device)
         return which[self.rank :: self.world]
 
+    def close(self) -> None:
+        if self.ahead:
+            self.ahead.close()
+
+    @torch.no_grad()  # a codec may be a network
     def draw(self, i: int) -> Batch:
         size, device = self.config.batch_size, self.device
         share = slice(self.rank, None, self.world)

@@ -125,9 +125,11 @@ def _folder(folder: Path, form: Form, codec: str) -> Dataset:
 def _dataset(name: str, source: Source, codec: str) -> Dataset:
     if codec not in CODECS:
         raise UserError(f"unknown codec {codec!r}: expected one of {', '.join(CODECS)}")
-    train, (channels, size, _) = source.train, source.train.shape
-    images = some(train, None if train.slow else len(train)).images
+    train, (channels, height, width) = source.train, source.train.shape
+    if height != width:
+        raise UserError(f"{name} has images of {height}x{width}, expected square ones")
+    images = some(train).images
     if images.min() == images.max():
         raise UserError(f"every pixel of {name} has the same value: expected images that differ")
-    spec = ImageSpec(name, channels, size, sha256=train.fingerprint())
+    spec = ImageSpec(name, channels, height, sha256=train.fingerprint())
     return Dataset(spec, train, source.test, CODECS[codec].fitted(images), source.kinds)

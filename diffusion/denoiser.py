@@ -87,8 +87,9 @@ class Denoiser(nn.Module):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """x0 (B, C, H, W) float32, or (x0, share) of that shape both.
 
-        t: (B,) or scalar radians. dropout: the generator of the masks, in training; two passes by
-        one of the same state have the same masks.
+        t: (B,) or scalar radians. dropout: a generator whose seed the masks are drawn by, in
+        training, so that two passes by it have the same masks. It is torch's own that is seeded: so
+        any network's dropout layers are repeated, and compiled code stays whole.
         """
         if variance and not self.config.learned_variance:
             raise UserError(
@@ -118,11 +119,11 @@ class Denoiser(nn.Module):
         dropout: torch.Generator | None = None,
     ) -> Any:
         """What the network, or a part of it, makes in this denoiser's precision and layout."""
-        drops = self.training and getattr(getattr(self.net, "config", None), "dropout", 0) > 0
-        further = {"dropout": dropout} if drops else {}
+        if dropout and self.training:  # a network's own dropout layers draw from torch's generator
+            torch.manual_seed(dropout.initial_seed())
         with torch.autocast(x_t.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             x_t = x_t.contiguous(memory_format=self.layout)
-            return function(x_t, t.float(), condition, **further)
+            return function(x_t, t.float(), condition)
 
     def _predict(
         self,

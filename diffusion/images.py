@@ -99,17 +99,22 @@ class InMemory:
 
 
 def some(images: Images, most: int | None = None) -> Rows:
-    """At most so many rows, SAMPLE by default, evenly spread over the source, in its order."""
-    count = min(len(images), most or SAMPLE)
+    """At most so many rows, evenly spread over the source, in its order.
+
+    By default SAMPLE of a slow one, and all of another, which are then not copied.
+    """
+    count = min(len(images), most or (SAMPLE if images.slow else len(images)))
+    if isinstance(images, InMemory) and count == len(images):
+        return Rows(images.images, images.condition)
     return images.take((torch.arange(count) * len(images)) // max(count, 1))
 
 
 class Ahead:
     """Fetches the rows of the batch to come by a thread, while those of this one are used."""
 
-    def __init__(self, images: Images, which: Callable[[int], Tensor]):
-        """which: number of a batch -> the indices of its images."""
-        self.images, self.which = images, which
+    def __init__(self, images: Images, which: Callable[[int], Tensor], batches: int):
+        """which: number of a batch -> the indices of its images. batches: how many there are."""
+        self.images, self.which, self.batches = images, which, batches
         self.thread = ThreadPoolExecutor(1, "images")
         self.coming: tuple[int, Future] | None = None
 
@@ -117,5 +122,11 @@ class Ahead:
         """The rows of batch i; batches are best asked for in turn."""
         awaited = self.coming[1] if self.coming and self.coming[0] == i else None
         rows = awaited.result() if awaited else self.images.take(self.which(i))
-        self.coming = i + 1, self.thread.submit(self.images.take, self.which(i + 1))
+        self.coming = None
+        if i + 1 < self.batches:
+            self.coming = i + 1, self.thread.submit(self.images.take, self.which(i + 1))
         return rows
+
+    def close(self) -> None:
+        """Wait for what is being fetched: a source is asked by one at a time."""
+        self.thread.shutdown(wait=True, cancel_futures=True)

@@ -111,6 +111,12 @@ class Model:
             f"not by {sampler or card.sampler} in {num_steps}"
         )
 
+    @property
+    def guidance_range(self) -> tuple[float, float]:
+        """The least and the greatest guidance weight; both 1 where it takes no condition."""
+        ranges = [(k.low, k.high) for k in self.kinds.values() if isinstance(k, Guidance)]
+        return next(iter(ranges), (0.0, math.inf) if self.kinds else (1.0, 1.0))
+
     def guided(self, plan: Plan, guidance: float | None) -> Plan:
         """The plan at that guidance weight; None leaves its own.
 
@@ -118,14 +124,11 @@ class Model:
         """
         if guidance is None:
             return plan
+        low, high = self.guidance_range
         if not self.kinds:
             raise UserError(
                 "--guidance needs a model with classes, and this one has none: leave it out"
             )
-        low, high = 0.0, math.inf
-        for kind in self.kinds.values():
-            if isinstance(kind, Guidance):
-                low, high = kind.low, kind.high
         if not low <= guidance <= high or guidance == math.inf:
             raise UserError(f"--guidance must be from {low:g} to {high:g}, got {guidance:g}")
         return plan.guided(guidance)

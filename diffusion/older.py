@@ -47,7 +47,9 @@ def card(old: dict) -> dict:
 def net_settings(net: dict, denoiser: dict, condition: dict) -> dict:
     """A network in a run's settings: as one flat dictionary, as it was before it was three parts,
     so that runs of before and after are known as the same."""
-    shape = {name: value for name, value in net.items() if (name, value) != ("name", "unet")}
+    if net["name"] != "unet":
+        return {"net": net, "denoiser": denoiser, "condition": condition}
+    shape = {name: value for name, value in net.items() if name != "name"}
     flat = {**shape, "num_classes": 0, **denoiser, "guidance": None}
     for name, kind in condition.items():
         if name == "label":

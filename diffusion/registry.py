@@ -18,8 +18,10 @@ T = TypeVar("T", bound=Entry)
 
 def to_json(entry: Entry, registry: Mapping[str, type], key: str = "name") -> dict:
     """The entry as a card holds it: its name under `key`, and its fields."""
-    name = next(name for name, kind in registry.items() if type(entry) is kind)
-    return {key: name, **asdict(entry)}
+    name = next((name for name, kind in registry.items() if type(entry) is kind), None)
+    if name is None:
+        raise UserError(f"{type(entry).__name__} is none of {', '.join(registry)}: register it")
+    return {**asdict(entry), key: name}
 
 
 def from_json(

@@ -170,7 +170,7 @@ def draw(run: Path, model: Model, calls: int = 50) -> None:
     indices, steps = torch.arange(64, device=model.device), model.card.plans[0].num_steps
     # a teacher's 1000 calls would take longer than its training where there is no GPU
     sampler = next((name for name in QUICK if name in model.solvers), None)
-    plan = model.plan(min(steps, calls), sampler if steps > calls else None)
+    plan = model.plan(calls, sampler) if steps > calls and sampler else model.card.plans[0]
     with torch.compiler.set_stance("force_eager"):  # to compile for one batch would take longer
         images = model.sample(plan, 0, indices)
     save_grid(run / "samples.png", images)

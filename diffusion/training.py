@@ -5,9 +5,10 @@ import math
 import signal
 import time
 from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -110,9 +111,19 @@ class Method:
     players: Mapping[str, Player]
     """By name. The one named "student" is what a training is for."""
     loss: Callable[[Nets, Batch, Turn], Tensor]
-    """Loss per image (B,), of those whose turn it is: only they get gradients."""
+    """Loss per image (B,), of those whose turn it is: only they get gradients, which are cut to
+    --clip all together."""
     followers: Followers = field(default_factory=dict)
-    """What the loss reads and moves on with the training, by name."""
+    """What the loss reads and moves on with the training, by name. "average" is the loop's own, of
+    the student."""
+
+    def __post_init__(self) -> None:
+        taken = {"average"} & {*self.followers} | {"follower", "optimizer"} & {*self.players}
+        if taken or "student" not in self.players:
+            raise ValueError(
+                f"players {[*self.players]} and followers {[*self.followers]}: one player must be "
+                'named "student", and "average", "follower", "optimizer" are names of the loop'
+            )
 
 
 class Objective(Protocol):
@@ -185,10 +196,11 @@ def fit(
     batches = Batches(dataset, config, worker, getattr(student, "kinds", None))
     for net in nets.values():
         net.to(worker.device).train()
-    decay = Decay(config.ema)
+    trained = {name: [p for p in net.parameters() if p.requires_grad] for name, net in nets.items()}
+    decay, moves = Decay(config.ema), method.players["student"].moves
     average = Average(frozen_copy(student), decay, fused)
     followers = {"average": average, **method.followers}
-    optimizers = {name: _optimizer(net, config, fused) for name, net in nets.items()}
+    optimizers = {name: _optimizer(trained[name], config, fused) for name in nets}
     before = _restore(state, nets, followers, optimizers)
     start, spent = (before.iteration, before.seconds) if before else (0, 0.0)
     if config.compile:  # what is never called is never compiled
@@ -205,7 +217,8 @@ def fit(
     alone = worker.num_processes == 1  # else all must agree on where to stop
     if before:
         yield before  # its line in the log may not have been written
-    with _stop_requests() as stop:
+    student_steps = sum(map(moves, range(start)))
+    with _stop_requests() as stop, closing(batches):
         for i in range(start, config.iterations):
             done, progress = i + 1, i / config.iterations
             rate = learning_rate(config, i)
@@ -214,19 +227,22 @@ def fit(
                 for group in optimizers[name].param_groups:
                     group["lr"] = rate * method.players[name].rate
             still = nets.keys() - {*movers}
-            for name in still:
-                nets[name].requires_grad_(False)
+            for parameter in chain(*(trained[name] for name in still)):
+                parameter.requires_grad_(False)
             seen = {name: nets[name] if name in still else wrapped[name] for name in nets}
             loss = method.loss(seen, batches.draw(i), Turn(i, progress, movers)).mean()
             worker.backward(loss)
-            moved = [p for name in movers for p in nets[name].parameters()]
-            norm = worker.clip_grad_norm_(moved, config.clip)
+            moved = chain(*(trained[name] for name in movers))
+            norm = worker.clip_grad_norm_(list(moved), config.clip)
             for name in movers:
                 prepared[name].step()
                 prepared[name].zero_grad(set_to_none=True)
-            for name in still:
-                nets[name].requires_grad_(True)
-            for follower in followers.values():
+            for parameter in chain(*(trained[name] for name in still)):
+                parameter.requires_grad_(True)
+            if moves(i):
+                student_steps += 1
+                average.follow(nets, student_steps, progress)
+            for follower in method.followers.values():
                 follower.follow(nets, done, progress)
             sums += torch.stack([loss.detach(), norm])
             counted += 1
@@ -276,9 +292,11 @@ class Decay:
         return min(self.ema, done / (done + 9))
 
 
-def _optimizer(net: nn.Module, config: FitConfig, fused: bool) -> torch.optim.Optimizer:
+def _optimizer(
+    parameters: list[nn.Parameter], config: FitConfig, fused: bool
+) -> torch.optim.Optimizer:
     return torch.optim.AdamW(
-        net.parameters(),
+        parameters,
         config.learning_rate,
         betas=(0.9, 0.99),
         weight_decay=config.weight_decay,
@@ -339,7 +357,8 @@ def _restore(
     if not path.exists():
         return None
     tensors, metadata = load_tensors(path)
-    sizes = {name: len(list(net.parameters())) for name, net in nets.items()}
+    parameters = {name: each.param_groups[0]["params"] for name, each in optimizers.items()}
+    sizes = {name: len(moved) for name, moved in parameters.items()}
     tensors = older.state(tensors, sizes, list(followers))
 
     def part(prefix: str) -> dict[str, Tensor]:
@@ -351,10 +370,9 @@ def _restore(
         follower.load_state_dict(part(f"follower.{name}."))
     for name, optimizer in optimizers.items():
         slots: dict[int, dict[str, Tensor]] = {}
-        parameters = list(nets[name].parameters())
         for key, value in part(f"optimizer.{name}.").items():
             i, slot = key.split(".")
-            like = parameters[int(i)]
+            like = parameters[name][int(i)]
             if value.shape == like.shape:  # a moment: in memory it must lie as its parameter does
                 value = torch.empty_like(like).copy_(value)
             slots.setdefault(int(i), {})[slot] = value

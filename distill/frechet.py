@@ -78,6 +78,7 @@ def of_data(features: Features, dataset: Dataset, flip: bool, device: torch.devi
     total = torch.zeros((), dtype=torch.float64, device=device)
     for images in some(dataset.train, MOST).images.split(128):
         if flip:
+            images = images.clone()
             images[::2] = images[::2].flip(-1)
         x0 = dataset.codec.encode(images.to(device))
         eps = torch.randn(x0.shape, generator=random, device=device)

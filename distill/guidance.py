@@ -82,8 +82,10 @@ def with_guidance_input(
     kinds = {**teacher.kinds, "guidance": Weight(*guidance)}
     student = build(net, teacher.config, kinds, teacher.precision)
     missing, unexpected = student.net.load_state_dict(teacher.net.state_dict(), strict=False)
-    assert not unexpected
-    assert all(name.startswith("guidance.") for name in missing)
+    if unexpected or not missing:
+        raise UserError(
+            "the teacher's network takes no guidance weight: choose one that does, as the U-Net"
+        )
     return student
 
 

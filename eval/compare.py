@@ -71,8 +71,9 @@ class Options:
     """Shifts to compare, which say where the solvers' steps are, in place of the teacher's own (see
     teachers.ddpm --shift)."""
     guidance: tuple[float, ...] = ()
-    """Guidance weights to compare, for models with classes, in place of each checkpoint's own; 1 is
-    none. A teacher's own plan of very many steps keeps its own."""
+    """Guidance weights to compare, in place of each checkpoint's own; 1 is none. Models keep their
+    own that have no classes or were not trained for any of these, and so does a teacher's plan of
+    very many steps."""
     num_images: int = 10_000
     """Images that each row's quality is measured on, for each seed. It must be above the number of
     features."""

@@ -140,16 +140,16 @@ def in_turn(i: int) -> Tensor:
 
 def test_ahead_fetches_each_batch_once_and_by_another_thread():
     source = OnDemand(numbered(20))
-    ahead = Ahead(source, in_turn)
+    ahead = Ahead(source, in_turn, batches=5)
     for i in range(5):
         assert ahead.take(i).images.flatten().tolist() == in_turn(i).tolist()
-    ahead.thread.shutdown()
-    assert source.asked == [in_turn(i).tolist() for i in range(6)]  # the last for what may come
+    ahead.close()
+    assert source.asked == [in_turn(i).tolist() for i in range(5)]  # none that does not come
     assert source.threads == {"MainThread", "images_0"}
 
 
 def test_ahead_gives_the_batch_that_is_asked_for_in_any_order():
-    ahead = Ahead(OnDemand(numbered(20)), in_turn)
+    ahead = Ahead(OnDemand(numbered(20)), in_turn, batches=10)
     for i in (3, 0, 1, 1, 7, 2):
         assert ahead.take(i).images.flatten().tolist() == in_turn(i).tolist()
 
@@ -160,7 +160,7 @@ def test_an_error_of_a_source_is_raised_at_the_batch_that_it_is_of():
     def which(i: int) -> Tensor:
         return in_turn(i) + (100 if i == 2 else 0)
 
-    ahead = Ahead(source, which)
+    ahead = Ahead(source, which, batches=5)
     assert [len(ahead.take(i).images) for i in (0, 1)] == [4, 4]
     with pytest.raises(IndexError):
         ahead.take(2)
@@ -194,7 +194,7 @@ def test_images_made_on_demand_train_to_the_same_bits_as_the_same_images_in_memo
     assert "images_0" in source.threads
     fetched = Counter(map(tuple, source.asked))
     assert max(fetched.values()) == 1
-    assert len(fetched) == 31  # 30 iterations, and the one that did not come
+    assert len(fetched) == 30
     assert train(OnDemand(digits.train), "stopped", stops=(10, 20)) == expected
 
 
@@ -279,24 +279,18 @@ def test_two_passes_of_one_batch_have_the_same_dropout_masks_and_another_batchs_
 
     assert torch.equal(passed(first), passed(first))
     assert not torch.allclose(passed(first), passed(second))
-    masks = first.dropout()
-    once, again = (denoiser(first.x0, t, dropout=masks) for _ in range(2))
-    assert not torch.allclose(once, again)  # one generator goes on
     denoiser.eval()
     assert torch.equal(passed(first), passed(second))
 
 
 def test_every_part_of_the_network_drops_by_the_batchs_own_generator(tiny, quick, digits):
-    """Global random numbers decide nothing, and are left as they were."""
+    """What else was drawn of torch's generator decides nothing."""
     denoiser = build(replace(tiny, dropout=0.5), DenoiserConfig(), {}, "fp32").train()
     for parameter in denoiser.parameters():
         parameter.data.normal_(0, 0.1, generator=torch.Generator().manual_seed(0))
     batch, t = drawn(digits, quick)[0], torch.tensor(0.8, dtype=torch.float64)
     torch.manual_seed(1)
     first = denoiser(batch.x0, t, dropout=batch.dropout())
-    after = torch.rand(4)
-    torch.manual_seed(1)
-    assert torch.equal(torch.rand(4), after)
     torch.manual_seed(2)
     assert torch.equal(denoiser(batch.x0, t, dropout=batch.dropout()), first)
 
@@ -307,7 +301,7 @@ def test_a_dropped_share_is_zero_and_the_rest_keeps_the_mean():
     seen = []
     block.conv2.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     x, embedding = torch.randn(64, 8, 8, 8), torch.randn(64, 4)
-    block(x, embedding, torch.Generator().manual_seed(0))
+    block(x, embedding)
     block.eval()(x, embedding)
     dropped, kept = seen[0] == 0, seen[0] != 0
     share = dropped.double().mean().item()

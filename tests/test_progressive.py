@@ -225,6 +225,17 @@ def test_rounds_of_mixed_factors_each_train_their_own_number_of_steps(tmp_path, 
     assert second.card.parent == first.sha256
 
 
+def test_a_round_of_many_steps_draws_its_pictures_by_its_own_plan(tmp_path, train_tiny, quick):
+    teacher = train_tiny(tmp_path / "teacher", angles=cosine(120))
+    few = replace(quick, iterations=6)
+    options = Options(
+        teacher=teacher, out=tmp_path / "halved", start_steps=120, rounds=(60,), fit=few
+    )
+    (student,) = distill(options)
+    assert student.solvers == []
+    assert (tmp_path / "halved" / "0060" / "samples.png").exists()
+
+
 def test_a_raw_student_that_teaches_the_next_is_what_would_be_kept_without_an_average(
     tmp_path, teacher, quick
 ):

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from diffusion.networks import NETWORKS
 from diffusion.noise import Noise
 from diffusion.samplers import DENOISE, SOLVERS, Solver, descent, sample
 from diffusion.schedules import cosine, even
+from diffusion.training import Method, Player, fit
 from distill import cd, progressive
 from eval import compare
 from students import generate
@@ -78,7 +80,6 @@ def test_two_networks_stopped_and_resumed_end_with_the_same_bits(tmp_path, monke
 def stop_after(monkeypatch, count: int) -> None:
     """Make every training stop as by a signal after some log lines."""
     from diffusion import runs
-    from diffusion.training import fit
 
     def begin(*arguments, **named):
         for i, line in enumerate(fit(*arguments, **named), 1):
@@ -378,3 +379,59 @@ def test_a_new_kind_of_condition_is_obeyed_by_teacher_and_student_and_guides(
         assert torch.corrcoef(both)[0, 1] > 0.9
     spread = [lightness("teacher", weight).std() for weight in (0.5, 1.0, 1.5)]
     assert spread[0] < spread[1] < spread[2]
+
+
+# What the loop owes a method
+
+
+class TwoHalves(nn.Module):
+    """A network of which one half is never trained."""
+
+    def __init__(self):
+        super().__init__()
+        self.still, self.moving = nn.Linear(1, 1), nn.Linear(1, 1)
+        self.still.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.moving(self.still(x))
+
+
+def halves(nets, batch, turn) -> Tensor:
+    (mover,) = turn.movers
+    return nets[mover](batch.x0[:, :, 0, 0]).square().mean(1)
+
+
+def test_what_a_player_keeps_still_stays_so_whoevers_turn_it_is(digits, tmp_path):
+    torch.manual_seed(0)
+    players = {
+        "student": Player(TwoHalves(), moves=lambda i: i % 2 == 0),
+        "other": Player(TwoHalves(), moves=lambda i: i % 2 == 1),
+    }
+    before = deepcopy({name: player.module for name, player in players.items()})
+    list(fit(Method(players, halves), digits, replace(QUICK, iterations=6), tmp_path / "state"))
+    for name, player in players.items():
+        assert torch.equal(player.module.still.weight, before[name].still.weight)
+        assert not torch.equal(player.module.moving.weight, before[name].moving.weight)
+        assert not player.module.still.weight.requires_grad
+
+
+def test_the_average_moves_when_its_player_does_and_at_no_other_iteration(digits, tmp_path):
+    """With a decay of 0 from then on it is the student; before its first turn, the beginning."""
+    torch.manual_seed(0)
+    players = {
+        "student": Player(TwoHalves(), moves=lambda i: i % 4 == 3),
+        "other": Player(TwoHalves(), moves=lambda i: i % 4 != 3),
+    }
+    config = replace(QUICK, iterations=4, log_every=1, ema=0.5, save_every=0.0)
+    begun = players["student"].module.moving.weight.clone()
+    for line in fit(Method(players, halves), digits, config, tmp_path / "state"):
+        state = checkpoint.load_tensors(tmp_path / "state")[0]
+        average, raw = (state[f"{part}.moving.weight"] for part in ("follower.average", "student"))
+        share = 0.0 if line.iteration < 4 else 1 - 1 / 10  # the first of its ramp
+        torch.testing.assert_close(average, begun.lerp(raw, share))
+
+
+@pytest.mark.parametrize("names", [("other",), ("student", "optimizer")])
+def test_a_method_without_a_student_or_with_the_loops_own_names_is_refused(names):
+    with pytest.raises(ValueError, match="student"):
+        Method({name: Player(TwoHalves()) for name in names}, halves)

@@ -17,10 +17,7 @@ __all__ = ["NETWORKS", "NetworkConfig", "UNet", "UNetConfig", "from_json", "to_j
 
 
 class NetworkConfig(Entry, Protocol):
-    """The shape of a network, a frozen dataclass.
-
-    Where it has a field `dropout` above 0, its network takes a generator of that name in training.
-    """
+    """The shape of a network, a frozen dataclass."""
 
     @property
     def channels(self) -> int:

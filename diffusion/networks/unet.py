@@ -136,21 +136,16 @@ class ResidualBlock(nn.Module):
         self.norm1, self.norm2 = _norm(channels_in), _norm(channels_out)
         self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
         self.modulation = nn.Linear(embedding, 2 * channels_out)
-        self.dropout = dropout
+        self.dropout = nn.Dropout(dropout)
         self.conv2 = _zero(nn.Conv2d(channels_out, channels_out, 3, padding=1))
         same = channels_in == channels_out
         self.skip = nn.Identity() if same else nn.Conv2d(channels_in, channels_out, 1)
 
-    def forward(
-        self, x: Tensor, embedding: Tensor, dropout: torch.Generator | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
         scale, shift = self.modulation(embedding)[:, :, None, None].chunk(2, dim=1)
         h = F.silu(torch.addcmul(shift, self.norm2(h), 1 + scale))
-        if self.dropout and self.training:
-            kept = 1 - self.dropout
-            h = h * torch.empty_like(h).bernoulli_(kept, generator=dropout) / kept
-        return self.skip(x) + self.conv2(h)
+        return self.skip(x) + self.conv2(self.dropout(h))
 
 
 class Attention(nn.Module):
@@ -182,7 +177,6 @@ class UNet(nn.Module):
     The output layer starts at zero: an untrained network predicts 0. It takes a label, which is
     unknown by default, and a guidance weight, which is 1 by default; that is embedded as the angle
     atan(w), and its embedding starts at zero too, so that it changes nothing before it is trained.
-    dropout: the generator of the masks, in training.
     """
 
     def __init__(self, config: UNetConfig, outputs: int | None = None, kinds: Kinds | None = None):
@@ -237,12 +231,11 @@ class UNet(nn.Module):
         x: Tensor,
         t: Tensor,
         condition: Condition | None = None,
-        dropout: torch.Generator | None = None,
     ) -> Tensor:
-        h, skips, embedding = self.encode(x, t, condition, dropout)
+        h, skips, embedding = self.encode(x, t, condition)
         for layer in self.up:
             if isinstance(layer, nn.ModuleList):
-                h = _apply(layer, torch.cat([h, skips.pop()], dim=1), embedding, dropout)
+                h = _apply(layer, torch.cat([h, skips.pop()], dim=1), embedding)
             else:
                 h = layer(F.interpolate(h, scale_factor=2.0, mode="nearest"))
         return F.pixel_shuffle(self.head(F.silu(self.norm(h))), self.config.patch)
@@ -252,7 +245,6 @@ class UNet(nn.Module):
         x: Tensor,
         t: Tensor,
         condition: Condition | None = None,
-        dropout: torch.Generator | None = None,
     ) -> tuple[Tensor, list[Tensor], Tensor]:
         """The way down: the middle's output (B, C', H', W'), what the way up takes over, and the
         embedding."""
@@ -269,9 +261,9 @@ class UNet(nn.Module):
         h = self.stem(F.pixel_unshuffle(x, self.config.patch))
         skips = [h]
         for layer in self.down:
-            h = _apply(layer, h, embedding, dropout)
+            h = _apply(layer, h, embedding)
             skips.append(h)
-        return _apply(self.middle, h, embedding, dropout), skips, embedding
+        return _apply(self.middle, h, embedding), skips, embedding
 
 
 def _kinds_taken(kinds: Kinds) -> tuple[Label | None, Guidance | None]:
@@ -290,9 +282,7 @@ def _kinds_taken(kinds: Kinds) -> tuple[Label | None, Guidance | None]:
     return label, guidance
 
 
-def _apply(
-    layers: nn.Module, h: Tensor, embedding: Tensor, dropout: torch.Generator | None
-) -> Tensor:
+def _apply(layers: nn.Module, h: Tensor, embedding: Tensor) -> Tensor:
     for layer in layers if isinstance(layers, nn.ModuleList) else [layers]:
-        h = layer(h, embedding, dropout) if isinstance(layer, ResidualBlock) else layer(h)
+        h = layer(h, embedding) if isinstance(layer, ResidualBlock) else layer(h)
     return h

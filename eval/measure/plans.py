@@ -79,7 +79,7 @@ def rows(
     steps, one row of a solver has steps enough to stand in for it. If none of the others has, one
     is added: of the last solver named, or else of the best, at 32 calls. shifts: of the solvers'
     angles, each in turn; by default the card's. guidance: weights, each in turn, of all but that
-    long plan; by default the card's.
+    long plan, as far as the model can be guided by them; by default the card's.
     """
     card = model.card
     made = []
@@ -102,8 +102,10 @@ def rows(
             continue  # its own
         if steps > 1 or (shift, solver) == ways[0]:  # in one step all are the same
             made.append(Row(path, model, model.plan(nfe, solver, shift), own_plan=False))
+    low, high = model.guidance_range
+    weights = [weight for weight in guidance if low <= weight <= high and model.kinds]
     return [
         replace(row, plan=model.guided(row.plan, weight))
         for row in made
-        for weight in ((None,) if row.long or not guidance else guidance)
+        for weight in ((None,) if row.long or not weights else weights)
     ]

@@ -1,7 +1,7 @@
 """What was measured, as types: they are the schema of results.jsonl and its validation at once.
 
 A record is one row of a table. What the rows of a comparison share stands in its `Head`, the rest
-in its `Row`; the file has a head once and the rows that it holds for below it (see file.py).
+in its `Row`; the file has a head once and the rows that it holds for below it (see jsonl.py).
 `python -m eval.results.records` prints the JSON schema of a line.
 """
 
@@ -276,7 +276,7 @@ class Record(Row, Head):
         place = json.dumps([self.environment, self.data], sort_keys=True)
         plan = (self.sha256, self.sampler, tuple(self.angles), self.metric, self.num_images)
         # an unguided row keeps the key, and so the tag, that it had before rows knew of guidance
-        guided = () if self.guidance is None else (self.guidance,)
+        guided = () if self.guidance in (None, 1) else (self.guidance,)
         return *plan, tuple(self.seeds), self.batch_size, place, *guided
 
     @property
