@@ -11,7 +11,7 @@ from diffusion.circle import add_noise, rotate
 from diffusion.console import UserError
 from diffusion.model import load
 from diffusion.plan import Plan, plan
-from diffusion.schedules import SCHEDULES, even, halve, respace, shifted
+from diffusion.schedules import SCHEDULES, cosine, even, halve, respace, shifted
 from distill.progressive import (
     Halving,
     Options,
