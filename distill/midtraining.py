@@ -33,8 +33,8 @@ class Options(StudentOptions):
     Give the result to distill.consistency --start (Hu et al. 2025)."""
 
     solver_steps: int = 16
-    """Steps of a trajectory of DPM-Solver++. The student learns at the same number of noise
-    levels."""
+    """Steps of DPM-Solver++ by which the teacher goes from noise to image. The student learns at
+    the same number of noise levels."""
     weighting: Literal["truncated", "v"] = "truncated"
     """How much each noise level counts, as a weight of x0's squared error. truncated: max(SNR, 1);
     v: SNR + 1."""

@@ -44,10 +44,10 @@ class Options(StudentOptions):
     """Steps that the teacher takes in the first round, at most its own 1000."""
     solver: Literal["euler", "heun"] = "euler"
     """How the teacher takes the steps of the first round. euler: DDIM's step, one call; heun: a
-    step of second order, two calls, of which far fewer do."""
+    step of second order, two calls, so that far fewer steps are enough."""
     rounds: tuple[int, ...] = ()
-    """The students' step counts, one for each round, such as 16 4 1. If left out: those that
-    measured best for the data."""
+    """The students' numbers of steps, one for each round, such as 16 4 1. If left out: those that
+    measured best for the data, each trained for a share of --iterations."""
     factor: int | None = None
     """In place of --rounds: how many steps each round merges into one. With --end-steps alone:
     2."""
@@ -56,8 +56,8 @@ class Options(StudentOptions):
     round_iterations: tuple[int, ...] = ()
     """Optimizer steps of each round, one number a round, in place of --iterations for all."""
     last_rounds: float | None = None
-    """How many times --iterations the rounds to 2 steps or fewer train. If left out: what the
-    data's preset says for its rounds, and 2.5 for other rounds."""
+    """How many times --iterations a round to 2 steps or to 1 trains. If left out: the share that
+    measured best for the data, or 2.5 if --rounds names other numbers of steps."""
     weighting: Literal["truncated", "v"] = "truncated"
     """How much each noise level counts, as a weight of x0's squared error. truncated: max(SNR, 1);
     v: SNR + 1 (Salimans & Ho 2022, section 4)."""

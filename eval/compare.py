@@ -58,12 +58,12 @@ class Options:
     """What to compare: runs, checkpoints, or folders that hold runs. The rows of results.jsonl
     files, of other machines or people, join the table."""
     steps: str | None = None
-    """Network calls for each image to compare at, such as 1,2,4,8. The teacher's own plan is shown
-    as well. If left out: each student's own, and for the teacher's solvers 1 to 32."""
+    """Network calls for each image to compare at, such as 1,2,4,8. The teacher's own steps are
+    measured as well. If left out: each student's own, and for the teacher's solvers 1 to 32."""
     long: bool = True
-    """Show the teacher's own plan, by far the slowest row; the speed-ups of the others are over it.
-    If no solver's row can stand in for it in the ratios, add one of the last solver's at 32
-    calls."""
+    """Measure the teacher at its own 1000 steps too, by far the slowest row, over which the
+    speed-ups of the others are. If no solver's row can stand in for it in the ratios, a row of the
+    last solver at 32 calls is added."""
     solvers: tuple[str, ...] = ("ddim", "dpm-solver++", "unipc")
     """Samplers that need no training, by which the teacher is compared. Others are heun, truncated,
     ancestral, stochastic and predictor-corrector."""
@@ -72,8 +72,8 @@ class Options:
     teachers.ddpm --shift)."""
     guidance: tuple[float, ...] = ()
     """Guidance weights to compare, in place of each checkpoint's own; 1 is none. Models keep their
-    own that have no classes or were not trained for any of these, and so does a teacher's plan of
-    very many steps."""
+    own that have no classes or were not trained for any of these, and so does the row of a
+    teacher's own 1000 steps."""
     num_images: int = 10_000
     """Images that each row's quality is measured on, for each seed. It must be above the number of
     features."""

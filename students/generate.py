@@ -50,7 +50,7 @@ class Options:
     """How many images to make."""
     steps: int | None = None
     """Network calls for each image (guidance may double them). If left out: the checkpoint's own
-    number."""
+    number, or 50 by another --sampler."""
     # the choices are whatever solvers are registered, which a type cannot say
     sampler: Literal[tuple(SOLVERS)] | None = None  # ty: ignore[invalid-type-form]
     """How to go from noise to an image. If left out: the checkpoint's own way, or ddim at other

@@ -119,9 +119,9 @@ class Options:
     """Keep every predicted image between black and white, in training and in sampling. Images with
     much plain black or white come out cleaner."""
     shift: float = 1.0
-    """Where students and solvers with few steps put them: above 1, more of them where noise is
-    heavy, as larger images want. It multiplies the tangents of their angles. The teacher's training
-    is the same."""
+    """Where students and solvers put their few steps: above 1, more of them where noise is heavy,
+    as larger images need. It multiplies the tangents of their angles, and changes nothing in the
+    teacher's training."""
     num_classes: int = 0
     """How many classes the model can be asked for; 0: none. Only data with labels has them."""
     codec: Suppress[str] = "scale"
