@@ -102,7 +102,7 @@ def passes_per_second(denoiser: nn.Module, shape: tuple[int, ...], batch_size: i
         start = time.perf_counter()
         loss = denoiser(x, t.double()).square().mean()
         loss.backward()
-        float(parameter.sum())  # waits for a GPU
+        float(parameter.detach().sum())  # waits for a GPU
         return time.perf_counter() - start
 
     once()

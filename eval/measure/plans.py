@@ -86,7 +86,8 @@ def rows(
     for plan in card.plans:
         steps = plan.num_steps
         asked = counts is None or steps in counts or len(card.plans) == 1
-        skipped = not long and card.parent is None and steps not in (counts or ())
+        slow = card.parent is None or steps > LONG
+        skipped = not long and slow and steps not in (counts or ())
         if asked and not skipped:
             made.append(Row(path, model, plan, own_plan=True))
     free = [solver for solver in solvers if solver in model.solvers]
