@@ -10,15 +10,19 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import safetensors
 import safetensors.torch
 import torch
+from pydantic import Field, TypeAdapter, with_config
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from diffusion import older
 from diffusion.console import UserError
 from diffusion.plan import Plan
+from diffusion.typed import CLOSED, OPEN, Amount, Count, Sha256, Text, checked, parse
 
 FORMAT = 2
 
@@ -94,40 +98,52 @@ def weights_sha256(tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+@with_config(OPEN)
+class Training(TypedDict, total=False, extra_items=Any):
+    """What a card says of a training; a method may say more."""
+
+    settings: dict[str, Any]
+    iterations: Count
+    images: Count
+    total_images: Count
+    seconds: Amount
+
+
+@with_config(CLOSED)
 @dataclass(frozen=True)
 class Card:
     """What a checkpoint says of itself: enough to rebuild it, sample from it and trace its line."""
 
-    method: str
+    method: Text
     """The method's name, for tables to show; nothing depends on it."""
-    plans: tuple[Plan, ...]
+    plans: Annotated[tuple[Plan, ...], Field(min_length=1, max_length=1000)]
     """The ways to make images that it was trained for, each of another number of steps; the first
     is the usual one."""
-    abilities: tuple[str, ...]
+    abilities: tuple[Text, ...]
     """What a solver may ask of it, as diffusion.samplers.Solver needs it; none where its plans are
     all that it was trained for."""
-    net: dict
+    net: dict[str, Any]
     """The network: its name and its shape."""
-    denoiser: dict
+    denoiser: dict[str, Any]
     """What the denoiser makes of the network's output."""
-    condition: dict
+    condition: dict[str, dict[str, Any]]
     """The conditions that the network takes: by name, the kind of each."""
-    codec: dict
+    codec: dict[str, Any]
     """How pixels become x0: the codec's name and settings."""
-    data: dict
+    data: dict[str, Any]
     """The images' name and shape."""
-    shift: float = 1.0
+    shift: Annotated[float, Field(gt=0, le=1e6)] = 1.0
     """How far few steps, its students' and solvers', are moved towards noise: schedules.shifted."""
     shifted: bool = False
     """Whether the angles of `plans` are shifted already. A teacher's own list is not."""
-    parent: str | None = None
+    parent: Sha256 | None = None
     """sha256 of the weights that it was distilled from."""
-    origin: str | None = None
+    origin: Sha256 | None = None
     """sha256 of the weights of the teacher that its line began with: parents of parents. None in a
     card from before there was `origin`."""
-    training: dict = field(default_factory=dict)
+    training: Training = field(default_factory=dict)
     """Settings, iterations, images seen and seconds."""
-    format: int = FORMAT
+    format: Literal[2] = FORMAT
 
     @property
     def sampler(self) -> str:
@@ -153,17 +169,21 @@ class Card:
 
     @staticmethod
     def from_json(text: str) -> "Card":
-        card = json.loads(text)
+        """The inverse of to_json, of a card of any format. UserError names what does not fit."""
+        try:
+            card = parse(text)
+        except ValueError as error:
+            raise UserError(f"the card is no JSON ({error})") from error
         if not isinstance(card, dict):
             raise UserError("the card is no JSON object")
         if card.get("format") == 1:
-            card = older.card(card)
+            card = older.card(checked(older.CARD, card, "the card"))
         if card.get("format") != FORMAT:
-            raise UserError(f"the card is of format {card.get('format')}, expected {FORMAT}")
-        plans = (plan | {"angles": tuple(plan["angles"])} for plan in card["plans"])
-        card["plans"] = tuple(Plan(**plan) for plan in plans)
-        card["abilities"] = tuple(card["abilities"])
-        return Card(**card)
+            raise UserError(f"the card is of format {card.get('format')!r:.40}, expected {FORMAT}")
+        return checked(CARD, card, "the card")
+
+
+CARD = TypeAdapter(Card)
 
 
 def save(path: Path, weights: dict[str, Tensor], card: Card) -> str:

@@ -1,9 +1,10 @@
 """Codecs: from pixels to the space that a model works in, and back. Nothing else converts them."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Annotated, Protocol
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from diffusion import registry
@@ -42,8 +43,8 @@ class Codec(Entry, Protocol):
 class Scale:
     """Grey levels, less their mean, over their standard deviation."""
 
-    mean: float
-    std: float
+    mean: Annotated[float, Field(ge=0, le=255)]
+    std: Annotated[float, Field(ge=1e-6, le=255)]
 
     @property
     def bounds(self) -> tuple[float, float]:
@@ -81,4 +82,4 @@ def to_json(codec: Codec) -> dict:
 
 def from_json(described: dict) -> Codec:
     """The inverse of to_json. UserError for a codec that is not registered here."""
-    return registry.from_json(described, CODECS, "the model's codec is")
+    return registry.from_json(described, CODECS, "codec", "the model's codec is")

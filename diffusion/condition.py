@@ -6,9 +6,10 @@ network takes. None says nothing. What a name means is its Kind, which a checkpo
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Annotated, Protocol
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from diffusion import registry
@@ -31,7 +32,7 @@ class Kind(Entry, Protocol):
 class Label:
     """A class, (B,) int64; the one after the last is "unknown"."""
 
-    num_classes: int
+    num_classes: Annotated[int, Field(ge=1, le=10**6)]
 
     def null(self, rows: Tensor) -> Tensor:
         return torch.full_like(rows, self.num_classes)
@@ -48,8 +49,12 @@ class Guidance:
     1 is no guidance; where a paper writes (1 + w) eps_cond - w eps, this is 1 + w.
     """
 
-    low: float
-    high: float
+    low: Annotated[float, Field(ge=0, le=1e6)]
+    high: Annotated[float, Field(ge=0, le=1e6)]
+
+    def __post_init__(self):
+        if self.low > self.high:
+            raise ValueError(f"low should be at most high {self.high:g}")
 
     def null(self, rows: Tensor) -> Tensor:
         return torch.ones_like(rows)
@@ -70,7 +75,10 @@ def to_json(kinds: Kinds) -> dict[str, dict]:
 def from_json(described: dict[str, dict]) -> dict[str, Kind]:
     """The inverse of to_json. UserError for a kind that is not registered here."""
     says = "the model takes a condition of kind"
-    return {name: registry.from_json(each, KINDS, says, "kind") for name, each in described.items()}
+    return {
+        name: registry.from_json(each, KINDS, f"condition.{name:.80}", says, "kind")
+        for name, each in described.items()
+    }
 
 
 def take(condition: Condition | None, index: Tensor | slice) -> Condition | None:

@@ -3,8 +3,10 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
 
 from diffusion import image_folder, named_data
 from diffusion.codec import CODECS, Codec
@@ -13,18 +15,19 @@ from diffusion.console import UserError
 from diffusion.image_file import Form
 from diffusion.images import Images, InMemory, Source, some
 from diffusion.machine import CACHE
+from diffusion.typed import Sha256, Text
 
 
 @dataclass(frozen=True)
 class ImageSpec:
     """What a model knows of its images: which they are, and their shape."""
 
-    name: str
-    channels: int
-    size: int
+    name: Text
+    channels: Annotated[int, Field(ge=1, le=1024)]
+    size: Annotated[int, Field(ge=1, le=65536)]
     background: str = ""
     """The colour behind what is transparent in a folder's images."""
-    sha256: str = ""
+    sha256: Sha256 | Literal[""] = ""
     """The training images' fingerprint; none in cards from before there was one."""
 
     @property

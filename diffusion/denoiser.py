@@ -2,9 +2,10 @@
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import AfterValidator, Field
 from torch import Tensor, nn
 from tyro.conf import Suppress
 
@@ -12,6 +13,16 @@ from diffusion.circle import TO_X0, broadcast
 from diffusion.condition import Condition, Kinds, with_null
 from diffusion.console import UserError
 from diffusion.registry import rebuilt
+
+
+def _ascending(bounds: tuple[float, float]) -> tuple[float, float]:
+    if not bounds[0] < bounds[1]:
+        raise ValueError("the bounds should ascend")
+    return bounds
+
+
+Level = Annotated[float, Field(ge=-1e9, le=1e9)]
+Bounds = Annotated[tuple[Level, Level], AfterValidator(_ascending)]
 
 
 @dataclass(frozen=True)
@@ -23,7 +34,7 @@ class DenoiserConfig:
     noise. eps fails at few steps, and needs a schedule that ends before pure noise."""
     learned_variance: bool = False
     """Predict as well how much noise the random (ancestral) steps add (Nichol & Dhariwal 2021)."""
-    bounds: Suppress[tuple[float, float] | None] = None
+    bounds: Suppress[Bounds | None] = None
     """Least and greatest value of x0, which is clamped to them. teachers.ddpm --clamp sets it."""
 
     def to_json(self) -> dict:
@@ -31,7 +42,7 @@ class DenoiserConfig:
 
     @staticmethod
     def from_json(described: dict) -> "DenoiserConfig":
-        return rebuilt(DenoiserConfig, described, "the model's denoiser")
+        return rebuilt(DenoiserConfig, described, "denoiser")
 
 
 class Denoiser(nn.Module):

@@ -5,9 +5,11 @@ How its threads wait is set in `diffusion/__init__.py`, before torch is loaded.
 
 import hashlib
 import json
+import math
 import os
 import platform
 import shutil
+import tempfile
 import time
 from contextlib import suppress
 from functools import cache
@@ -21,9 +23,20 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from diffusion.checkpoint import write_atomic
-from diffusion.console import say
+from diffusion.console import UserError, say
 
-CACHE = Path(os.environ.get("FEWSTEP_CACHE", Path.home() / ".cache" / "fewstep"))
+
+def _cache() -> Path:
+    """Where the environment says, or in the home; a user without one has a place of temporaries."""
+    if place := os.environ.get("FEWSTEP_CACHE"):
+        return Path(place)
+    try:
+        return Path.home() / ".cache" / "fewstep"
+    except RuntimeError:
+        return Path(tempfile.gettempdir()) / f"fewstep-{os.getuid()}"
+
+
+CACHE = _cache()
 WORTH_IT = 0.8  # bf16 must take at most this share of fp32's time to be chosen
 PATIENCE = 3.0  # times fp32's time, beyond which one pass in bf16 says enough
 
@@ -48,6 +61,36 @@ def workers() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def free_memory() -> float:
+    """Bytes of this machine's memory that may be asked for, or of this container's."""
+    free = [math.inf]
+    with suppress(OSError, ValueError, LookupError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free += [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")]
+    with suppress(OSError, ValueError):
+        most, used = (
+            int((Path("/sys/fs/cgroup") / f"memory.{name}").read_text())
+            for name in ("max", "current")
+        )
+        free.append(most - used)
+    return min(free)
+
+
+def require_memory(flag: str, value: int, size: float) -> None:
+    """UserError where so many bytes, which an option's value takes at least, are not free."""
+    if size > (free := free_memory()):
+        raise UserError(
+            f"{flag} {value} would take {in_bytes(size)} of memory, and {in_bytes(free)} are free: "
+            f"give a lower {flag}"
+        )
+
+
+def in_bytes(size: float) -> str:
+    """Such as 3.2 GB."""
+    power = next((power for power in range(6) if abs(size) < 1000 ** (power + 1)), 6)
+    return f"{size / 1000**power:.3g} {('', 'k', 'M', 'G', 'T', 'P', 'E')[power]}B"
 
 
 def compiler() -> str | None:

@@ -1,6 +1,6 @@
 """A trained model: a denoiser and the card that says how to sample from it."""
 
-import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,10 +15,12 @@ from diffusion.condition import Condition, Guidance, Kinds
 from diffusion.console import UserError
 from diffusion.data import ImageSpec
 from diffusion.denoiser import Denoiser, DenoiserConfig
+from diffusion.dry import check_fit
 from diffusion.machine import layout, this_device
 from diffusion.networks import NetworkConfig
 from diffusion.noise import Noise
-from diffusion.plan import Plan, plan
+from diffusion.plan import MOST_GUIDANCE, Plan, plan
+from diffusion.registry import rebuilt
 from diffusion.samplers import SOLVERS, sample, solvers_for
 from diffusion.schedules import check_shift, respace, shifted
 
@@ -114,8 +116,7 @@ class Model:
     @property
     def guidance_range(self) -> tuple[float, float]:
         """The least and the greatest guidance weight; both 1 where it takes no condition."""
-        ranges = [(k.low, k.high) for k in self.kinds.values() if isinstance(k, Guidance)]
-        return next(iter(ranges), (0.0, math.inf) if self.kinds else (1.0, 1.0))
+        return _weights(self.kinds)
 
     def guided(self, plan: Plan, guidance: float | None) -> Plan:
         """The plan at that guidance weight; None leaves its own.
@@ -129,7 +130,7 @@ class Model:
             raise UserError(
                 "--guidance needs a model with classes, and this one has none: leave it out"
             )
-        if not low <= guidance <= high or guidance == math.inf:
+        if not low <= guidance <= high:
             raise UserError(f"--guidance must be from {low:g} to {high:g}, got {guidance:g}")
         return plan.guided(guidance)
 
@@ -167,26 +168,69 @@ class Model:
 
 def build(net: NetworkConfig, config: DenoiserConfig, kinds: Kinds, precision: str) -> Denoiser:
     """A new denoiser; a network's shape that a user gave is checked before."""
-    outputs = net.channels * (1 + config.learned_variance)
-    return Denoiser(net.build(outputs, kinds), precision, layout(), config, kinds)
+    network = net.build(_outputs(net, config), kinds)
+    return Denoiser(network, precision, layout(), config, kinds)
 
 
-def of_card(card: Card, precision: str) -> Denoiser:
-    """A new denoiser such as the card describes."""
+def _outputs(net: NetworkConfig, config: DenoiserConfig) -> int:
+    """Channels that the denoiser reads of its network."""
+    return net.channels * (1 + config.learned_variance)
+
+
+def of_card(card: Card, precision: str, weights: Mapping[str, Tensor] | None = None) -> Denoiser:
+    """A new denoiser such as the card describes, of random weights where none are given.
+
+    UserError for a card whose parts do not fit each other, or do not fit the weights; that is
+    noticed before the network is built.
+    """
     kinds = condition.from_json(card.condition)
     config = DenoiserConfig.from_json(card.denoiser)
-    return build(networks.from_json(card.net), config, kinds, precision)
+    net, spec = networks.from_json(card.net), rebuilt(ImageSpec, card.data, "data")
+    _check_card(card, net, codec.from_json(card.codec).shape(spec.shape), kinds)
+    if weights is not None:
+        check_fit(lambda: net.build(_outputs(net, config), kinds), weights)
+    try:
+        denoiser = build(net, config, kinds, precision)
+        if weights is not None:
+            denoiser.net.load_state_dict(weights)
+    except (RuntimeError, TypeError, ValueError, ArithmeticError, LookupError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"the weights do not fit the card's network ({reason})") from error
+    return denoiser
+
+
+def _check_card(card: Card, net: NetworkConfig, shape: tuple[int, ...], kinds: Kinds) -> None:
+    """UserError where what the card says of the network, the images or the plans is at odds."""
+    if (net.channels, net.size, net.size) != shape:
+        raise UserError(
+            f"net: expected images of shape {shape}, as its data and codec make, got "
+            f"{(net.channels, net.size, net.size)}"
+        )
+    for i, each in enumerate(card.plans):
+        if each.sampler not in SOLVERS:
+            raise UserError(
+                f"plans.{i}.sampler: expected one of {', '.join(SOLVERS)}, got {each.sampler!r:.80}"
+            )
+        if each.guidance is not None and not kinds:
+            raise UserError(f"plans.{i}.guidance: expected none of a model without conditions")
+        low, high = _weights(kinds)
+        if each.guidance not in (None, 1) and not low <= each.guidance <= high:
+            raise UserError(
+                f"plans.{i}.guidance: expected it from {low:g} to {high:g}, got {each.guidance:g}"
+            )
+
+
+def _weights(kinds: Kinds) -> tuple[float, float]:
+    """The least and the greatest guidance weight of a model with these conditions."""
+    ranges = [(kind.low, kind.high) for kind in kinds.values() if isinstance(kind, Guidance)]
+    return next(iter(ranges), (0.0, MOST_GUIDANCE) if kinds else (1.0, 1.0))
 
 
 def load(path: Path, precision: str = "fp32", device: torch.device | None = None) -> Model:
     """The model of a checkpoint or of a run's folder, for inference, on this process's device."""
     weights, card, sha256 = checkpoint.load(path)
     try:
-        denoiser = of_card(card, precision)
-        denoiser.net.load_state_dict(weights)
-    except (RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path}: the weights do not fit the card's network ({reason})") from error
+        denoiser = of_card(card, precision, weights)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     for name, value in weights.items():

@@ -1,15 +1,52 @@
 """What files of earlier versions hold, brought to today's form at the door."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any, NotRequired
 
+from pydantic import TypeAdapter, with_config
 from torch import Tensor
+from typing_extensions import TypedDict
+
+from diffusion.typed import OPEN, Count
 
 OUTPUT = ("prediction", "learned_variance", "bounds")  # once part of the network's shape
 INPUT = ("num_classes", "guidance")
 SCALE = ("mean", "std")
 
 
-def card(old: dict) -> dict:
+@with_config(OPEN)
+class Net(TypedDict, extra_items=Any):
+    """A card's network, of format 1, as far as it is moved elsewhere."""
+
+    num_classes: NotRequired[Count]
+    guidance: NotRequired[tuple[float, float] | None]
+
+
+@with_config(OPEN)
+class Data(TypedDict, extra_items=Any):
+    """A card's images, of format 1, likewise."""
+
+    mean: float
+    std: float
+
+
+@with_config(OPEN)
+class CardOfFormat1(TypedDict, extra_items=Any):
+    """A card of format 1, as far as it is rebuilt: what it becomes is checked as today's."""
+
+    method: str
+    sampler: str
+    plans: dict[str, list[float]]
+    solvers: list[str]
+    net: Net
+    data: Data
+    parent: NotRequired[str | None]
+
+
+CARD = TypeAdapter(CardOfFormat1)
+
+
+def card(old: Mapping[str, Any]) -> dict:
     """A card of format 1 as one of format 2."""
     net, data, solvers = dict(old["net"]), dict(old["data"]), old["solvers"]
     outputs = {name: net.pop(name) for name in OUTPUT if name in net}

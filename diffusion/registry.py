@@ -4,7 +4,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, fields
 from typing import Any, ClassVar, Protocol, TypeVar
 
+from pydantic import TypeAdapter
+
 from diffusion.console import UserError
+from diffusion.typed import checked
 
 
 class Entry(Protocol):
@@ -25,19 +28,25 @@ def to_json(entry: Entry, registry: Mapping[str, type], key: str = "name") -> di
 
 
 def from_json(
-    described: Mapping[str, Any], registry: Mapping[str, type[T]], says: str, key: str = "name"
+    described: Mapping[str, Any],
+    registry: Mapping[str, type[T]],
+    path: str,
+    says: str,
+    key: str = "name",
 ) -> T:
-    """The inverse of to_json. UserError, which begins with `says`, for a name that is not there."""
+    """The inverse of to_json, by the type that is registered. UserError for what does not fit it.
+
+    path: where it stands in the card. says: how a name that is not registered is spoken of.
+    """
     values = dict(described)
-    name = values.pop(key)
-    if name not in registry:
-        raise UserError(f"{says} {name!r}, expected one of {', '.join(registry)}")
-    return rebuilt(registry[name], values, f"{says} {name}, which")
+    name = values.pop(key, None)
+    if not isinstance(name, str) or name not in registry:
+        raise UserError(f"{path}.{key}: {says} {name!r:.80}, expected one of {', '.join(registry)}")
+    return rebuilt(registry[name], values, path)
 
 
-def rebuilt(kind: type[T], values: Mapping[str, Any], says: str) -> T:
-    """The dataclass of fields that were JSON. UserError, begun with `says`, for one it lacks."""
-    unknown = values.keys() - {field.name for field in fields(kind)}
-    if unknown:
-        raise UserError(f"{says} has no setting {', '.join(sorted(unknown))}")
-    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+def rebuilt(kind: type[T], values: Mapping[str, Any], path: str) -> T:
+    """The dataclass of fields that were JSON. UserError for fields that do not fit its types."""
+    if unknown := sorted(values.keys() - {each.name for each in fields(kind)}):
+        raise UserError(f"{path}.{unknown[0]:.80}: no such field is known")
+    return checked(TypeAdapter(kind), values, path, joined=".")

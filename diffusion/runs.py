@@ -140,8 +140,8 @@ def settings_before(run: Path) -> dict:
         return {}
     described = run / "state" / "settings.json"
     if (run / "model.safetensors").exists():
-        card = json.loads(metadata(run / "model.safetensors").get("card", "{}"))
-        return card.get("training", {}).get("settings", {})
+        card = metadata(run / "model.safetensors").get("card")
+        return Card.from_json(card).training.get("settings", {}) if card else {}
     return json.loads(described.read_text()) if described.exists() else {}
 
 

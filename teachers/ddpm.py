@@ -25,6 +25,7 @@ from diffusion.config import FitConfig, check
 from diffusion.console import UserError, at_least, run
 from diffusion.data import Dataset
 from diffusion.denoiser import DenoiserConfig, check_prediction
+from diffusion.dry import check_memory
 from diffusion.folders import check_claim
 from diffusion.image_file import Form
 from diffusion.machine import this_device
@@ -180,6 +181,7 @@ def train_teacher(options: Options) -> Model:
     options = replace(options, fit=settled(options.fit, out))
     dataset = load_data(options)
     codec, kinds = dataset.codec, kinds_of(options, dataset)
+    check_memory(lambda: options.net.build(options.net.channels, kinds))
     angles = SCHEDULES[options.schedule]()
     check_prediction(options.denoiser.prediction, angles)
     config = replace(options.denoiser, bounds=codec.bounds if options.clamp else None)

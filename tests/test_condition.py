@@ -183,13 +183,13 @@ def test_a_new_network_and_a_new_kind_are_entries_that_a_card_leads_back_to(
             {"net": {"name": "transformer", "channels": 1, "size": 8}},
             "'transformer', expected one of unet",
         ),
-        ({"net": {"name": "unet", "heads": 4}}, "unet, which has no setting heads"),
+        ({"net": {"name": "unet", "heads": 4}}, "net.heads: no such field"),
         (
             {"condition": {"text": {"kind": "words", "length": 9}}},
             "kind 'words', expected one of label",
         ),
         ({"condition": {"colour": {"kind": "label", "num_classes": 3}}}, "not colour"),
-        ({"denoiser": {"prediction": "v", "flow": True}}, "denoiser has no setting flow"),
+        ({"denoiser": {"prediction": "v", "flow": True}}, "denoiser.flow: no such field"),
     ],
 )  # fmt: skip
 def test_a_card_that_names_what_is_not_registered_is_one_clear_error(

@@ -44,4 +44,4 @@ def to_json(config: NetworkConfig) -> dict:
 
 def from_json(described: dict) -> NetworkConfig:
     """The inverse of to_json. UserError for a network that is not registered here."""
-    return registry.from_json(described, NETWORKS, "the model's network is")
+    return registry.from_json(described, NETWORKS, "net", "the model's network is")

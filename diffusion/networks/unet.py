@@ -6,38 +6,44 @@ the network of Dhariwal & Nichol 2021 with the order of layers of Ho et al. 2020
 
 import math
 from dataclasses import dataclass, replace
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
 from diffusion.condition import Condition, Guidance, Kinds, Label
 from diffusion.console import UserError, check_limits
+
+Multipliers = Annotated[
+    tuple[Annotated[int, Field(ge=1, le=1024)], ...], Field(min_length=1, max_length=16)
+]
 
 
 @dataclass(frozen=True)
 class UNetConfig:
     """The shape of the network, a U-Net, and of the images."""
 
-    channels: int = 1
+    channels: Annotated[int, Field(ge=1, le=1024)] = 1
     """1 for grey images, 3 for colour."""
-    size: int = 8
+    size: Annotated[int, Field(ge=1, le=65536)] = 8
     """Height and width of the images, in pixels. It must be divisible by the patch, and then by 2
     once for each level but the first."""
-    width: int = 32
+    width: Annotated[int, Field(ge=8, le=65536, multiple_of=8)] = 32
     """Channels at the finest level, a multiple of 8. Twice as many take up to four times as
     long."""
-    multipliers: tuple[int, ...] = (1, 2)
+    multipliers: Multipliers = (1, 2)
     """Channels of each level as a multiple of --width. Each level after the first halves the
     resolution."""
-    blocks: int = 2
+    blocks: Annotated[int, Field(ge=-1, le=1000)] = 2  # -1: an early network without any
     """Residual blocks per level on the way down; one more on the way up."""
-    attention: tuple[int, ...] = (4,)
+    attention: Annotated[tuple[int, ...], Field(max_length=1000)] = (4,)
     """Resolutions (heights, in patches) with self-attention, which is slow. None after --attention:
     no such layer."""
-    dropout: float = 0.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of activations that training drops at random, against learning images by heart."""
-    patch: int = 1
+    patch: Annotated[int, Field(ge=1, le=1024)] = 1
     """Side of the squares of pixels that the network takes as one. At 2 it is about four times as
     fast, and fine details are harder."""
 
@@ -47,13 +53,8 @@ class UNetConfig:
         A checkpoint's network is not checked: it was trained as it is.
         """
         check_limits(self, LIMITS)
+        self.check_levels()
         levels = len(self.multipliers)
-        coarsest = self.patch * 2 ** (levels - 1)
-        if self.size % coarsest:
-            raise UserError(
-                f"a network of {levels} levels on patches of {self.patch} needs a --size divisible "
-                f"by {coarsest}, got {self.size}"
-            )
         resolutions = [self.size // self.patch // 2**level for level in range(levels)]
         for resolution in self.attention:
             if resolution not in resolutions:
@@ -64,8 +65,19 @@ class UNetConfig:
                     "--attention"
                 )
 
+    def check_levels(self) -> None:
+        """UserError for a size that cannot be halved from level to level."""
+        levels = len(self.multipliers)
+        coarsest = self.patch * 2 ** (levels - 1)
+        if self.size % coarsest:
+            raise UserError(
+                f"a network of {levels} levels on patches of {self.patch} needs a --size divisible "
+                f"by {coarsest}, got {self.size}"
+            )
+
     def build(self, outputs: int, kinds: Kinds) -> "UNet":
         """The network, of so many output channels, that takes conditions of these kinds."""
+        self.check_levels()
         return UNet(self, outputs, kinds)
 
     def smaller(self) -> "UNetConfig":
@@ -87,9 +99,12 @@ class UNetConfig:
 LIMITS = {
     "channels": ("1 or 3", lambda n: n in (1, 3)),
     "size": ("at least 1", lambda n: n >= 1),
-    "width": ("a multiple of 8, at least 8", lambda n: n >= 8 and n % 8 == 0),
-    "multipliers": ("one or more numbers from 1", lambda m: min(m, default=0) >= 1),
-    "blocks": ("at least 0", lambda n: n >= 0),
+    "width": ("a multiple of 8, from 8 to 65536", lambda n: 8 <= n <= 65536 and n % 8 == 0),
+    "multipliers": (
+        "one to 16 numbers from 1 to 1024",
+        lambda m: 1 <= len(m) <= 16 and min(m) >= 1 and max(m) <= 1024,
+    ),
+    "blocks": ("from 0 to 1000", lambda n: 0 <= n <= 1000),
     "dropout": ("in [0, 1)", lambda share: 0 <= share < 1),
     "patch": ("at least 1", lambda n: n >= 1),
 }

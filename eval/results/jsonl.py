@@ -4,15 +4,14 @@ import json
 import re
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TypeVar
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
 from diffusion.checkpoint import write_atomic
 from diffusion.console import UserError
+from diffusion.typed import checked, parse
 from eval.results.records import FORMAT, Head, Record, Row
 
-T = TypeVar("T")
 HEAD, ROW = TypeAdapter(Head), TypeAdapter(Row)
 SHARED = {each.name for each in fields(Head)}
 
@@ -27,14 +26,14 @@ def read(path: Path) -> list[Record]:
         version = values.get("format")
         if version == 2:
             shared, row = _split(upgraded(values))
-            head = _checked(HEAD, shared, place)
+            head = checked(HEAD, shared, place)
             records.append(_record(head, row, place))
         elif version is not None:
             if version != FORMAT:
                 raise UserError(
                     f"{place}: format {version!r:.40}, expected {FORMAT}: measure again"
                 )
-            head = _checked(HEAD, values, place)
+            head = checked(HEAD, values, place)
         elif head is None:
             raise UserError(f'{place}: expected a head line, with "format": {FORMAT}, before rows')
         else:
@@ -54,7 +53,7 @@ def lines(records: list[Record]) -> str:
         place = f"the record of {record.run}, {record.sampler} in {record.steps} steps"
         shared, row = _split(_filled(record))
         # what is read has its fields in the schema's order, and so has what is written
-        shared, row = _split(_filled(_record(_checked(HEAD, shared, place), row, place)))
+        shared, row = _split(_filled(_record(checked(HEAD, shared, place), row, place)))
         made += [row] if shared == head else [shared, row]
         head = shared
     return "".join(json.dumps(line) + "\n" for line in made)
@@ -88,7 +87,7 @@ def _filled(record: Record) -> dict:
 
 def _object(line: bytes, place: str) -> dict:
     try:
-        values = json.loads(line)
+        values = parse(line)
     except ValueError as error:
         raise UserError(f"{place}: expected a JSON object, got {line[:40]!r} ({error})") from error
     if not isinstance(values, dict):
@@ -97,26 +96,12 @@ def _object(line: bytes, place: str) -> dict:
 
 
 def _record(head: Head, values: dict, place: str) -> Record:
-    row = _checked(ROW, values, place)
+    row = checked(ROW, values, place)
+    if len(row.angles) != row.steps + 1:
+        raise UserError(
+            f"{place}: angles: expected one more than the {row.steps} steps, got {len(row.angles)}"
+        )
     for name, figures in {"quality": row.quality, **row.others}.items():
         if len(figures) > len(head.seeds):
             raise UserError(f"{place}: {name}: expected one a seed, got {len(figures)}")
     return Record(**vars(head), **vars(row))
-
-
-def _checked(kind: TypeAdapter[T], values: dict, place: str) -> T:
-    """The typed value; UserError in one line: the field, what was expected, what came."""
-    try:
-        return kind.validate_json(json.dumps(values))
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False)[0]
-    field = ".".join(map(str, first["loc"])) or "the line"
-    if first["type"] == "missing":
-        fault = "expected, but missing"
-    elif first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        fault = "no such field is known"
-    else:
-        expected = re.sub(r"^(Value error, )?\w+ should", "expected it to", first["msg"])
-        came = json.dumps(first["input"])
-        fault = f"{expected}, got {came if len(came) <= 40 else came[:37] + '...'}"
-    raise UserError(f"{place}: {field}: {fault}")

@@ -11,8 +11,11 @@ from dataclasses import dataclass, field
 from statistics import mean, median, quantiles, stdev
 from typing import Annotated, Literal, NotRequired
 
-from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, with_config
+from pydantic import AfterValidator, Field, TypeAdapter, with_config
 from typing_extensions import TypedDict
+
+from diffusion.plan import SEVERAL, Angle, Weight, ascending
+from diffusion.typed import CLOSED, OPEN, Amount, Count, Positive, Sha256, Text
 
 FORMAT = 3
 LONG = 100  # steps; a teacher's own plan of more may be judged on fewer images than other rows
@@ -26,20 +29,13 @@ def _distinct(seeds: list[int]) -> list[int]:
     return seeds
 
 
-Text = Annotated[str, Field(min_length=1)]
-Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-Count = Annotated[int, Field(ge=0)]
-Positive = Annotated[int, Field(ge=1)]
-Amount = Annotated[float, Field(ge=0)]
+Figure = Annotated[float, Field(ge=-1e30, le=1e30)]
 Share = Annotated[float, Field(ge=0, le=1)]
-Seconds = Annotated[float, Field(gt=0)]
-Angle = Annotated[float, Field(ge=0, le=1.5708)]
+Seconds = Annotated[float, Field(ge=1e-12, le=1e12)]
 Date = Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d")]
-Seeds = Annotated[list[int], Field(min_length=1), AfterValidator(_distinct)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Seeds = Annotated[list[Seed], Field(min_length=1), AfterValidator(_distinct)]
 Fact = str | int | float | bool | None
-
-OPEN = ConfigDict(strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
-CLOSED = OPEN | ConfigDict(extra="forbid", validate_default=True)
 
 
 @with_config(CLOSED)
@@ -126,8 +122,10 @@ class Conditions(TypedDict, total=False, extra_items=Fact):
     """What a GPU draws."""
 
 
-Bits = Annotated[float, Field(description="Bits per dimension of held-out images.")]
-Error = Annotated[float, Field(ge=0, description="Its standard error.")]
+Bits = Annotated[
+    float, Field(ge=-1e30, le=1e30, description="Bits per dimension of held-out images.")
+]
+Error = Annotated[float, Field(ge=0, le=1e30, description="Its standard error.")]
 Likelihood = with_config(CLOSED)(
     TypedDict(
         "Likelihood",
@@ -206,9 +204,9 @@ class Head:
     """Generated images per seed."""
     seeds: Seeds
     """Seeds of the noise."""
-    floor: Annotated[list[float], Field(min_length=1)]
+    floor: Annotated[list[Figure], Field(min_length=1)]
     """The metric of as many real images, over repeated draws."""
-    held_out: dict[str, float] = field(default_factory=dict)
+    held_out: dict[str, Figure] = field(default_factory=dict)
     """The further figures of held-out real images: what a good model should come near to."""
     batch_size: Positive
     """Batch size of the table's images/s."""
@@ -239,17 +237,17 @@ class Row:
     """Steps of the sampler."""
     own_plan: bool
     """True for the checkpoint's own plan, false for a solver that needs no training."""
-    angles: Annotated[list[Angle], Field(min_length=2)]
+    angles: Annotated[list[Angle], SEVERAL, AfterValidator(ascending)]
     """Noise levels in radians, ascending from 0: one more than steps."""
-    guidance: float | None = None
+    guidance: Weight | None = None
     """The weight of classifier-free guidance; none without it."""
     note: str = ""
     """How the angles were chosen, where they are not those of the card."""
     nfe: Positive = 0
     """Network calls per image, counted; 0 before they are, which no file holds."""
-    quality: list[float] = field(default_factory=list)
+    quality: list[Figure] = field(default_factory=list)
     """The metric of each seed's images; of fewer seeds while the row is being measured."""
-    others: dict[str, list[float]] = field(default_factory=dict)
+    others: dict[str, list[Figure]] = field(default_factory=dict)
     """Further figures by name, each of each seed."""
     likelihood: Likelihood = field(default_factory=Likelihood)
     """A teacher's bits per dimension of held-out images."""

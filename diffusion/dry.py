@@ -1,0 +1,63 @@
+"""Networks built dry, on the meta device: their tensors' shapes, before any memory is asked for."""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+
+from diffusion.console import UserError
+from diffusion.machine import free_memory, in_bytes
+
+COPIES = 4  # of a network's weights that a training holds: they, their gradients, Adam's moments
+
+
+def check_fit(make: Callable[[], nn.Module], weights: Mapping[str, Tensor]) -> None:
+    """UserError where the network's tensors are not those: by name, shape and type."""
+    most = 2 * len(weights) + 100  # some networks register what they then replace
+    words = f"the card's network has more tensors than the file's {len(weights)}"
+    network = _dry(make, lambda count, size: words if count > most else "")
+    if network is None:
+        return
+    expected = network.state_dict()
+    if lacking := expected.keys() - weights.keys():
+        raise UserError(f"the card's network has {min(lacking)}, which the file does not hold")
+    for name, value in weights.items():
+        if name not in expected:
+            raise UserError(f"the file holds {name:.80}, which the card's network has not")
+        if value.shape != expected[name].shape or value.dtype != expected[name].dtype:
+            words = (f"{each.dtype} {tuple(each.shape)}" for each in (value, expected[name]))
+            raise UserError("{} is {}, but {} in the card's network".format(name, *words))
+
+
+def check_memory(make: Callable[[], nn.Module]) -> None:
+    """UserError for a network that cannot be trained in this machine's memory."""
+    free = free_memory()
+    words = f"a smaller network is needed: this one's training takes more than {in_bytes(free)}"
+    words += ", which are free; give a lower --width"
+    _dry(make, lambda count, size: words if COPIES * size > free else "")
+
+
+def _dry(make: Callable[[], nn.Module], refusal: Callable[[int, int], str]) -> nn.Module | None:
+    """The network on the meta device; None for one that must see its tensors' values to be built.
+
+    refusal: (tensors so far, their bytes so far) -> why so many are refused, as a UserError, or "".
+    """
+    count = size = 0
+
+    def add(module: nn.Module, name: str, parameter: Tensor | None) -> None:
+        nonlocal count, size
+        count, size = count + 1, size + (0 if parameter is None else parameter.nbytes)
+        if words := refusal(count, size):
+            raise UserError(words)
+
+    handle = register_module_parameter_registration_hook(add)
+    try:
+        with torch.device("meta"):
+            return make()
+    except UserError:
+        raise
+    except Exception:  # what is wrong with it is said where it is built in earnest
+        return None
+    finally:
+        handle.remove()
