@@ -5,6 +5,15 @@ Every package of the suite imports this one first, for what must be set before t
 
 import os
 
+# Where a standard stream is closed, the next file that is opened would take its number, and what a
+# library prints would be written into it.
+for number in range(3):
+    try:
+        os.fstat(number)
+    except OSError:
+        os.open(os.devnull, os.O_RDWR)  # takes the least free number, which is this one
+os.environ.pop("MPLBACKEND", None)  # no window is opened, and Jupyter's backend is not everywhere
+
 # How long an idle OpenMP thread spins before it sleeps, in turns of libgomp's loop. Its own default
 # is for minutes: where another program wants a core, each of a layer's threads then waits for the
 # one that was put aside. A user's own setting of either name stands.

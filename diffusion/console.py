@@ -1,20 +1,56 @@
 """What a user sees: progress, plain lines, and one line for a mistake."""
 
-import errno
+import os
+import re
 import sys
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import pairwise
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
 T = TypeVar("T")
 Limits = Mapping[str, tuple[str, Callable[[Any], bool]]]  # an option -> its limit in words, a test
+DEBUG = "--debug"  # with it, what escapes as an error of the system shows its traceback
+ALLOCATION = re.compile("out of memory|allocate memory|CUBLAS_STATUS_ALLOC_FAILED", re.IGNORECASE)
+
+
+class Output(Console):
+    """Text that goes to a stream which may be closed, or be a terminal of few characters."""
+
+    def on_broken_pipe(self) -> None:
+        """Nobody reads on, as after `| head`: the work goes on unseen, and is not lost."""
+        unheard(self.file)
+
+
+def unheard(stream: TextIO) -> None:
+    """What is written to the stream from now on goes nowhere."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
+
+
+def printable(text: str) -> str:
+    """The text with what is no character of a line written out: control codes, half characters."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def plain(text: str) -> str:
+    """A text from outside for a cell of rich: no control code, no markup."""
+    return escape(printable(text))
+
+
+for name in ("stdout", "stderr"):
+    if getattr(sys, name) is None:  # closed by the caller
+        setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  as long as the process
+    with suppress(AttributeError):  # a test's own stream
+        getattr(sys, name).reconfigure(errors="backslashreplace")  # such as an ASCII terminal's
+out = Output(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
+err = Output(stderr=True, highlight=False, soft_wrap=True)
 _output, _quiet = out, False
 
 
@@ -78,13 +114,32 @@ def diverted(where: bool = True) -> Generator[None]:
 
 def say(line: str) -> None:
     if not _quiet:
-        _output.print(line, markup=False)
+        _output.print(printable(line), markup=False)
+
+
+def write(text: str) -> None:
+    """A file's content to stdout, as it is."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        unheard(sys.stdout)
+
+
+@contextmanager
+def doing(work: str, standing: str) -> Generator[None]:
+    """An error that ends this is told by what was being done, and by where the work then stands."""
+    try:
+        yield
+    except (OSError, MemoryError, RuntimeError) as error:
+        error.add_note(f"{work}: {standing}")
+        raise
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call main. A user's mistake, or a full or locked disk, is one line and exit code 2."""
-    environmental = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
-    environmental |= {errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG}
+    """Call main. A user's mistake, or an error of the system, is one line and exit code 2."""
+    debug = DEBUG in sys.argv[1:]
+    sys.argv = [sys.argv[0], *(word for word in sys.argv[1:] if word != DEBUG)]
     try:
         check_arguments(sys.argv[1:])
         main()
@@ -94,15 +149,36 @@ def run(main: Callable[[], None]) -> None:
         _fail(str(stop), 128 + stop.signal)
     except KeyboardInterrupt:
         _fail("interrupted", 130)
-    except OSError as error:
-        if error.errno not in environmental:
+    except BrokenPipeError:
+        unheard(sys.stdout)
+        sys.exit(0)
+    except (OSError, MemoryError, RuntimeError) as error:
+        words = system_error(error)
+        if debug or not words:
             raise
-        where = f": {error.filename}" if error.filename else ""
-        _fail(f"{error.strerror}{where}", 2)
+        _fail(f"{words} ({DEBUG} shows where)", 2)
+    finally:
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:  # such as `--help | head`
+            unheard(sys.stdout)
+
+
+def system_error(error: OSError | MemoryError | RuntimeError) -> str:
+    """What the system refused, and by `doing` what was being done; "" for a fault of the code."""
+    if isinstance(error, OSError):
+        reason = error.strerror or str(error) or type(error).__name__
+        words = f"{reason}: {error.filename}" if error.filename else reason
+    elif isinstance(error, MemoryError) or ALLOCATION.search(str(error)):
+        words = "out of memory: give a lower --batch-size or number"
+    else:
+        return ""
+    return "; ".join([words.splitlines()[0], *getattr(error, "__notes__", [])])
 
 
 def _fail(message: str, code: int) -> None:
-    err.print(f"error: {message}" if code == 2 else message, markup=False)
+    text = printable(message)
+    err.print(f"error: {text}" if code == 2 else text, markup=False)
     sys.exit(code)
 
 
@@ -129,7 +205,7 @@ def _bar(items: Iterable[T], title: str, describe: Describe[T]) -> Iterator[T]:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=_output) as bar:
-        task = bar.add_task(title, words="", total=None)
+        task = bar.add_task(printable(title), words="", total=None)
         for item in items:
             done, total, words = describe(item)
             bar.update(task, completed=done, total=total, words=words)

@@ -72,7 +72,7 @@ def read(folder: Path, form: Form, cache: Path) -> Tensor:
     if count == total:
         raise UserError(f"none of the {total} image files in {folder} could be read{why}")
     say(
-        f"{_printable(str(folder))}: {total:,} image{'s' * (total > 1)} found, {total - count:,} "
+        f"{folder}: {total:,} image{'s' * (total > 1)} found, {total - count:,} "
         f"taken, {count:,} skipped{why}{_also(survey.passed)}"
     )
     return images
@@ -225,12 +225,7 @@ def _listed(reasons: Reasons) -> str:
             more = len(suffixes) > NAMES
         else:
             more = len(names) > NAMES
-        examples = ", ".join(map(_printable, first)) + ", ..." * more
+        examples = ", ".join(first) + ", ..." * more
         words.append(f"{len(names):,} {reason} ({examples})")
     rest = sum(len(names) for _, names in order[REASONS:])
     return ", ".join(words) + f", {rest:,} for other reasons" * bool(rest)
-
-
-def _printable(name: str) -> str:
-    """The name with what a terminal cannot show written out."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)

@@ -16,7 +16,7 @@ from torch import nn
 from diffusion import checkpoint, machine, older
 from diffusion.checkpoint import Card, metadata, remove_parts, write_atomic
 from diffusion.config import FitConfig, check, settings_of
-from diffusion.console import UserError, say, silence, track
+from diffusion.console import UserError, doing, say, silence, track
 from diffusion.data import Dataset
 from diffusion.denoiser import Denoiser
 from diffusion.folders import check_claim, claim, is_ours
@@ -71,7 +71,8 @@ def train_model(
     preview = Preview(run, card)
     lines = fit(method, dataset, config, state, preview=preview)
     progress = _logged(with_warning(lines, config, advice), run / "log.jsonl")
-    *_, last = track(progress, str(run), _describe)
+    with doing(f"training {run}", "the last save is kept, and the same command goes on from it"):
+        *_, last = track(progress, str(run), _describe)
     images = config.iterations * config.batch_size
     training = {
         "settings": settings,

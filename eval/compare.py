@@ -16,7 +16,7 @@ from diffusion import data as datasets
 from diffusion import machine
 from diffusion.checkpoint import write_atomic
 from diffusion.config import check_compiler
-from diffusion.console import UserError, at_least, diverted, run, say, silence
+from diffusion.console import UserError, at_least, diverted, doing, run, say, silence
 from diffusion.folders import check_claim, claim
 from diffusion.model import Model, load, require_same_images, this_device
 from diffusion.noise import check_seed
@@ -138,7 +138,8 @@ def compare(options: Options) -> list[Record]:
         planned += searched(options, planned, bench)
         if first_process:
             claim(folder, "comparison")
-        measured, refused = measure_rows(bench, planned, store)
+        with doing(f"measuring for {folder}", "all rows so far are kept; the same command goes on"):
+            measured, refused = measure_rows(bench, planned, store)
         train = bench.judge.dataset.train
         store.put(images={"real": train[:SHOWN]})
         if first_process:

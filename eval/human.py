@@ -14,7 +14,6 @@ import torch
 import tyro
 from PIL import Image
 from rich import box
-from rich.markup import escape
 from rich.table import Table
 from scipy.stats import binomtest
 from torch import Tensor
@@ -22,7 +21,7 @@ from torch import Tensor
 from diffusion import checkpoint, model
 from diffusion import data as datasets
 from diffusion.checkpoint import write_atomic
-from diffusion.console import UserError, at_least, out, run, say
+from diffusion.console import UserError, at_least, out, plain, run, say
 from diffusion.folders import check_file
 from diffusion.image_file import Form, reason
 from diffusion.images import some
@@ -276,7 +275,7 @@ def _cells(name: str, each: Tally) -> tuple[str, ...]:
     rate = f"{each.wins / each.decided:.1%}" if each.decided else "-"
     chose = f"{each.wins} of {each.decided}"
     between = f"{low:.1%} to {high:.1%}"
-    return escape(name), escape(question), rate, between, chose, str(each.neither)
+    return plain(name), plain(question), rate, between, chose, str(each.neither)
 
 
 def main() -> None:

@@ -9,18 +9,17 @@ from statistics import mean, stdev
 from typing import Literal
 
 import tyro
-from rich.markup import escape
 from rich.table import Table
 from scipy.stats import kendalltau
 
 from diffusion.checkpoint import write_atomic
-from diffusion.console import UserError, diverted, out, run, say
+from diffusion.console import UserError, diverted, out, plain, printable, run, say, write
 from eval.report import latest, left_out
 from eval.results import jsonl, together
 from eval.results.records import Record
 from eval.show.lines import lines
 from eval.show.pictures import CALLS, Point, chart
-from eval.show.table import markdown_table
+from eval.show.table import literal, markdown_table
 
 
 @dataclass(frozen=True)
@@ -182,7 +181,7 @@ def summarise(options: Options) -> list[Pool]:
         *in_words(ranked),
     ]
     folder, (heads, body), name = options.results[0].parent, matrix(pooled), first.metric
-    text = "\n\n".join([markdown_table(heads, body).rstrip(), *notes]) + "\n"
+    text = "\n\n".join([markdown_table(heads, body).rstrip(), *map(literal, notes)]) + "\n"
     figures = {"pools": [asdict(p) for p in pooled], "rankings": [asdict(r) for r in ranked]}
     points = [Point(p.method, not p.own_plan, p.nfe, p.mean(name), p.spread(name)) for p in pooled]
     write_atomic(folder / "methods.md", text)
@@ -190,8 +189,8 @@ def summarise(options: Options) -> list[Pool]:
     write_atomic(folder / "methods.png", chart(points, first, CALLS).file("png"))
     show: dict[str, Callable[[], None]] = {
         "rich": lambda: _rich(heads, body, notes),
-        "markdown": lambda: print(text, end=""),
-        "json": lambda: print(json.dumps(figures)),
+        "markdown": lambda: write(text),
+        "json": lambda: write(json.dumps(figures) + "\n"),
     }
     show[options.table]()
     say(f"{folder}: methods.md, methods.json, methods.png")
@@ -201,12 +200,12 @@ def summarise(options: Options) -> list[Pool]:
 def _rich(heads: tuple[str, ...], body: list[tuple[str, ...]], notes: list[str]) -> None:
     table = Table()
     for i, head in enumerate(heads):
-        table.add_column(escape(head), justify="right" if i else "left")
+        table.add_column(plain(head), justify="right" if i else "left")
     for row in body:
-        table.add_row(*map(escape, row))
+        table.add_row(*map(plain, row))
     out.print(table)
     for note in notes:
-        out.print(note, highlight=False, markup=False)
+        out.print(printable(note), highlight=False, markup=False)
 
 
 def main() -> None:

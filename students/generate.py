@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import zipfile
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from torch import Tensor
 from diffusion import machine
 from diffusion.checkpoint import write_atomic
 from diffusion.condition import Label, take
-from diffusion.console import UserError, at_least, run, say, track
+from diffusion.console import UserError, at_least, doing, run, say, track
 from diffusion.folders import (
     MARK,
     SIGN,
@@ -232,15 +233,17 @@ def main() -> None:
     options = tyro.cli(Options, prog="python -m students.generate", config=config)
     at_least(1, options, "num", "batch_size")
     check_seed(options.seed)
-    if options.out.suffix not in WRITERS:
+    suffix = re.sub(r"^\.\d+$", "", options.out.suffix)  # run_v1.5 is a folder's name
+    if suffix not in WRITERS:
         raise UserError(f"--out must be a .png or .npz file or a folder, got {options.out}")
-    if options.out.suffix:
+    if suffix:
         check_file(options.out)
     else:
         pictures_before(options.out)
     model = load(options.checkpoint, machine.precision(options.precision))
     plan = plan_of(model, options)
-    WRITERS[options.out.suffix](options.out, model, options)
+    with doing(f"making {options.num} images", f"{options.out} is as it was"):
+        WRITERS[suffix](options.out, model, options)
     steps = f"{plan.num_steps} steps"
     if model.calls_per_step(plan) == 2:
         steps += " of 2 network calls"

@@ -14,10 +14,11 @@ def sha256(text: str) -> str:
 
 def record(method="teacher", nfe=8, score=4.0, seconds=0.1, **changes) -> Record:
     """A row: a teacher's own, unless it is given a parent or own_plan=False."""
+    steps = changes.get("steps", nfe)
     settings = {
         "run": f"runs/{method}/{nfe}", "method": method, "sha256": sha256(f"{method}-{nfe}"),
         "parent": None, "sampler": "ddim", "steps": nfe, "own_plan": True, "nfe": nfe,
-        "angles": [1.5 * i / nfe for i in range(nfe + 1)], "parameters": 300_000,
+        "angles": [1.5 * i / steps for i in range(steps + 1)], "parameters": 300_000,
         "training": {"iterations": 4321, "images": 276_544, "seconds": 98.6},
         "data": {"name": "digits", "split": "train", "images": 1438, "sha256": DIGITS},
         "metric": "fd-cnn-digits-0123abcd",

@@ -56,7 +56,7 @@ def parsed_markdown(text: str) -> list[list[list[str]]]:
             if not previous.startswith("|"):
                 tables.append([])
             cells = re.split(r"(?<!\\)\|", line)[1:-1]
-            tables[-1].append([cell.strip().replace(r"\|", "|") for cell in cells])
+            tables[-1].append([re.sub(r"\\(.)", r"\1", cell.strip()) for cell in cells])
         previous = line
     return [[head, *rows] for head, _, *rows in tables]
 

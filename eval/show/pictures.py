@@ -14,12 +14,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 from torch import Tensor
 
+from diffusion.console import printable
 from diffusion.pictures import grid
 from eval.measure import sets
 from eval.results.records import Record
 from eval.results.together import fullest
 from eval.show.lines import Line
 
+matplotlib.rcdefaults()  # a user's file may ask for LaTeX, or for letters that cannot be read
 CALLS, MILLISECONDS = "network calls per image (NFE)", "ms per image at batch 1"
 COLOURS = [matplotlib.colormaps["tab20"](i) for i in (*range(0, 20, 2), *range(1, 20, 2))]
 MARKERS = "osD^vP*X<>hd"
@@ -174,8 +176,8 @@ def label(line: Line) -> str:
 
 
 def _literal(text: str) -> str:
-    """As it is: a name between two dollars is no formula."""
-    return text.replace("$", r"\$")
+    """As it is: a name between two dollars is no formula, and what no font has is written out."""
+    return printable(text).replace("$", r"\$")
 
 
 def _strips(strips: list[tuple[str, Tensor]], words: str) -> Picture:

@@ -2,16 +2,16 @@
 
 import csv
 import io
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from rich import box
 from rich.console import Group, RenderableType
-from rich.markup import escape
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from diffusion.console import out
+from diffusion.console import out, plain, printable, write
 from eval.measure import quality
 from eval.results import jsonl, together
 from eval.results.records import Record
@@ -182,11 +182,11 @@ def terminal(comparison: Comparison) -> Group:
             )
             for i in some:
                 justify = "right" if i else "left"
-                block.add_column(escape(table.heads[i]), justify=justify, overflow="fold")
+                block.add_column(plain(table.heads[i]), justify=justify, overflow="fold")
             for row in table.cells:
-                block.add_row(*(escape(row[i]) for i in some))
+                block.add_row(*(plain(row[i]) for i in some))
             parts.append(block)
-        parts += [Text(table.caption, "italic"), ""]
+        parts += [Text(printable(table.caption), "italic"), ""]
     return Group(*parts)
 
 
@@ -202,15 +202,22 @@ def _blocks(table: Table, width: int) -> list[list[int]]:
     return blocks
 
 
+def literal(text: str) -> str:
+    """A text as Markdown that shows it: no tag, no link, no emphasis, no formula."""
+    return re.sub(r"[\\`*\[\]<>|$~&]|(?<!\w)_|_(?!\w)", r"\\\g<0>", printable(text))
+
+
 def markdown_table(heads: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     rule = ("---", *["--:"] * (len(heads) - 1))
-    cells = (" | ".join(cell.replace("|", r"\|") for cell in row) for row in (heads, rule, *rows))
+    texts = [[literal(cell) for cell in row] for row in (heads, *rows)]
+    cells = (" | ".join(row) for row in (texts[0], rule, *texts[1:]))
     return "".join(f"| {line} |\n" for line in cells)
 
 
 def markdown(comparison: Comparison) -> str:
     return "\n".join(
-        f"**{table.title}**\n\n{markdown_table(table.heads, table.cells)}\n{table.caption}\n"
+        f"**{table.title}**\n\n{markdown_table(table.heads, table.cells)}\n"
+        f"{literal(table.caption)}\n"
         for table in tables(comparison)
     )
 
@@ -274,6 +281,6 @@ def show(form: str, comparison: Comparison) -> None:
     """Print the tables to stdout, in one of FORMATS."""
     made = FORMATS[form](comparison)
     if isinstance(made, str):
-        print(made, end="")
+        write(made)
     else:
         out.print(made)
