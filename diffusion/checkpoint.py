@@ -99,10 +99,21 @@ def weights_sha256(tensors: dict[str, Tensor]) -> str:
 
 
 @with_config(OPEN)
+class Settings(TypedDict, total=False, extra_items=Any):
+    """A training's settings, as far as a resumed run reads them one by one."""
+
+    iterations: Count
+    warmup: Count
+    minutes: float | None
+    precision: Text
+    images: dict[str, Any]
+
+
+@with_config(OPEN)
 class Training(TypedDict, total=False, extra_items=Any):
     """What a card says of a training; a method may say more."""
 
-    settings: dict[str, Any]
+    settings: Settings
     iterations: Count
     images: Count
     total_images: Count

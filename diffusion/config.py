@@ -4,7 +4,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from diffusion.console import Limits, UserError, check_limits
+from diffusion.console import Limits, UserError, check_limits, count
 from diffusion.machine import compiler
 from diffusion.noise import check_seed
 
@@ -59,14 +59,14 @@ class FitConfig:
 
 
 LIMITS: Limits = {
-    "minutes": ("above 0", lambda minutes: minutes is None or 0 < minutes < math.inf),
-    "iterations": ("at least 1", lambda n: n >= 1),
-    "batch_size": ("at least 1", lambda n: n >= 1),
-    "log_every": ("at least 1", lambda n: n >= 1),
+    "minutes": ("above 0, at most 1e6", lambda minutes: minutes is None or 0 < minutes <= 1e6),
+    "iterations": count(1, 10**12),
+    "batch_size": count(1),
+    "log_every": count(1, 10**12),
     "save_every": ("at least 0", lambda seconds: seconds >= 0),
-    "learning_rate": ("above 0 and finite", lambda rate: 0 < rate < math.inf),
-    "warmup": ("at least 0", lambda n: n >= 0),
-    "weight_decay": ("at least 0 and finite", lambda decay: 0 <= decay < math.inf),
+    "learning_rate": ("above 0, at most 1000", lambda rate: 0 < rate <= 1000),
+    "warmup": count(0, 10**12),
+    "weight_decay": ("at least 0, at most 1000", lambda decay: 0 <= decay <= 1000),
     "clip": ("above 0", lambda norm: norm > 0),
     "ema": ("in [0, 1)", lambda decay: 0 <= decay < 1),
     "label_dropout": ("in [0, 1]", lambda share: 0 <= share <= 1),

@@ -58,13 +58,22 @@ class UserError(Exception):
     """A user's mistake. The message names what was expected, what came, and the mend."""
 
 
-def at_least(least: int, options: object, *names: str) -> None:
-    """UserError for an option of these names, a number or several, that is below it."""
+MOST = 10**9  # of anything that is counted, where nothing says less
+
+
+def count(least: int, most: int = MOST) -> tuple[str, Callable[[Any], bool]]:
+    """The limit of a number, or of several, from least to most; None, for one left out, is fine."""
 
     def holds(value: Any) -> bool:
-        return min(value if isinstance(value, tuple) else (value,), default=least) >= least
+        values = value if isinstance(value, tuple) else (value,)
+        return all(each is None or least <= each <= most for each in values)
 
-    check_limits(options, dict.fromkeys(names, (f"at least {least}", holds)))
+    return f"at least {least} and at most {most}", holds
+
+
+def at_least(least: int, options: object, *names: str, most: int = MOST) -> None:
+    """UserError for an option of these names, a number or several, that is below or above."""
+    check_limits(options, dict.fromkeys(names, count(least, most)))
 
 
 def check_limits(options: object, limits: Limits) -> None:

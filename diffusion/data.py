@@ -11,7 +11,7 @@ from pydantic import Field
 from diffusion import image_folder, named_data
 from diffusion.codec import CODECS, Codec
 from diffusion.condition import Kinds, Label
-from diffusion.console import UserError
+from diffusion.console import UserError, printable
 from diffusion.image_file import Form
 from diffusion.images import Images, InMemory, Source, some
 from diffusion.machine import CACHE
@@ -118,6 +118,10 @@ def at_hand(name: str) -> str:
 
 def _folder(folder: Path, form: Form, codec: str) -> Dataset:
     """All images below it; every tenth is held out where there are at least 100."""
+    if printable(str(folder.resolve())) != str(folder.resolve()):
+        raise UserError(
+            f"the name of {folder} has characters that no card can hold: rename the folder"
+        )
     images = image_folder.read(folder, form, CACHE / "images")
     held_out = (torch.arange(len(images)) % 10 == 9) & (len(images) >= 100)
     source = Source(InMemory(images[~held_out]), InMemory(images[held_out]), {})

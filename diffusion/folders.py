@@ -4,9 +4,14 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, TypeAdapter, with_config
+from typing_extensions import TypedDict
 
 from diffusion.checkpoint import metadata, require_folder, write_atomic
-from diffusion.console import UserError
+from diffusion.console import MOST, UserError
+from diffusion.typed import OPEN, parse
 
 MARK = ".fewstep"  # a file that every folder of the suite's holds
 WORDS = "A command of fewstep made this folder and may replace the files that it wrote here."
@@ -14,6 +19,17 @@ WORDS = "A command of fewstep made this folder and may replace the files that it
 KINDS = {"run": "a training run", "comparison": "a comparison", "pictures": "generated pictures"}
 IGNORED = {".DS_Store", "Thumbs.db", "desktop.ini"}  # file managers leave these in any folder
 SIGN = "made by fewstep"  # what a single file of the suite's says near its beginning or its end
+
+
+@with_config(OPEN)
+class Mark(TypedDict, total=False):
+    """What a folder's mark says."""
+
+    kind: str
+    pictures: Annotated[int, Field(ge=0, le=MOST)]
+
+
+MARKS = TypeAdapter(Mark)
 
 
 def is_ours(folder: Path) -> bool:
@@ -65,13 +81,12 @@ def write_mark(folder: Path, kind: str, pictures: int = 0) -> None:
     write_atomic(folder / MARK, json.dumps(mark) + "\n")
 
 
-def read_mark(folder: Path) -> dict:
+def read_mark(folder: Path) -> Mark:
     """The mark's fields; none where it was put there by hand, or there is no mark."""
     try:
-        mark = json.loads((folder / MARK).read_bytes())
+        return MARKS.validate_json((folder / MARK).read_bytes())
     except (OSError, ValueError):
         return {}
-    return mark if isinstance(mark, dict) else {}
 
 
 def strangers(folder: Path, names: set[str]) -> list[str]:
@@ -155,7 +170,7 @@ BEFORE_MARKS = (
 def _holds(text: str | bytes | None, *names: str) -> bool:
     """Whether it is a JSON object with these fields."""
     try:
-        fields = json.loads(text or "null")
+        fields = parse(text or "null")
     except ValueError:
         return False
     return isinstance(fields, dict) and {*names} <= fields.keys()

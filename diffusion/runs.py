@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -25,6 +26,7 @@ from diffusion.model import Model, load
 from diffusion.pace import in_minutes, with_warning
 from diffusion.pictures import save_grid
 from diffusion.training import Method, Progress, fit
+from diffusion.typed import parse
 
 
 def train_model(
@@ -52,6 +54,8 @@ def train_model(
     if "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:  # accelerate launch --cpu
         say("accelerate launch --cpu starts one process; --multi_gpu starts several, CPUs or GPUs")
     settings = settings_of_run(card, dataset, config)
+    size = config.batch_size * math.prod(dataset.spec.shape) / processes.num_processes
+    machine.require_memory("--batch-size", config.batch_size, 16 * size)  # x0, eps, x_t, prediction
     finished = run / "model.safetensors"
     if finished.exists():
         model = load(run, config.precision)
@@ -243,9 +247,9 @@ def _logged(lines: Iterator[Progress], path: Path) -> Iterator[Progress]:
 
 
 def _lines_before(path: Path, iteration: int) -> Iterator[str]:
-    for line in path.read_text().splitlines(keepends=True) if path.exists() else []:
+    for line in path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []:
         try:
-            if line.endswith("\n") and json.loads(line)["iteration"] < iteration:
+            if line.endswith("\n") and parse(line)["iteration"] < iteration:
                 yield line
-        except (ValueError, KeyError):  # cut short by a kill
+        except (ValueError, LookupError, TypeError):  # cut short by a kill
             continue

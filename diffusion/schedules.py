@@ -150,8 +150,8 @@ def shifted(angles: Tensor, shift: float) -> Tensor:
 
 
 def check_shift(shift: float) -> None:
-    if not 0 < shift < math.inf:
-        raise UserError(f"--shift must be above 0, got {shift:g}")
+    if not 0 < shift <= 1e6:
+        raise UserError(f"--shift must be above 0 and at most 1e6, got {shift:g}")
 
 
 def truncated(angles: Tensor, num_steps: int, stop: float = 0.2) -> Tensor:

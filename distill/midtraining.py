@@ -15,7 +15,7 @@ from diffusion.circle import x0_loss
 from diffusion.condition import Condition, take
 from diffusion.console import at_least, run
 from diffusion.model import Model
-from diffusion.plan import plan
+from diffusion.plan import MOST_STEPS, plan
 from diffusion.runs import train_model
 from diffusion.samplers import sample
 from diffusion.schedules import even, respace
@@ -89,7 +89,7 @@ def trajectory(
 
 def distill(options: Options) -> Model:
     """The mid-trained student of these options: loaded where it is finished, else trained."""
-    at_least(2, options, "solver_steps")
+    at_least(2, options, "solver_steps", most=MOST_STEPS)
     options, teacher, dataset, out = begin(options, "midtraining")
     angles = even(teacher.schedule, options.solver_steps, teacher.card.shift)
     card = Card(

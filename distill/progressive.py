@@ -196,13 +196,13 @@ def budgets(
     given, last = options.round_iterations, options.last_rounds
     if given and options.fit.minutes:
         raise UserError("--round-iterations says how long each round takes: leave --minutes out")
-    if given and (len(given) != len(counts) or min(given) < 1):
+    if given and (len(given) != len(counts) or not 1 <= min(given) <= max(given) <= 10**12):
         raise UserError(
-            f"--round-iterations must be a number of at least 1 for each of the {len(counts)} "
+            f"--round-iterations must be a number from 1 to 10^12 for each of the {len(counts)} "
             f"rounds, to {' '.join(map(str, counts))} steps, got {' '.join(map(str, given))}"
         )
-    if last is not None and last <= 0:
-        raise UserError(f"--last-rounds must be above 0, got {last:g}")
+    if last is not None and not 0 < last <= 1000:
+        raise UserError(f"--last-rounds must be above 0 and at most 1000, got {last:g}")
     shares = {num_steps: (last or 2.5) if num_steps <= 2 else 1.0 for num_steps in counts}
     if usual and last is None and set(counts) <= set(usual):
         shares = usual

@@ -1,6 +1,5 @@
 """What the modes of distill.consistency share: their common options, and a student's training."""
 
-import math
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import asdict, dataclass
@@ -11,11 +10,11 @@ from torch import Tensor
 
 from diffusion.checkpoint import Card
 from diffusion.config import FitConfig
-from diffusion.console import UserError, check_limits
+from diffusion.console import UserError, check_limits, count
 from diffusion.denoiser import Denoiser
 from diffusion.model import Model, load, of_card
 from diffusion.noise import seed32
-from diffusion.plan import plan
+from diffusion.plan import MOST_STEPS, plan
 from diffusion.registry import Entry
 from diffusion.runs import train_model
 from diffusion.schedules import even
@@ -49,11 +48,11 @@ class ConsistencyOptions(StudentOptions):
 
 
 LIMITS = {
-    "num_angles": ("at least 2", lambda n: n >= 2),
+    "num_angles": count(2, 10 * MOST_STEPS),
     "target_ema": ("in [0, 1)", lambda decay: 0 <= decay < 1),
-    "segments": ("at least 1", lambda n: n >= 1),
-    "stages": ("at least 1", lambda n: n >= 1),
-    "frechet": ("at least 0", lambda weight: 0 <= weight < math.inf),
+    "segments": count(1, MOST_STEPS),
+    "stages": count(1, 100),
+    "frechet": ("at least 0, at most 1e6", lambda weight: 0 <= weight <= 1e6),
     "tangent_warmup": ("in [0, 1]", lambda share: 0 <= share <= 1),
 }
 

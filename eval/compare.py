@@ -20,6 +20,7 @@ from diffusion.console import UserError, at_least, diverted, doing, run, say, si
 from diffusion.folders import check_claim, claim
 from diffusion.model import Model, load, require_same_images, this_device
 from diffusion.noise import check_seed
+from diffusion.plan import MOST_STEPS
 from diffusion.plan import plan as plan_of
 from diffusion.samplers import SOLVERS
 from diffusion.schedules import check_shift
@@ -93,8 +94,12 @@ class Options:
     """Images that a network makes at a time, for quality and for images/s."""
     features: str | None = None
     """The features that quality is measured on: classifier (one of the data, trained once), random
-    (an untrained network), inception (fid), or your own network, a TorchScript .pt or torch.export
-    .pt2 file. If left out: classifier for digits and fashion-mnist, else inception."""
+    (an untrained network), inception (fid), or your own network: an .onnx file, your own function
+    as module:PACKAGE.MODULE:FUNCTION, or with --trust a TorchScript .pt or torch.export .pt2 file.
+    If left out: classifier for digits and fashion-mnist, else inception."""
+    trust: bool = False
+    """Load a .pt or .pt2 file of --features. Such a file can run any code of its maker on this
+    machine, as a program can: trust one only if you made it or know who did."""
     inception: Path | None = None
     """Where clean-fid's weights are: the file inception-2015-12-05.pt or its folder. If left out:
     the cache, or downloaded to it."""
@@ -160,9 +165,10 @@ def check(options: Options) -> None:
     check_compiler(options.compile)
     for shift in options.shifts:
         check_shift(shift)
-    at_least(1, options, "batch_size")
-    at_least(2, options, "search_steps")
-    if options.likelihood < 0 or options.likelihood == 1:
+    at_least(1, options, "batch_size", "num_images", "long_images")
+    at_least(2, options, "search_steps", most=MOST_STEPS)
+    at_least(0, options, "likelihood")
+    if options.likelihood == 1:
         raise UserError(f"--likelihood must be 0 or at least 2, got {options.likelihood}")
     if unknown := [name for name in options.solvers if name not in SOLVERS]:
         raise UserError(f"--solvers must be of {', '.join(SOLVERS)}, got {unknown[0]}")
@@ -232,7 +238,7 @@ def prepare(options: Options, model: Model) -> Bench:
             raise UserError(
                 f"{spec.name} has {len(dataset.train)} image: expected 2 or more to judge by"
             )
-        main = extractor(choice, real, device, options.inception)
+        main = extractor(choice, real, device, options.inception, trust=options.trust)
         num_images, long_images = sizes(options, main.dim)
         judge = Judge.of(real, main, extractor("random", real, device), device)
     return Bench(
@@ -259,6 +265,8 @@ def sizes(options: Options, dim: int) -> tuple[int, int]:
                 f"--{flag}-images must be more than the {dim} dimensions of the features, "
                 f"got {number}"
             )
+    # the features of as many real images, for the floor
+    machine.require_memory("--num-images", options.num_images, 8 * dim * options.num_images)
     if options.long_images is None:
         batches = -(-max(LONG_IMAGES, dim + 1) // options.batch_size)
         return options.num_images, min(options.num_images, batches * options.batch_size)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import random
 import zipfile
 import zlib
@@ -23,10 +24,12 @@ from diffusion import data as datasets
 from diffusion.checkpoint import write_atomic
 from diffusion.console import UserError, at_least, out, plain, run, say
 from diffusion.folders import check_file
-from diffusion.image_file import Form, reason
+from diffusion.image_file import MOST_PIXELS, Form, kinds, reason, unlimited
 from diffusion.images import some
+from diffusion.machine import free_memory, in_bytes, require_memory
 from diffusion.noise import check_seed, seed32
 from diffusion.pictures import png
+from diffusion.typed import parse
 from eval.show import page
 from students import generate
 
@@ -112,7 +115,9 @@ def images_of(source: str, options: Make, shape: tuple | None) -> Tensor:
     else:
         path, steps = _checkpoint(source)
         made = generate.Options(path, options.pairs, steps, seed=options.seed)
-        images = torch.cat(list(generate.generate(model.load(path), made)))
+        loaded = model.load(path)
+        require_memory("--pairs", options.pairs, options.pairs * math.prod(loaded.spec.shape))
+        images = torch.cat(list(generate.generate(loaded, made)))
     if len(images) < options.pairs:
         raise UserError(
             f"{source} holds {len(images)} images, fewer than --pairs {options.pairs}: ask for "
@@ -146,8 +151,15 @@ def _shuffled(images: Tensor, seed: int) -> Tensor:
 
 def _npz(path: Path) -> Tensor:
     try:
+        with zipfile.ZipFile(path) as archive:
+            size = max((info.file_size for info in archive.infolist()), default=0)
+        if 2 * size > free_memory():
+            raise UserError(f"{path}: unpacked it has {in_bytes(size)}, for which memory is short")
         images = np.load(path, allow_pickle=False)["images"]
-    except (OSError, ValueError, LookupError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except (
+        OSError, ValueError, LookupError, EOFError, MemoryError, NotImplementedError, RuntimeError,
+        SyntaxError, zipfile.BadZipFile, zlib.error,
+    ) as error:  # fmt: skip
         raise UserError(f"{path}: expected an .npz file with `images` ({error})") from error
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
         raise UserError(
@@ -160,7 +172,9 @@ def _folder(path: Path) -> Tensor:
     images = []
     for file in sorted(filter(Path.is_file, path.glob("*.png"))):
         try:
-            with Image.open(file) as image:
+            with unlimited(), Image.open(file, formats=kinds()[0]) as image:
+                if image.width * image.height > MOST_PIXELS:
+                    raise Image.DecompressionBombError
                 images.append(np.asarray(image.convert("RGB")))
         except Exception as error:  # decoders raise anything
             raise UserError(f"{file} cannot be read: it is {reason(error)}") from error
@@ -223,7 +237,7 @@ def make(options: Make) -> None:
 def tally(path: Path) -> Tally:
     """The judgements of one file: wins are A's, or the generated images' against real ones."""
     try:
-        results = json.loads(path.read_text())
+        results = parse(path.read_bytes())
         if results["format"] != FORMAT:
             raise ValueError(f"format {results['format']!r}, expected {FORMAT!r}")
         a, b, session = (str(results[name]) for name in ("a", "b", "session"))

@@ -1,6 +1,7 @@
 """Make images with any checkpoint: `python -m students.generate CHECKPOINT --num 64`."""
 
 import io
+import math
 import os
 import re
 import zipfile
@@ -33,7 +34,7 @@ from diffusion.folders import (
 from diffusion.model import Model, load
 from diffusion.noise import check_seed
 from diffusion.pictures import png, save_grid
-from diffusion.plan import Plan
+from diffusion.plan import MOST_STEPS, Plan
 from diffusion.samplers import SOLVERS
 
 
@@ -225,6 +226,7 @@ def write_grid(path: Path, model: Model, options: Options) -> None:
     save_grid(path, torch.cat([images for _, images in _tracked(model, options)]))
 
 
+COPIES = 32  # bytes that a batch takes at least for each number: noise in float64, x_t, x0
 WRITERS = {".png": write_grid, ".npz": write_npz, "": write_folder}
 
 
@@ -232,6 +234,7 @@ def main() -> None:
     config = (tyro.conf.OmitArgPrefixes,)
     options = tyro.cli(Options, prog="python -m students.generate", config=config)
     at_least(1, options, "num", "batch_size")
+    at_least(1, options, "steps", most=MOST_STEPS)
     check_seed(options.seed)
     suffix = re.sub(r"^\.\d+$", "", options.out.suffix)  # run_v1.5 is a folder's name
     if suffix not in WRITERS:
@@ -242,6 +245,11 @@ def main() -> None:
         pictures_before(options.out)
     model = load(options.checkpoint, machine.precision(options.precision))
     plan = plan_of(model, options)
+    pixels = math.prod(model.spec.shape)
+    # a folder's pictures go to the disk batch by batch, of which only the numbers are held
+    machine.require_memory("--num", options.num, options.num * (3 * pixels if suffix else 8))
+    batch = min(options.batch_size, options.num)
+    machine.require_memory("--batch-size", batch, batch * COPIES * math.prod(model.shape))
     with doing(f"making {options.num} images", f"{options.out} is as it was"):
         WRITERS[suffix](options.out, model, options)
     steps = f"{plan.num_steps} steps"

@@ -154,6 +154,11 @@ def load_data(options: Options) -> Dataset:
             f"{spec.name} images have {channels} channels and size {size}, but --channels is "
             f"{net.channels} and --size is {net.size}: leave both out"
         )
+    if options.num_classes and not dataset.num_classes:
+        raise UserError(
+            f"--num-classes {options.num_classes} needs images with labels, and {spec.name} has "
+            "none: leave it out"
+        )
     if options.num_classes not in (0, dataset.num_classes):
         raise UserError(
             f"--num-classes must be 0 or {dataset.num_classes} for {spec.name}, got "

@@ -1,5 +1,6 @@
 """Extractors by name or by file: each does what it says, under a name that says what was used."""
 
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -59,7 +60,7 @@ def test_a_network_of_ones_own_gives_its_features_under_its_files_sha256(digits,
     torch.manual_seed(0)
     module = Small().eval()
     path = save(module, tmp_path / {script: "my net.pt", export: "my net.pt2"}[save])
-    network = extractor(str(path), digits, CPU)
+    network = extractor(str(path), digits, CPU, trust=True)
     assert network.sha256 == file_sha256(path)
     assert network.name == f"fd-my-net-digits-{network.sha256[:8]}"
     assert network.dim == 5
@@ -68,6 +69,101 @@ def test_a_network_of_ones_own_gives_its_features_under_its_files_sha256(digits,
             images = digits.train[:count]
             expected = module(digits.train[: max(2, count)])[:count]
             torch.testing.assert_close(network.extract(images), expected)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".pt2"])
+def test_a_file_that_can_run_code_is_not_opened_unless_it_is_trusted(
+    digits, tmp_path, suffix, monkeypatch
+):
+    path = tmp_path / f"net{suffix}"
+    path.write_text("whatever it may do")
+    monkeypatch.setattr(custom, "LOADERS", {".pt": None, ".pt2": None})
+    with pytest.raises(UserError, match=r"can run code .*\.onnx .*module:.*--trust"):
+        extractor(str(path), digits, CPU)
+
+
+def write_onnx(module: Small, path: Path) -> Path:
+    """The same network as an ONNX file, node by node."""
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    from onnx import TensorProto, helper, numpy_helper
+
+    weight, bias = (p.detach().numpy() for p in module.project.parameters())
+    values = {"weight": weight.T.copy() / 255, "bias": bias}
+    graph = helper.make_graph(
+        [
+            helper.make_node("Cast", ["images"], ["floats"], to=TensorProto.FLOAT),
+            helper.make_node("Flatten", ["floats"], ["rows"]),
+            helper.make_node("Gemm", ["rows", "weight", "bias"], ["features"]),
+        ],
+        "small",
+        [helper.make_tensor_value_info("images", TensorProto.UINT8, ["B", 1, 8, 8])],
+        [helper.make_tensor_value_info("features", TensorProto.FLOAT, ["B", 5])],
+        [numpy_helper.from_array(value, name) for name, value in values.items()],
+    )
+    opset = helper.make_opsetid("", 17)
+    onnx.save(helper.make_model(graph, opset_imports=[opset], ir_version=8), path)
+    return path
+
+
+def test_an_onnx_file_needs_no_trust(digits, tmp_path):
+    module = Small().eval()
+    path = write_onnx(module, tmp_path / "net.onnx")
+    network = extractor(str(path), digits, CPU)
+    assert network.name == f"fd-net-digits-{file_sha256(path)[:8]}"
+    with torch.no_grad():
+        for count in (1, 2, 300):
+            expected = module(digits.train[: max(2, count)])[:count]
+            torch.testing.assert_close(network.extract(digits.train[:count]), expected)
+
+
+def test_where_onnxruntime_is_missing_the_line_says_how_to_get_it(digits, tmp_path, monkeypatch):
+    (tmp_path / "net.onnx").write_text("")
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(UserError, match="pip install onnxruntime"):
+        extractor(str(tmp_path / "net.onnx"), digits, CPU)
+
+
+def test_an_onnx_file_that_is_none_is_refused_in_one_line(digits, tmp_path):
+    pytest.importorskip("onnxruntime")
+    (tmp_path / "net.onnx").write_text("not a network")
+    with pytest.raises(UserError, match=r"net\.onnx does not load") as refused:
+        extractor(str(tmp_path / "net.onnx"), digits, CPU)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_function_of_ones_own_is_known_by_its_file_and_a_network_by_its_weights_too(
+    digits, tmp_path, monkeypatch
+):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "ours_to_judge.py").write_text(
+        "import torch\n"
+        "def means(images):\n    return images.float().mean((2, 3)).repeat(1, 3)\n"
+        "net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.LazyLinear(2))\n"
+        "net[1].cast = net(torch.zeros(1, 1, 8, 8))\n"
+        "class Net(torch.nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.inner = net\n"
+        "    def forward(self, images):\n"
+        "        return self.inner(images.float())\n"
+        "whole = Net()\n"
+    )
+    place = "module:ours_to_judge"
+    means = extractor(f"{place}:means", digits, CPU)
+    assert means.dim == 3
+    assert means.name == f"fd-means-digits-{means.sha256[:8]}"
+    before = extractor(f"{place}:whole", digits, CPU).sha256
+    with torch.no_grad():
+        sys.modules["ours_to_judge"].net[1].bias += 1
+    assert len({means.sha256, before, extractor(f"{place}:whole", digits, CPU).sha256}) == 3
+
+
+@pytest.mark.parametrize("name", ["", "ours", "no.such.module:f", "json:nothing", "json:decoder"])
+def test_a_name_that_is_no_function_is_refused_in_one_line(digits, name):
+    with pytest.raises(UserError, match=f"--features module:{name}: ") as refused:
+        extractor(f"module:{name}", digits, CPU)
+    assert "\n" not in str(refused.value)
 
 
 class Broken(nn.Module):
@@ -100,20 +196,20 @@ class Broken(nn.Module):
 def test_a_network_that_returns_something_else_is_refused(digits, tmp_path, fault, said):
     path = script(Broken(fault), tmp_path / "net.pt")
     with pytest.raises(UserError, match=said):
-        extractor(str(path), digits, CPU)
+        extractor(str(path), digits, CPU, trust=True)
 
 
 @pytest.mark.parametrize("batch", [2, 16])
 def test_an_export_of_one_batch_size_is_refused_with_the_mend(digits, tmp_path, batch):
     path = export(Small().eval(), tmp_path / "net.pt2", batch)
     with pytest.raises(UserError, match="for any B; export with a dynamic batch dimension"):
-        extractor(str(path), digits, CPU)
+        extractor(str(path), digits, CPU, trust=True)
 
 
 def test_a_network_whose_images_see_each_other_is_refused_with_the_mend(digits, tmp_path):
     path = export(Small(normed=True).train(), tmp_path / "net.pt2")
     with pytest.raises(UserError, match=r"another batch: save the network after network\.eval"):
-        extractor(str(path), digits, CPU)
+        extractor(str(path), digits, CPU, trust=True)
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".pt2"])
@@ -124,14 +220,14 @@ def test_a_file_that_is_no_network_is_refused_in_one_line(digits, tmp_path, suff
     if content == "weights":
         torch.save(Small().state_dict(), path)
     with pytest.raises(UserError, match=r"net\.pt.? does not load: expected") as refused:
-        extractor(str(path), digits, CPU)
+        extractor(str(path), digits, CPU, trust=True)
     assert "\n" not in str(refused.value)
     assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize("choice", ["Inception", "cnn", "weights.pth", ""])
 def test_an_unknown_choice_is_answered_with_all_choices(digits, choice):
-    with pytest.raises(UserError, match=r"classifier, random, inception .*\.pt .*\.pt2 "):
+    with pytest.raises(UserError, match=r"classifier, random, inception.*\.pt .*\.pt2 "):
         extractor(choice, digits, CPU)
 
 

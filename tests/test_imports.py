@@ -34,6 +34,34 @@ def imported(tree: ast.AST) -> Iterator[str]:
             yield node.module.split(".")[0]
 
 
+RUN_CODE = {  # calls that can run code which a file holds, or which a text names
+    "eval", "exec", "compile", "__import__", "import_module", "run_path", "run_module",
+    "jit.load", "export.load", "package.PackageImporter", "hub.load", "yaml.load",
+    "InceptionV3W", "register_custom_ops_library", "get_source_loader",
+}  # fmt: skip
+ALLOWED = {
+    # --trust alone comes there, and the user's own function by its name
+    "eval/measure/custom.py": {"jit.load", "export.load", "import_module"},
+    "benchmarks/gpu_stages.py": {"import_module"},  # of the suite's own commands
+    "eval/measure/inception.py": {"InceptionV3W"},  # of a file whose sha256 is the published one
+}
+
+
+def code_from_files(tree: ast.AST) -> set[str]:
+    """The names of RUN_CODE that a module calls, or imports under another name."""
+    names = set()
+    for node in ast.walk(tree):
+        match node:
+            case ast.Call(ast.Name(name)):
+                names.add(name)
+            case ast.Attribute(ast.Name(module) | ast.Attribute(_, module), name):
+                names |= {name, f"{module}.{name}"} - {"compile", "eval"}  # torch's
+            case ast.ImportFrom(module, aliases):
+                names |= {f"{(module or '').split('.')[-1]}.{alias.name}" for alias in aliases}
+                names |= {alias.name for alias in aliases if alias.asname}
+    return names & RUN_CODE
+
+
 def unsafe_loads(tree: ast.AST) -> list[int]:
     """Lines that call torch.load, or numpy's load, in a way that may unpickle."""
     safe = {"torch": ("weights_only", True), "np": ("allow_pickle", False)}
@@ -59,6 +87,7 @@ def test_imports_point_one_way_and_nothing_unpickles(path):
     assert packages & OURS <= MAY_IMPORT[path.relative_to(ROOT).parts[0]]
     assert not packages & PICKLES
     assert unsafe_loads(tree) == []
+    assert code_from_files(tree) <= ALLOWED.get(str(path.relative_to(ROOT)), set())
 
 
 @pytest.mark.parametrize(
@@ -72,3 +101,18 @@ def test_imports_point_one_way_and_nothing_unpickles(path):
 )
 def test_the_walk_sees_an_unsafe_load(source, unsafe):
     assert unsafe_loads(ast.parse(source)) == unsafe
+
+
+@pytest.mark.parametrize(
+    ("source", "names"),
+    [
+        ("torch.jit.load(path)", {"jit.load"}),
+        ("from torch.jit import load", {"jit.load"}),
+        ("loader = torch.export.load", {"export.load"}),
+        ("exec(text)", {"exec"}),
+        ("importlib.import_module(name)", {"import_module"}),
+        ("network.eval(); torch.compile(network); re.compile(text)", set()),
+    ],
+)
+def test_the_walk_sees_what_runs_code(source, names):
+    assert code_from_files(ast.parse(source)) == names

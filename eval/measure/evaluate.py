@@ -15,7 +15,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
-from diffusion.console import UserError, say, track
+from diffusion.console import UserError, printable, say, track
 from diffusion.samplers import SOLVERS
 from eval.measure import likelihood, machine, nfe, stream
 from eval.measure.plans import Row
@@ -68,7 +68,7 @@ def template(bench: Bench, row: Row) -> Record:
     if "settings" in card.training:
         training["recipe"] = recipe(card.training["settings"])
     return Record(
-        run=str(row.path),
+        run=printable(str(row.path)),
         method=card.method,
         sha256=row.model.sha256,
         parent=card.parent,

@@ -47,12 +47,17 @@ def extractor(
     device: torch.device,
     inception: Path | None = None,
     cache: Path = CACHE,
+    trust: bool = False,
 ) -> Extractor:
-    """classifier, random, inception, or the file of a network of one's own.
+    """classifier, random, inception, or a network of one's own: its file, or module:place:name.
 
-    inception: the file of clean-fid's weights, or its folder; None to find or download it.
+    inception: the file of clean-fid's weights, or its folder; None to find or download it. trust:
+    whether a file of one's own may run code.
     """
-    chosen = _extractor(choice, dataset, device, inception, cache)
+    if custom.is_named(choice) and inception is None:
+        chosen = users_network(choice, dataset, device, trust)
+    else:
+        chosen = _extractor(choice, dataset, device, inception, cache)
     # all of them here, so that none forgets it: a figure must not depend on the kind of device
     return replace(chosen, extract=full_float32()(chosen.extract))
 
@@ -70,11 +75,9 @@ def _extractor(
         return classifier(dataset, device, cache)
     if choice == "random":
         return random_network(dataset, device)
-    if Path(choice).suffix in custom.LOADERS:
-        return users_network(Path(choice), dataset, device)
     raise UserError(
-        "--features takes classifier, random, inception or the path of a .pt (TorchScript) "
-        f"or .pt2 (torch.export) file, got {choice!r}"
+        "--features takes classifier, random, inception, the path of an .onnx, .pt (TorchScript) "
+        f"or .pt2 (torch.export) file, or module:PACKAGE.MODULE:FUNCTION, got {choice!r}"
     )
 
 
@@ -224,10 +227,10 @@ def random_network(dataset: Real, device: torch.device) -> Extractor:
     return Extractor(f"fd-random-{_slug(dataset.spec.name)}-{sha256[:8]}", sha256, 64, model)
 
 
-def users_network(path: Path, dataset: Real, device: torch.device) -> Extractor:
-    """The network in a TorchScript (.pt) or torch.export (.pt2) file: see custom.network."""
-    network = custom.network(path, device)
-    dim = custom.probe(path, network, dataset.train[:3].to(device))
-    sha256 = clean_fid.file_sha256(path)
-    name = f"fd-{_slug(path.stem)}-{_slug(dataset.spec.name)}-{sha256[:8]}"
+def users_network(choice: str, dataset: Real, device: torch.device, trust: bool) -> Extractor:
+    """The network of one's own: see custom.load."""
+    network, sha256 = custom.load(choice, device, trust)
+    dim = custom.probe(choice, network, dataset.train[:3].to(device))
+    stem = choice.rpartition(":")[2] if choice.startswith(custom.MODULE) else Path(choice).stem
+    name = f"fd-{_slug(stem)}-{_slug(dataset.spec.name)}-{sha256[:8]}"
     return Extractor(name, sha256, dim, network)

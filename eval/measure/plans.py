@@ -6,7 +6,7 @@ from pathlib import Path
 
 from diffusion.console import UserError
 from diffusion.model import Model
-from diffusion.plan import Plan
+from diffusion.plan import MOST_STEPS, Plan
 from diffusion.runs import QUICK
 from diffusion.samplers import SOLVERS
 from eval.results.records import ENOUGH, LONG, title
@@ -59,8 +59,9 @@ def counts_of(steps: str | None) -> list[int] | None:
         counts = sorted({int(word) for word in steps.split(",")})
     except ValueError:
         raise UserError(f"--steps takes numbers such as 1,2,4,8, got {steps!r}") from None
-    if counts[0] < 1:
-        raise UserError(f"--steps must be at least 1, got {counts[0]}")
+    for each in (counts[0], counts[-1]):
+        if not 1 <= each <= MOST_STEPS:
+            raise UserError(f"--steps must be at least 1 and at most {MOST_STEPS}, got {each}")
     return counts
 
 

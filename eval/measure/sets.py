@@ -103,7 +103,7 @@ def precision_recall_density_coverage(
     if min(len(real), len(fake)) <= k:
         raise UserError(
             f"a ball of {k} neighbours takes more than {k} images, "
-            f"got {len(real)} real and {len(fake)} fake: add images or lower k"
+            f"got {len(real)} real and {len(fake)} fake: add images"
         )
     real_radius = radius(real, k) if real_radius is None else real_radius
     fake_radius = radius(fake, k)
