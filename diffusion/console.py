@@ -136,7 +136,7 @@ def write(text: str) -> None:
 
 
 @contextmanager
-def doing(work: str, standing: str) -> Generator[None]:
+def doing(work: str, standing: str = "nothing was written") -> Generator[None]:
     """An error that ends this is told by what was being done, and by where the work then stands."""
     try:
         yield

@@ -12,7 +12,7 @@ from diffusion import checkpoint, codec, condition, networks
 from diffusion.checkpoint import Card
 from diffusion.codec import Codec
 from diffusion.condition import Condition, Guidance, Kinds
-from diffusion.console import UserError
+from diffusion.console import UserError, doing
 from diffusion.data import ImageSpec
 from diffusion.denoiser import Denoiser, DenoiserConfig
 from diffusion.dry import check_fit
@@ -228,7 +228,8 @@ def _weights(kinds: Kinds) -> tuple[float, float]:
 
 def load(path: Path, precision: str = "fp32", device: torch.device | None = None) -> Model:
     """The model of a checkpoint or of a run's folder, for inference, on this process's device."""
-    weights, card, sha256 = checkpoint.load(path)
+    with doing(f"reading {path}"):
+        weights, card, sha256 = checkpoint.load(path)
     try:
         denoiser = of_card(card, precision, weights)
     except UserError as error:

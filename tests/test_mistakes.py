@@ -3,6 +3,8 @@
 import gzip
 import shutil
 import struct
+import zipfile
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -58,6 +60,17 @@ MISTAKES = [
     (ddpm, "--dropout 2", ["--dropout", "2"]),
     (ddpm, "--width 12", ["width", "12"]),
     (ddpm, "--width 0", ["width", "0"]),
+    (ddpm, "--width 65536", ["smaller network", "--width"]),
+    (ddpm, "--width 1000000000000", ["--width", "65536"]),
+    (ddpm, "--blocks 1000000000", ["--blocks", "1000"]),
+    (ddpm, f"--iterations {10**30}", ["--iterations", "at most"]),
+    (ddpm, f"--batch-size {10**30}", ["--batch-size", "at most"]),
+    (ddpm, "--batch-size 900000000", ["--batch-size 900000000", "memory", "lower"]),
+    (ddpm, "--learning-rate 1e39", ["--learning-rate", "at most"]),
+    (ddpm, "--weight-decay 1e308", ["--weight-decay", "at most"]),
+    (ddpm, "--shift 1e308", ["--shift", "at most"]),
+    (ddpm, "--clip nan", ["--clip", "nan"]),
+    (ddpm, "--data pictures --num-classes 3", ["--num-classes 3", "no", "labels", "leave it out"]),
     (ddpm, "--multipliers 0", ["multipliers", "0"]),
     (ddpm, "--blocks -1", ["--blocks", "-1"]),
     (ddpm, "--attention 16", ["--attention 16", "8"]),
@@ -92,6 +105,8 @@ MISTAKES = [
     (progressive, "--end-steps 0", ["--end-steps", "0"]),
     (progressive, "--end-steps 4", ["--start-steps 4", "--end-steps 4"]),
     (progressive, "--end-steps 2 --last-rounds 0", ["--last-rounds", "0"]),
+    (progressive, "--end-steps 2 --last-rounds nan", ["--last-rounds", "nan"]),
+    (progressive, f"--round-iterations {10**30} 1", ["--round-iterations", "10^12"]),
     (progressive, "--rounds 4 1", ["--rounds", "--start-steps 4", "4 1"]),
     (progressive, "--rounds 2 0", ["--rounds", "2 0"]),
     (progressive, "--rounds 1 --factor 4", ["--rounds", "--factor"]),
@@ -99,6 +114,11 @@ MISTAKES = [
     (progressive, "--round-iterations 2 0", ["--round-iterations", "2 0"]),
     (midtraining, "--teacher missing", ["missing"]),
     (midtraining, "--solver-steps 1", ["--solver-steps", "1"]),
+    (midtraining, "--solver-steps 100000000", ["--solver-steps", "at most 10000"]),
+    (consistency, "--num-angles 1000000000", ["--num-angles", "at most 100000"]),
+    (consistency, "--mode ect --stages 100000", ["--stages", "at most 100"]),
+    (consistency, "--segments 100000000 --num-angles 100000", ["--segments", "at most"]),
+    (consistency, "--frechet 1e308", ["--frechet", "at most"]),
     (consistency, "--teacher missing", ["missing"]),
     (consistency, "--teacher cut.safetensors", ["cut.safetensors"]),
     (consistency, "--num-angles 1", ["--num-angles", "1"]),
@@ -116,6 +136,11 @@ MISTAKES = [
     (generate, "learned.safetensors --angles", ["--angles", "one or more"]),
     (generate, "runs/teacher --label 1", ["--label", "1"]),
     (generate, "runs/student --num 0", ["--num", "0"]),
+    (generate, "runs/student --num 1000000000000", ["--num", "at most"]),
+    (generate, "runs/student --num 900000000", ["--num 900000000", "memory", "lower"]),
+    (generate, f"runs/teacher --steps {10**20}", ["--steps", "at most"]),
+    (generate, "/dev/null", ["reading /dev/null"]),
+    (generate, "/proc/self/mem", ["/proc/self/mem"]),
     (generate, "runs/student --seed -1", ["--seed", "-1"]),
     (generate, f"runs/student --seed {2**64}", ["--seed", str(2**64)]),
     (generate, "nan.safetensors", ["nan.safetensors", "not finite"]),
@@ -145,6 +170,11 @@ MISTAKES = [
     (compare, "runs --steps some", ["--steps", "some"]),
     (compare, "runs --steps 9", ["8", "9"]),
     (compare, "runs --num-images 64", ["--num-images", "64"]),
+    (compare, "runs --num-images 1000000000", ["--num-images 1000000000", "memory", "lower"]),
+    (compare, f"runs --num-images {10**30}", ["--num-images", "at most"]),
+    (compare, f"runs --steps 1,{10**30}", ["--steps", "at most"]),
+    (compare, f"runs --likelihood {10**30}", ["--likelihood", "at most"]),
+    (compare, "runs --search-steps 100000000", ["--search-steps", "at most"]),
     (compare, "runs --long-images 64", ["--long-images", "64"]),
     (compare, "runs --long-images 81", ["--long-images", "--num-images 80", "81"]),
     (compare, "runs --batch-size 0", ["--batch-size", "0"]),
@@ -169,6 +199,12 @@ MISTAKES = [
     (report, "empty", ["results.jsonl", "eval.compare"]),
     (human, "make runs/student missing", ["missing"]),
     (human, "make runs/student empty --pairs 0", ["--pairs", "0"]),
+    (human, "make runs/student runs/teacher --pairs 900000000", ["--pairs", "memory"]),
+    (human, "read deep.json", ["deep.json", "recursion"]),
+    (human, "make bomb.npz runs/teacher", ["bomb.npz", "unpacked", "memory"]),
+    (human, "make large runs/teacher", ["large/0.png", "megapixels"]),
+    (compare, "deep.json --out new", ["deep.json"]),
+    (compare, "deep.jsonl --out new", ["deep.jsonl, line 1", "recursion"]),
     (human, "make runs/student runs/teacher --seed -1", ["--seed", "-1"]),
     (human, "read cut.jsonl", ["cut.jsonl"]),
     (compare, "--seeds --out new runs", ["--seeds"]),
@@ -200,6 +236,15 @@ def place(tmp_path_factory, teacher, student) -> Path:
     for name in ("empty", "pictures", "idx"):
         (folder / name).mkdir()
     (folder / "cut.jsonl").write_text('{"format": 2, "run": "runs/te')
+    for name in ("deep.json", "deep.jsonl"):
+        (folder / name).write_text("[" * 100_000)
+    with zipfile.ZipFile(folder / "bomb.npz", "w") as archive:
+        archive.writestr("images.npy", b"")
+        archive.infolist()[0].file_size = 2**60  # as its header will claim
+    (folder / "large").mkdir()
+    header = struct.pack(">2I5B", 60_000, 60_000, 1, 0, 0, 0, 0)
+    png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b""))
+    (folder / "large" / "0.png").write_bytes(png + chunk(b"IEND", b""))
     (folder / "file").write_text("a file where a folder should be")
     for grey in (0, 255):
         Image.new("L", (8, 8), grey).save(folder / "pictures" / f"{grey}.png")
@@ -237,6 +282,12 @@ def test_compiling_without_a_compiler_is_a_mistake_too(place, command, monkeypat
     outcome = command(module.main, *BASE[module].split(), "--compile")
     assert (outcome.code, outcome.err.count("\n")) == (2, 1)
     assert "no-such-compiler" in outcome.err
+
+
+def chunk(kind: bytes, content: bytes) -> bytes:
+    """A part of a PNG."""
+    check = struct.pack(">I", zlib.crc32(kind + content))
+    return struct.pack(">I", len(content)) + kind + content + check
 
 
 def files(folder: Path) -> set[str]:

@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 
 from rich import box
 from rich.console import Group, RenderableType
+from rich.markup import escape
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from diffusion.console import out, plain, printable, write
+from diffusion.console import out, printable, write
 from eval.measure import quality
 from eval.results import jsonl, together
 from eval.results.records import Record
@@ -95,11 +96,15 @@ def _table(
     only_filled: bool = False,
 ) -> Table:
     """The columns' cells of each line; only_filled: of columns in which any line has something."""
-    cells = {head: [column(line) for line in rows] for head, column in some.items()}
+    cells = {
+        printable(head): [each._replace(text=printable(each.text)) for each in map(column, rows)]
+        for head, column in some.items()
+    }
     for head, made in [*cells.items()]:
         if head in leave_out or (only_filled and all(cell.text == "-" for cell in made)):
             del cells[head]
-    return Table(title, tuple(cells), rows, list(zip(*cells.values(), strict=True)), caption)
+    body = list(zip(*cells.values(), strict=True))
+    return Table(title, tuple(cells), rows, body, printable(caption))
 
 
 def caption(rows: list[Line], times: bool) -> str:
@@ -182,11 +187,11 @@ def terminal(comparison: Comparison) -> Group:
             )
             for i in some:
                 justify = "right" if i else "left"
-                block.add_column(plain(table.heads[i]), justify=justify, overflow="fold")
+                block.add_column(escape(table.heads[i]), justify=justify, overflow="fold")
             for row in table.cells:
-                block.add_row(*(plain(row[i]) for i in some))
+                block.add_row(*(escape(row[i]) for i in some))
             parts.append(block)
-        parts += [Text(printable(table.caption), "italic"), ""]
+        parts += [Text(table.caption, "italic"), ""]
     return Group(*parts)
 
 
