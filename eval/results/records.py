@@ -247,7 +247,7 @@ class Row:
     """Network calls per image, counted; 0 before they are, which no file holds."""
     quality: list[Figure] = field(default_factory=list)
     """The metric of each seed's images; of fewer seeds while the row is being measured."""
-    others: dict[str, list[Figure]] = field(default_factory=dict)
+    others: dict[str, Annotated[list[Figure], Field(min_length=1)]] = field(default_factory=dict)
     """Further figures by name, each of each seed."""
     likelihood: Likelihood = field(default_factory=Likelihood)
     """A teacher's bits per dimension of held-out images."""
