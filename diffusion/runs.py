@@ -26,7 +26,6 @@ from diffusion.model import Model, load
 from diffusion.pace import in_minutes, with_warning
 from diffusion.pictures import save_grid
 from diffusion.training import Method, Progress, fit
-from diffusion.typed import parse
 
 
 def train_model(
@@ -145,8 +144,8 @@ def settings_before(run: Path) -> dict:
         return {}
     described = run / "state" / "settings.json"
     if (run / "model.safetensors").exists():
-        card = metadata(run / "model.safetensors").get("card")
-        return Card.from_json(card).training.get("settings", {}) if card else {}
+        card = json.loads(metadata(run / "model.safetensors").get("card", "{}"))
+        return card.get("training", {}).get("settings", {})
     return json.loads(described.read_text()) if described.exists() else {}
 
 
@@ -247,9 +246,9 @@ def _logged(lines: Iterator[Progress], path: Path) -> Iterator[Progress]:
 
 
 def _lines_before(path: Path, iteration: int) -> Iterator[str]:
-    for line in path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []:
+    for line in path.read_text().splitlines(keepends=True) if path.exists() else []:
         try:
-            if line.endswith("\n") and parse(line)["iteration"] < iteration:
+            if line.endswith("\n") and json.loads(line)["iteration"] < iteration:
                 yield line
-        except (ValueError, LookupError, TypeError):  # cut short by a kill
+        except (ValueError, KeyError):  # cut short by a kill
             continue
