@@ -30,6 +30,7 @@ from eval.measure.quality import reference
 from eval.measure.real import Real
 from teachers import ddpm
 
+matplotlib.rcdefaults()  # whatever a user's own file asks for
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 

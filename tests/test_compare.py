@@ -297,7 +297,7 @@ def test_a_long_plan_is_judged_on_whole_batches_of_as_few_images_as_the_features
     monkeypatch, teacher, dim, batch_size, long_images
 ):
     made = Extractor("fd", "0" * 64, dim, extract=None)
-    monkeypatch.setattr(compare, "extractor", lambda *asked: made)
+    monkeypatch.setattr(compare, "extractor", lambda *asked, **trust: made)
     monkeypatch.setattr(compare.Judge, "of", lambda *given: Mock())
     bench = compare.prepare(Options(batch_size=batch_size), load(teacher))
     assert (bench.num_images, bench.long_images) == (10_000, long_images)

@@ -209,7 +209,7 @@ def _blocks(table: Table, width: int) -> list[list[int]]:
 
 def literal(text: str) -> str:
     """A text as Markdown that shows it: no tag, no link, no emphasis, no formula."""
-    return re.sub(r"[\\`*\[\]<>|$~&]|(?<!\w)_|_(?!\w)", r"\\\g<0>", printable(text))
+    return re.sub(r"[\\`*<>|$~&]|\](?=[(\[])|(?<!\w)_|_(?!\w)", r"\\\g<0>", printable(text))
 
 
 def markdown_table(heads: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
