@@ -30,9 +30,10 @@ from eval.measure.quality import reference
 from eval.measure.real import Real
 from teachers import ddpm
 
-matplotlib.rcdefaults()  # whatever a user's own file asks for
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+
+matplotlib.rcdefaults()  # whatever a user's own file asks for
 
 T = TypeVar("T", bound=ddpm.TrainingOptions)
 
