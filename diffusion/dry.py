@@ -1,15 +1,28 @@
 """Networks built dry, on the meta device: their tensors' shapes, before any memory is asked for."""
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.overrides import TorchFunctionMode
 
 from diffusion.console import UserError
 from diffusion.machine import free_memory, in_bytes
 
 COPIES = 4  # of a network's weights that a training holds: they, their gradients, Adam's moments
+
+
+class Unfilled(TorchFunctionMode):
+    """Networks that are built meanwhile get no random weights, which take most of the time."""
+
+    def __torch_function__(
+        self, function: Callable, types: object, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return args[0] if args else (kwargs or {})["tensor"]
+        return function(*args, **(kwargs or {}))
 
 
 def check_fit(make: Callable[[], nn.Module], weights: Mapping[str, Tensor]) -> None:
@@ -53,7 +66,7 @@ def _dry(make: Callable[[], nn.Module], refusal: Callable[[int, int], str]) -> n
 
     handle = register_module_parameter_registration_hook(add)
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), Unfilled():
             return make()
     except UserError:
         raise

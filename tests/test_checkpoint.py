@@ -140,7 +140,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_old_file_whole(file, call, comma
     outcome = command(lambda: checkpoint.save(file, {"other": torch.ones(3)}, CARD))
     monkeypatch.undo()
     assert outcome.code == 2
-    assert outcome.err == "error: No space left on device\n"
+    assert outcome.err == "error: No space left on device (--debug shows where)\n"
     assert file.read_bytes() == before
     assert names(file.parent) == ["model.safetensors"]
 
