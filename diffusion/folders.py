@@ -5,8 +5,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from diffusion.checkpoint import metadata, require_folder, write_atomic
 from diffusion.console import UserError
+from diffusion.files import Damaged, metadata, read_json, require_folder, write_json
 
 MARK = ".fewstep"  # a file that every folder of the suite's holds
 WORDS = "A command of fewstep made this folder and may replace the files that it wrote here."
@@ -62,16 +62,15 @@ def check_home(folder: Path) -> None:
 def write_mark(folder: Path, kind: str, pictures: int = 0) -> None:
     """pictures: how many NNNNNN.png the folder may hold of ours."""
     mark = {"about": WORDS, "kind": kind} | ({"pictures": pictures} if pictures else {})
-    write_atomic(folder / MARK, json.dumps(mark) + "\n")
+    write_json(folder / MARK, mark)
 
 
 def read_mark(folder: Path) -> dict:
     """The mark's fields; none where it was put there by hand, or there is no mark."""
     try:
-        mark = json.loads((folder / MARK).read_bytes())
-    except (OSError, ValueError):
+        return read_json(folder / MARK)
+    except (OSError, Damaged):
         return {}
-    return mark if isinstance(mark, dict) else {}
 
 
 def strangers(folder: Path, names: set[str]) -> list[str]:

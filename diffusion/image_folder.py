@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from diffusion import image_file
-from diffusion.checkpoint import load_tensors, save_tensors, weights_sha256
+from diffusion.checkpoint import weights_sha256
 from diffusion.console import UserError, say, track
+from diffusion.files import load_tensors, save_tensors
 from diffusion.folders import MARK, is_ours
 from diffusion.image_file import Form
 

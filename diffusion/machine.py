@@ -20,8 +20,8 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from torch import nn
 
-from diffusion.checkpoint import write_atomic
 from diffusion.console import say
+from diffusion.files import write_atomic
 
 CACHE = Path(os.environ.get("FEWSTEP_CACHE", Path.home() / ".cache" / "fewstep"))
 WORTH_IT = 0.8  # bf16 must take at most this share of fp32's time to be chosen

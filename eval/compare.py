@@ -14,9 +14,9 @@ from torch import Tensor
 
 from diffusion import data as datasets
 from diffusion import machine
-from diffusion.checkpoint import write_atomic
 from diffusion.config import check_compiler
 from diffusion.console import UserError, at_least, diverted, run, say, silence
+from diffusion.files import write_atomic
 from diffusion.folders import check_claim, claim
 from diffusion.model import Model, load, require_same_images, this_device
 from diffusion.noise import check_seed

@@ -13,8 +13,8 @@ from rich.markup import escape
 from rich.table import Table
 from scipy.stats import kendalltau
 
-from diffusion.checkpoint import write_atomic
 from diffusion.console import UserError, diverted, out, run, say
+from diffusion.files import write_atomic
 from eval.report import latest, left_out
 from eval.results import jsonl, together
 from eval.results.records import Record

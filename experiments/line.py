@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 import tyro
 
-from diffusion.checkpoint import write_atomic
 from diffusion.console import Interrupted, UserError, at_least, run, say
+from diffusion.files import write_atomic
 from diffusion.folders import check_claim, check_home, claim
 from experiments.lines import LINES, Line
 

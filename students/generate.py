@@ -16,9 +16,9 @@ import tyro
 from torch import Tensor
 
 from diffusion import machine
-from diffusion.checkpoint import write_atomic
 from diffusion.condition import Label, take
 from diffusion.console import UserError, at_least, run, say, track
+from diffusion.files import write_atomic
 from diffusion.folders import (
     MARK,
     SIGN,

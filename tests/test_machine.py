@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from diffusion import checkpoint, machine
+from diffusion import files, machine
 from diffusion.runs import settings_before
 from teachers import ddpm
 
@@ -127,5 +127,5 @@ def test_threads_spin_briefly_before_torch_is_loaded_in_every_package(package):
 
 
 def test_metadata_reads_a_card_without_its_tensors(teacher):
-    card = json.loads(checkpoint.metadata(teacher / "model.safetensors")["card"])
+    card = json.loads(files.metadata(teacher / "model.safetensors")["card"])
     assert card["method"] == "teacher"

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_up import record, sha256
 
-from diffusion.checkpoint import load_tensors
 from diffusion.console import UserError
+from diffusion.files import load_tensors
 from eval.results import jsonl, records, together
 from eval.results.records import Record, Timing
 

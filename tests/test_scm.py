@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffusion import checkpoint, runs
-from diffusion.checkpoint import load_tensors
 from diffusion.circle import FROM_X0, add_noise
 from diffusion.denoiser import Denoiser
+from diffusion.files import load_tensors
 from diffusion.training import Progress, fit
 from distill.scm import (
     NOISE,

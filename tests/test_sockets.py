@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from diffusion import checkpoint
+from diffusion import files
 from diffusion.circle import rotate
 from diffusion.codec import CODECS, Scale
 from diffusion.condition import KINDS, Kinds
@@ -58,7 +58,7 @@ def test_two_networks_stopped_and_resumed_end_with_the_same_bits(tmp_path, monke
         kept = {}
 
         def keep(path: Path) -> None:
-            kept.update(checkpoint.load_tensors(path / "state" / "state.safetensors")[0])
+            kept.update(files.load_tensors(path / "state" / "state.safetensors")[0])
 
         monkeypatch.setattr("diffusion.runs.tidy", keep)
         two_networks.distill(two_networks.Options(run, fit))

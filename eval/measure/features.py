@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffusion.checkpoint import load_tensors, save_tensors, weights_sha256
+from diffusion.checkpoint import weights_sha256
 from diffusion.console import UserError, say, track
+from diffusion.files import load_tensors, save_tensors
 from diffusion.machine import CACHE
 from eval.measure import custom
 from eval.measure import inception as clean_fid

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from diffusion.checkpoint import load_tensors, save_tensors
 from diffusion.codec import Codec
 from diffusion.console import UserError, track
+from diffusion.files import load_tensors, save_tensors
 from diffusion.image_file import Form
 from diffusion.machine import CACHE
 from eval.measure import sets

@@ -11,8 +11,8 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from diffusion.checkpoint import load_tensors, save_tensors
 from diffusion.console import UserError
+from diffusion.files import load_tensors, save_tensors
 from diffusion.model import Model
 from diffusion.plan import Plan
 from eval.measure.quality import Judge, Seen

@@ -8,8 +8,8 @@ from typing import TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from diffusion.checkpoint import write_atomic
 from diffusion.console import UserError
+from diffusion.files import write_atomic
 from eval.results.records import FORMAT, Head, Record, Row
 
 T = TypeVar("T")

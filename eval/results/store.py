@@ -6,7 +6,7 @@ from pathlib import Path
 from accelerate import PartialState
 from torch import Tensor
 
-from diffusion.checkpoint import load_tensors, save_tensors
+from diffusion.files import load_tensors, save_tensors
 from eval.results import jsonl
 from eval.results.records import Record
 

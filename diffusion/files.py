@@ -1,0 +1,214 @@
+"""Files that are written and read again: each is whole or the one before it, and verified.
+
+A file is written beside its name, brought to the disk and renamed, so a killed command leaves the
+last whole one. A checksum goes with its content: what was damaged since is refused by name.
+"""
+
+import glob
+import json
+import os
+import stat
+import zlib
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from diffusion.console import UserError
+
+CHECKSUM = "crc32"  # the field of it, in a JSON object and in a safetensors file's metadata
+
+
+class Damaged(UserError):
+    """A file whose content is not what was written."""
+
+
+class Unwritable(UserError):
+    """The disk refused a file: full, read-only, broken, or its folder is gone."""
+
+
+@contextmanager
+def atomic_path(path: Path) -> Generator[Path]:
+    """A path beside `path` to write to; renamed to it on success, removed on failure.
+
+    A link is written through. Unwritable where the disk refuses; then what was there stays.
+    """
+    path = target(path)
+    try:
+        remove_parts(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f".{path.name}.{os.getpid()}.part")
+        try:
+            yield part
+            with open(part, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise unwritable(path, error) from error
+
+
+def unwritable(path: Path, error: Exception) -> Unwritable:
+    reason = getattr(error, "strerror", None) or str(error)
+    kept = ": it is as it was before" if path.exists() else ""
+    return Unwritable(f"{path} could not be written ({reason}){kept}")
+
+
+def target(path: Path) -> Path:
+    """The file that a path leads to, through links. UserError for a device, a pipe or a folder."""
+    real = Path(os.path.realpath(path))
+    if real.exists() and not real.is_file():
+        raise UserError(f"{path} is no regular file: expected a file's name, or a new one")
+    return real
+
+
+def require_folder(folder: Path) -> None:
+    """UserError where no folder can be made there: better said before the work than after it."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise UserError(
+            f"{folder} cannot be made: {existing} is no folder that you may write in; "
+            "give another --out"
+        )
+
+
+def write_atomic(path: Path, content: bytes | str) -> None:
+    with atomic_path(path) as part:
+        part.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def append(path: Path, text: str) -> None:
+    """Add to the end of a file, which a kill may cut short."""
+    path = target(path)
+    try:
+        with open(path, "a") as file:
+            file.write(text)
+    except OSError as error:
+        raise unwritable(path, error) from error
+
+
+def remove(path: Path) -> None:
+    """Delete a file, if it is there, and what killed writers of it left."""
+    remove_parts(path)
+    path.unlink(missing_ok=True)
+
+
+def remove_parts(path: Path) -> None:
+    """Delete what killed writers of this file left beside it."""
+    for part in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+        if not _alive(part.name.split(".")[-2]):
+            part.unlink(missing_ok=True)
+
+
+def _alive(pid: str) -> bool:
+    """Whether another process of that number runs on this machine."""
+    try:
+        os.kill(int(pid), 0)
+    except (ProcessLookupError, ValueError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return int(pid) != os.getpid()
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """A safetensors file with a checksum; metadata that holds a sha256 has its own."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    if "sha256" not in metadata:
+        metadata = metadata | {CHECKSUM: _tensors_checksum(tensors, metadata)}
+    with atomic_path(path) as part:
+        part.touch()
+        mode = stat.S_IMODE(part.stat().st_mode)  # as the user's files are; safetensors' are 0600
+        safetensors.torch.save_file(tensors, part, metadata)
+        part.chmod(mode)
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata. Damaged where they are not what was written.
+
+    Files from before there were checksums are taken as they are.
+    """
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            names = file.keys()  # the file itself cannot be iterated
+            tensors = {name: file.get_tensor(name) for name in names}
+            metadata = file.metadata() or {}
+    except (safetensors.SafetensorError, ValueError) as error:
+        raise Damaged(f"{path} is not a whole safetensors file ({error})") from error
+    checksum = metadata.pop(CHECKSUM, None)
+    if checksum not in (None, _tensors_checksum(tensors, metadata)):
+        raise _damaged(path)
+    return tensors, metadata
+
+
+def metadata(path: Path) -> dict[str, str]:
+    """A safetensors file's metadata, from its header alone; none of a file of another kind."""
+    try:
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > 10**8:  # safetensors' own limit
+                return {}
+            return dict(json.loads(file.read(length))["__metadata__"])
+    except (OSError, KeyError, TypeError, ValueError):
+        return {}
+
+
+def _tensors_checksum(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
+    """crc32 over names, types, shapes and bytes, and over the metadata."""
+    names = sorted(tensors)
+    shapes = [[name, str(tensors[name].dtype), list(tensors[name].shape)] for name in names]
+    checksum = zlib.crc32(json.dumps([shapes, metadata], sort_keys=True).encode())
+    for name in names:
+        checksum = zlib.crc32(bytes_of(tensors[name]), checksum)
+    return f"{checksum:08x}"
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor on the CPU, not copied."""
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+
+
+def sealed(values: dict) -> dict:
+    """A JSON object with a checksum over its other fields."""
+    values = json.loads(json.dumps(values))
+    return values | {CHECKSUM: _json_checksum(values)}
+
+
+def verified(values: dict, place: Path | str) -> dict:
+    """The object without its checksum. Damaged where they differ; taken where there is none."""
+    others = {name: value for name, value in values.items() if name != CHECKSUM}
+    if CHECKSUM in values and values[CHECKSUM] != _json_checksum(others):
+        raise _damaged(place)
+    return others
+
+
+def read_object(text: bytes | str, place: Path | str) -> dict:
+    """The JSON object that the text is, verified. Damaged where it is none."""
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise Damaged(f"{place}: expected a JSON object, got {text[:40]!r} ({error})") from error
+    if not isinstance(values, dict):
+        raise Damaged(f"{place}: expected a JSON object, got {text[:40]!r}")
+    return verified(values, place)
+
+
+def write_json(path: Path, values: dict) -> None:
+    write_atomic(path, json.dumps(sealed(values)) + "\n")
+
+
+def read_json(path: Path) -> dict:
+    return read_object(path.read_bytes(), path)
+
+
+def _json_checksum(values: dict) -> str:
+    return f"{zlib.crc32(json.dumps(values, sort_keys=True).encode()):08x}"
+
+
+def _damaged(place: Path | str) -> Damaged:
+    return Damaged(f"{place} is damaged: its content does not match its checksum")
