@@ -6,13 +6,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from diffusion.console import UserError
-from diffusion.files import Damaged, metadata, read_json, require_folder, write_json
+from diffusion.files import LOCK, Damaged, metadata, read_json, require_folder, write_json
 
 MARK = ".fewstep"  # a file that every folder of the suite's holds
 WORDS = "A command of fewstep made this folder and may replace the files that it wrote here."
 # What a folder is made for, as its mark has it and as a user is told it.
 KINDS = {"run": "a training run", "comparison": "a comparison", "pictures": "generated pictures"}
-IGNORED = {".DS_Store", "Thumbs.db", "desktop.ini"}  # file managers leave these in any folder
+# File managers and killed commands leave these in any folder.
+IGNORED = {".DS_Store", "Thumbs.db", "desktop.ini", LOCK}
 SIGN = "made by fewstep"  # what a single file of the suite's says near its beginning or its end
 
 

@@ -4,8 +4,8 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from diffusion.files import (
     Damaged,
     append,
     metadata,
+    owned,
     read_json,
     read_object,
     remove,
@@ -45,6 +46,7 @@ def train_model(
     config: FitConfig,
     card: Card,
     advice: Callable[[], str] | None = None,
+    beside: Mapping[str, Denoiser] | None = None,
 ) -> Model:
     """The model of this run: loaded where it is finished, else trained from where it was stopped.
 
@@ -52,11 +54,27 @@ def train_model(
     `earlier_images`, those of the students it goes on from, count in the total.
     Leaves model.safetensors, log.jsonl and samples.png, which grows sharper while it trains; state/
     only while it is unfinished. A folder that holds somebody else's files is a UserError. advice:
-    how a training of more than an hour could be faster.
+    how a training of more than an hour could be faster. beside: by a file's name, what is kept of
+    the method's followers.
     """
     config = settled(config, run)
     check(config)
     check_claim(run)
+    finished = run / "model.safetensors"
+    with nullcontext() if finished.exists() else owned(run):
+        return _train(run, method, dataset, config, card, advice, beside or {})
+
+
+def _train(
+    run: Path,
+    method: Method,
+    dataset: Dataset,
+    config: FitConfig,
+    card: Card,
+    advice: Callable[[], str] | None,
+    beside: Mapping[str, Denoiser],
+) -> Model:
+    """The model of a run that this command alone writes, or that is finished."""
     processes = PartialState()
     if config.minutes and not settings_before(run):
         config = in_minutes(method, dataset, config)
@@ -92,6 +110,8 @@ def train_model(
     if processes.is_main_process:
         student = method.players["student"].module
         assert isinstance(student, Denoiser)
+        for name, denoiser in beside.items():  # first: a run that has its model is whole
+            checkpoint.save(run / name, denoiser.net.state_dict(), card)
         leave(run, student, card)
         tidy(run)
         paths = f"{finished}, {run / 'samples.png'}"

@@ -9,7 +9,7 @@ from typing import TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from diffusion.console import UserError
-from diffusion.files import write_atomic
+from diffusion.files import Damaged, read_object, sealed, write_atomic
 from eval.results.records import FORMAT, Head, Record, Row
 
 T = TypeVar("T")
@@ -23,7 +23,10 @@ def read(path: Path) -> list[Record]:
     head = None
     for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else [], 1):
         place = f"{path}, line {number}"
-        values = _object(line, place)
+        try:
+            values = read_object(line, place)
+        except Damaged as error:
+            raise UserError(f"{error}; delete the line, and its rows are measured again") from error
         version = values.get("format")
         if version == 2:
             shared, row = _split(upgraded(values))
@@ -57,7 +60,7 @@ def lines(records: list[Record]) -> str:
         shared, row = _split(_filled(_record(_checked(HEAD, shared, place), row, place)))
         made += [row] if shared == head else [shared, row]
         head = shared
-    return "".join(json.dumps(line) + "\n" for line in made)
+    return "".join(json.dumps(sealed(line)) + "\n" for line in made)
 
 
 def upgraded(values: dict) -> dict:
@@ -84,16 +87,6 @@ def _filled(record: Record) -> dict:
         return {name: value for name, value in pairs if value not in (None, "", (), [], {})}
 
     return asdict(record, dict_factory=filled)
-
-
-def _object(line: bytes, place: str) -> dict:
-    try:
-        values = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{place}: expected a JSON object, got {line[:40]!r} ({error})") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{place}: expected a JSON object, got {line[:40]!r}")
-    return values
 
 
 def _record(head: Head, values: dict, place: str) -> Record:
