@@ -9,6 +9,7 @@ import errno
 import glob
 import json
 import os
+import re
 import shlex
 import socket
 import stat
@@ -121,6 +122,11 @@ def remove_parts(path: Path) -> None:
             part.unlink(missing_ok=True)
 
 
+def is_part(name: str) -> bool:
+    """Whether a writer that was killed leaves a file of such a name."""
+    return re.fullmatch(r"\..+\.\d+\.part", name) is not None
+
+
 def _alive(pid: str) -> bool:
     """Whether another process of that number runs on this machine."""
     try:
@@ -204,14 +210,19 @@ def verified(values: dict, place: Path | str) -> dict:
 
 
 def read_object(text: bytes | str, place: Path | str) -> dict:
-    """The JSON object that the text is, verified. Damaged where it is none."""
+    """The JSON object that the text is, verified."""
+    return verified(parse_object(text, place), place)
+
+
+def parse_object(text: bytes | str, place: Path | str) -> dict:
+    """The JSON object that the text is, not verified yet. Damaged where it is none."""
     try:
         values = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise Damaged(f"{place}: expected a JSON object, got {text[:40]!r} ({error})") from error
     if not isinstance(values, dict):
         raise Damaged(f"{place}: expected a JSON object, got {text[:40]!r}")
-    return verified(values, place)
+    return values
 
 
 def write_json(path: Path, values: dict) -> None:

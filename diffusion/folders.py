@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from diffusion.console import UserError
-from diffusion.files import LOCK, Damaged, metadata, read_json, require_folder, write_json
+from diffusion.files import LOCK, Damaged, is_part, metadata, read_json, require_folder, write_json
 
 MARK = ".fewstep"  # a file that every folder of the suite's holds
 WORDS = "A command of fewstep made this folder and may replace the files that it wrote here."
@@ -100,7 +100,9 @@ def _foreign(path: Path) -> UserError:
 
 def _entries(folder: Path) -> Iterator[Path]:
     if folder.is_dir():
-        yield from (path for path in folder.iterdir() if path.name not in IGNORED)
+        for path in folder.iterdir():
+            if path.name not in IGNORED and not is_part(path.name):
+                yield path
 
 
 def _stranger(path: Path) -> Path | None:

@@ -9,7 +9,7 @@ from typing import TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from diffusion.console import UserError
-from diffusion.files import Damaged, read_object, sealed, write_atomic
+from diffusion.files import CHECKSUM, Damaged, parse_object, sealed, verified, write_atomic
 from eval.results.records import FORMAT, Head, Record, Row
 
 T = TypeVar("T")
@@ -23,10 +23,8 @@ def read(path: Path) -> list[Record]:
     head = None
     for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else [], 1):
         place = f"{path}, line {number}"
-        try:
-            values = read_object(line, place)
-        except Damaged as error:
-            raise UserError(f"{error}; delete the line, and its rows are measured again") from error
+        sealed_values = parse_object(line, place)
+        values = {name: value for name, value in sealed_values.items() if name != CHECKSUM}
         version = values.get("format")
         if version == 2:
             shared, row = _split(upgraded(values))
@@ -42,6 +40,10 @@ def read(path: Path) -> list[Record]:
             raise UserError(f'{place}: expected a head line, with "format": {FORMAT}, before rows')
         else:
             records.append(_record(head, values, place))
+        try:
+            verified(sealed_values, place)  # last: a line that is wrong has its field named
+        except Damaged as error:
+            raise UserError(f"{error}; delete the line, and its rows are measured again") from error
     return records
 
 
