@@ -6,7 +6,6 @@ anew where it is a cache's. A folder has one owner at a time.
 """
 
 import errno
-import glob
 import json
 import os
 import re
@@ -117,15 +116,25 @@ def remove(path: Path) -> None:
 
 
 def remove_parts(path: Path) -> None:
-    """Delete what killed writers of this file left beside it."""
-    for part in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+    """Delete what writers of this file, killed before this command, left beside it."""
+    for part in _parts(path.parent).pop(path.name, []):
         if not _alive(part.name.split(".")[-2]):
             part.unlink(missing_ok=True)
 
 
+@cache  # a folder of many pictures is listed once
+def _parts(folder: Path) -> dict[str, list[Path]]:
+    """By a file's name, what its writers left, when this command first wrote in the folder."""
+    parts: dict[str, list[Path]] = {}
+    with suppress(OSError), os.scandir(folder) as entries:
+        for name in filter(is_part, (entry.name for entry in entries)):
+            parts.setdefault(name[1:].rsplit(".", 2)[0], []).append(folder / name)
+    return parts
+
+
 def is_part(name: str) -> bool:
     """Whether a writer that was killed leaves a file of such a name."""
-    return re.fullmatch(r"\..+\.\d+\.part", name) is not None
+    return re.fullmatch(r"\..+\.\d+\.part", name, re.DOTALL) is not None
 
 
 def _alive(pid: str) -> bool:
@@ -253,7 +262,8 @@ def owned(folder: Path) -> Generator[None]:
 
     The processes of one launch share their first one's lock.
     """
-    new, lock, problem = not folder.exists(), None, ""
+    new = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
+    lock, problem = None, ""
     if PartialState().is_main_process:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -276,9 +286,10 @@ def owned(folder: Path) -> Generator[None]:
     finally:
         _owned.discard(real)
         _give_back(lock)
-        if new and PartialState().is_main_process:
+        if PartialState().is_main_process:
             with suppress(OSError):  # not empty: more than the lock was made there
-                folder.rmdir()
+                for path in new:
+                    path.rmdir()
 
 
 def cached(

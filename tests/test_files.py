@@ -18,7 +18,6 @@ import pytest
 import torch
 
 from diffusion import files, runs
-from diffusion import training as loops
 from diffusion.checkpoint import load
 from diffusion.console import UserError
 from diffusion.files import (
@@ -204,8 +203,8 @@ def test_a_folder_in_use_is_refused_with_who_uses_it_until_that_is_dead(tmp_path
 
 
 def test_a_folder_in_which_nothing_was_made_is_not_left(tmp_path):
-    with owned(tmp_path / "new"):
-        assert names(tmp_path / "new") == [LOCK]
+    with owned(tmp_path / "new" / "run"):
+        assert names(tmp_path / "new" / "run") == [LOCK]
     assert names(tmp_path) == []
 
 
@@ -271,28 +270,12 @@ def test_a_cache_that_cannot_be_written_is_said_before_the_work(tmp_path, capsys
     assert cached(tmp_path / "cache" / "file", make)[1] == {"accuracy": "1"}
 
 
-def interrupted(train_tiny, run, monkeypatch, save_every=0.0, **changes) -> None:
-    """Train until the second save."""
-    saves, real = [], loops._save
-
-    def save(*arguments) -> None:
-        real(*arguments)
-        saves.append(1)
-        if len(saves) == 2:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loops, "_save", save)
-        with pytest.raises(KeyboardInterrupt):
-            train_tiny(run, **changes)
-
-
 def test_a_bit_flipped_in_a_state_is_refused_with_the_mend_or_changes_nothing(
-    tmp_path, train_tiny, quick, monkeypatch
+    tmp_path, train_tiny, quick, stop_at_save
 ):
     config = replace(quick, save_every=0.0)
     whole = load(train_tiny(tmp_path / "whole", config))[2]
-    interrupted(train_tiny, tmp_path / "run", monkeypatch, config=config)
+    stop_at_save(lambda: train_tiny(tmp_path / "run", config), 2)
     state = tmp_path / "run" / "state" / "state.safetensors"
     content = state.read_bytes()
     header = int.from_bytes(content[:8], "little")
@@ -312,14 +295,14 @@ def test_a_bit_flipped_in_a_state_is_refused_with_the_mend_or_changes_nothing(
 
 
 def test_a_start_of_other_settings_neither_replaces_nor_resumes_a_state(
-    tmp_path, train_tiny, quick, monkeypatch
+    tmp_path, train_tiny, quick, monkeypatch, stop_at_save
 ):
     run, config = tmp_path / "run", replace(quick, save_every=0.0)
     with monkeypatch.context() as patch:
         patch.setattr(runs, "fit", lambda *_, **__: iter(()))  # killed before its first save
         with pytest.raises(ValueError, match="not enough values"):
             train_tiny(run, replace(config, seed=1))
-    interrupted(train_tiny, run, monkeypatch, config=config)
+    stop_at_save(lambda: train_tiny(run, config), 2)
     content = (run / "state" / "state.safetensors").read_bytes()
     with pytest.raises(UserError, match="seed was 0, now 1"):
         train_tiny(run, replace(config, seed=1))

@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 
 from diffusion import pace
-from diffusion import training as loops
 from diffusion.checkpoint import load
 from diffusion.config import FitConfig
 from diffusion.console import UserError
@@ -36,20 +35,11 @@ def test_minutes_fix_the_iterations_and_the_same_number_makes_the_same_weights(b
     assert same.sha256 == model.sha256
 
 
-def test_a_run_by_minutes_keeps_its_iterations_when_it_resumes(brief, monkeypatch):
-    class Stopped(Exception):
-        pass
-
-    def save_and_stop(*arguments):
-        save(*arguments)
-        raise Stopped
-
+def test_a_run_by_minutes_keeps_its_iterations_when_it_resumes(brief, monkeypatch, stop_at_save):
     with monkeypatch.context() as patch:
-        save = loops._save
-        patch.setattr(loops, "_save", save_and_stop)
         patch.setattr(pace, "_seconds_per_iteration", lambda *_: 1e-3)
-        with pytest.raises(Stopped):
-            ddpm.train_teacher(replace(brief, fit=replace(brief.fit, minutes=0.002)))
+        short = replace(brief, fit=replace(brief.fit, minutes=0.002))
+        stop_at_save(lambda: ddpm.train_teacher(short))
     fixed = settings_before(brief.out)["iterations"]
     monkeypatch.setattr(pace, "_seconds_per_iteration", lambda *_: pytest.fail("measured again"))
     same = replace(brief, fit=replace(brief.fit, minutes=0.002))
