@@ -361,7 +361,8 @@ def _take(path: Path, timeout: float = 0) -> FileLock | None:
         _say_without_locks()
         return None
     command = shlex.join(sys.orig_argv)[:200]
-    path.write_text(json.dumps([os.getpid(), socket.gethostname(), command]))
+    with suppress(OSError):  # a full disk
+        path.write_text(json.dumps([os.getpid(), socket.gethostname(), command]))
     return lock
 
 

@@ -425,7 +425,7 @@ def test_the_average_moves_when_its_player_does_and_at_no_other_iteration(digits
     config = replace(QUICK, iterations=4, log_every=1, ema=0.5, save_every=0.0)
     begun = players["student"].module.moving.weight.clone()
     for line in fit(Method(players, halves), digits, config, tmp_path / "state"):
-        state = checkpoint.load_tensors(tmp_path / "state")[0]
+        state = files.load_tensors(tmp_path / "state")[0]
         average, raw = (state[f"{part}.moving.weight"] for part in ("follower.average", "student"))
         share = 0.0 if line.iteration < 4 else 1 - 1 / 10  # the first of its ramp
         torch.testing.assert_close(average, begun.lerp(raw, share))

@@ -14,6 +14,8 @@ from typing import Annotated, Literal, NotRequired
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, with_config
 from typing_extensions import TypedDict
 
+from diffusion.files import CHECKSUM
+
 FORMAT = 3
 LONG = 100  # steps; a teacher's own plan of more may be judged on fewer images than other rows
 ENOUGH = 16  # steps; a teacher's row of as many can then stand in for that plan
@@ -339,7 +341,11 @@ class Record(Row, Head):
 
 def schema() -> dict:
     """The JSON schema of a line of results.jsonl: a head, or a row below it."""
-    return TypeAdapter(Head | Row).json_schema()
+    whole = TypeAdapter(Head | Row).json_schema()
+    for kind in ("Head", "Row"):
+        about = {"type": "string", "description": "A checksum over the line's other fields."}
+        whole["$defs"][kind]["properties"][CHECKSUM] = about
+    return whole
 
 
 if __name__ == "__main__":
