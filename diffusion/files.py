@@ -237,8 +237,8 @@ def parse_object(text: bytes | str, place: Path | str) -> dict:
     return values
 
 
-def write_json(path: Path, values: dict) -> None:
-    write_atomic(path, json.dumps(sealed(values)) + "\n")
+def write_json(path: Path, values: dict, indent: int | None = None) -> None:
+    write_atomic(path, json.dumps(sealed(values), indent=indent) + "\n")
 
 
 def read_json(path: Path) -> dict:

@@ -164,7 +164,7 @@ class Progress(NamedTuple):
     seconds: float
 
 
-# What a state is lost by, and what is not.
+# The mend for a state that cannot be read, and what it costs.
 DELETE = "delete it, and the training begins anew; no finished model is touched"
 EARLY = 5.0  # seconds to the first line at the latest, or to the end of the step
 
@@ -343,7 +343,7 @@ def _largest(nets: Nets) -> Tensor:
 
 
 def _diverged(done: int, kept: Progress | None, state: Path, config: FitConfig) -> UserError:
-    """kept: the line of the log at which the state on disk was saved."""
+    """The error that says what is on disk. kept: the line of the log at which that was saved."""
     saved = "nothing was saved"
     if kept:
         saved = f"{state} is of iteration {kept.iteration}, of loss {kept.loss:.4g}: delete it"
@@ -382,8 +382,7 @@ def _restore(
     try:
         return _restored(path, nets, followers, optimizers)
     except (Damaged, LookupError, RuntimeError, TypeError, ValueError) as error:
-        unlike = not isinstance(error, RuntimeError) or "state_dict" in str(error)  # else memory
-        if not unlike:
+        if isinstance(error, RuntimeError) and "state_dict" not in str(error):  # out of memory
             raise
         reason = str(error) if isinstance(error, Damaged) else f"{path} is of another training"
         raise UserError(f"{reason}: {DELETE}") from error

@@ -93,7 +93,7 @@ def call(command: list[str], log: Path, threads: int | None = None) -> None:
         with LOG_LOCK:
             minutes = read_json(log) if log.exists() else {}
             minutes[typed] = round(minutes.get(typed, 0) + (time.monotonic() - begun) / 60, 2)
-            write_json(log, minutes)
+            write_json(log, minutes, indent=1)
     if code:
         raise UserError(f"exit code {code} of: {typed}: the same experiments.line command resumes")
 

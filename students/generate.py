@@ -4,7 +4,7 @@ import io
 import os
 import zipfile
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -195,11 +195,12 @@ def new_pictures(folder: Path, count: int) -> Generator[Path]:
                 os.replace(part / picture(i), folder / picture(i))
             write_mark(folder, "pictures", count)
         finally:
-            for path in part.iterdir():
-                path.unlink()
-            part.rmdir()
-            if not (done or marked):
-                (folder / MARK).unlink()
+            with suppress(FileNotFoundError):  # the folder was deleted meanwhile
+                for path in part.iterdir():
+                    path.unlink()
+                part.rmdir()
+                if not (done or marked):
+                    (folder / MARK).unlink()
 
 
 def write_folder(folder: Path, model: Model, options: Options) -> None:
