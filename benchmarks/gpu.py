@@ -23,8 +23,8 @@ import tyro
 
 from benchmarks import gpu_stages
 from benchmarks.gpu_stages import STAGES
-from diffusion.checkpoint import require_folder, write_atomic
 from diffusion.console import UserError, at_least, run, say
+from diffusion.files import require_folder, write_atomic
 from diffusion.machine import this_device
 from eval.measure import machine
 

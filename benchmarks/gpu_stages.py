@@ -22,10 +22,10 @@ from benchmarks import speed
 from benchmarks.subjects import copied, endless, made_up, objectives, untrained
 from benchmarks.turns import Comparison, take_turns
 from diffusion.batches import Batch, Batches, batch_seed
-from diffusion.checkpoint import write_atomic
 from diffusion.config import FitConfig, check_compiler
 from diffusion.console import Interrupted, UserError
 from diffusion.data import Dataset
+from diffusion.files import write_atomic
 from diffusion.images import InMemory
 from diffusion.machine import layout, this_device
 from diffusion.model import Model

@@ -10,8 +10,8 @@ from typing import Literal
 import torch
 from scipy.stats import binom
 
-from diffusion.checkpoint import require_folder, write_atomic
 from diffusion.console import at_least, out, say
+from diffusion.files import require_folder, write_atomic
 from diffusion.machine import this_device
 from eval.measure import machine
 from eval.measure.timing import timed

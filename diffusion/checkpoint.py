@@ -1,91 +1,22 @@
-"""Checkpoints: a safetensors file with a card (JSON) that says how to use it.
-
-Every file is written beside its name and renamed, so a killed run leaves the last whole one.
-"""
+"""Checkpoints: a safetensors file with a card (JSON) that says how to use it."""
 
 import hashlib
 import json
-import os
-from collections.abc import Generator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import safetensors
-import safetensors.torch
-import torch
 from pydantic import Field, TypeAdapter, with_config
 from torch import Tensor
 from typing_extensions import TypedDict
 
 from diffusion import older
 from diffusion.console import UserError
+from diffusion.files import bytes_of, load_tensors, save_tensors
 from diffusion.plan import Plan
 from diffusion.typed import CLOSED, OPEN, Amount, Count, Sha256, Text, checked, parse
 
 FORMAT = 2
-
-
-@contextmanager
-def atomic_path(path: Path) -> Generator[Path]:
-    """A path beside `path` to write to; renamed to it on success, removed on failure."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        yield part
-        with open(part, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def require_folder(folder: Path) -> None:
-    """UserError where no folder can be made there: better said before the work than after it."""
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise UserError(
-            f"{folder} cannot be made: {existing} is no folder that you may write in; "
-            "give another --out"
-        )
-
-
-def write_atomic(path: Path, content: bytes | str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_path(path) as part:
-        part.write_bytes(content.encode() if isinstance(content, str) else content)
-
-
-def remove_parts(path: Path) -> None:
-    """Delete what killed writers of this file left beside it; none may be at work."""
-    for part in path.parent.glob(f".{path.name}.*.part"):
-        part.unlink(missing_ok=True)
-
-
-def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_atomic(path, safetensors.torch.save(tensors, metadata))
-
-
-def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            names = file.keys()  # the file itself cannot be iterated
-            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
-    except (safetensors.SafetensorError, ValueError) as error:
-        raise UserError(f"{path} is not a whole safetensors file ({error})") from error
-
-
-def metadata(path: Path) -> dict[str, str]:
-    """A safetensors file's metadata, from its header alone; none of a file of another kind."""
-    try:
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if length > 10**8:  # safetensors' own limit
-                return {}
-            return dict(json.loads(file.read(length))["__metadata__"])
-    except (OSError, KeyError, TypeError, ValueError):
-        return {}
 
 
 def weights_sha256(tensors: dict[str, Tensor]) -> str:
@@ -94,7 +25,7 @@ def weights_sha256(tensors: dict[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(bytes_of(tensor))
     return digest.hexdigest()
 
 

@@ -1,6 +1,5 @@
 """Which folders are the suite's: it writes into those that it made, and takes no images there."""
 
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,15 +8,16 @@ from typing import Annotated
 from pydantic import Field, TypeAdapter, with_config
 from typing_extensions import TypedDict
 
-from diffusion.checkpoint import metadata, require_folder, write_atomic
 from diffusion.console import MOST, UserError
+from diffusion.files import LOCK, Damaged, is_part, metadata, read_json, require_folder, write_json
 from diffusion.typed import OPEN, parse
 
 MARK = ".fewstep"  # a file that every folder of the suite's holds
 WORDS = "A command of fewstep made this folder and may replace the files that it wrote here."
 # What a folder is made for, as its mark has it and as a user is told it.
 KINDS = {"run": "a training run", "comparison": "a comparison", "pictures": "generated pictures"}
-IGNORED = {".DS_Store", "Thumbs.db", "desktop.ini"}  # file managers leave these in any folder
+# File managers and killed commands leave these in any folder.
+IGNORED = {".DS_Store", "Thumbs.db", "desktop.ini", LOCK}
 SIGN = "made by fewstep"  # what a single file of the suite's says near its beginning or its end
 
 
@@ -78,14 +78,14 @@ def check_home(folder: Path) -> None:
 def write_mark(folder: Path, kind: str, pictures: int = 0) -> None:
     """pictures: how many NNNNNN.png the folder may hold of ours."""
     mark = {"about": WORDS, "kind": kind} | ({"pictures": pictures} if pictures else {})
-    write_atomic(folder / MARK, json.dumps(mark) + "\n")
+    write_json(folder / MARK, mark)
 
 
 def read_mark(folder: Path) -> Mark:
     """The mark's fields; none where it was put there by hand, or there is no mark."""
     try:
-        return MARKS.validate_json((folder / MARK).read_bytes())
-    except (OSError, ValueError):
+        return MARKS.validate_python(read_json(folder / MARK))
+    except (OSError, Damaged, ValueError):
         return {}
 
 
@@ -115,7 +115,9 @@ def _foreign(path: Path) -> UserError:
 
 def _entries(folder: Path) -> Iterator[Path]:
     if folder.is_dir():
-        yield from (path for path in folder.iterdir() if path.name not in IGNORED)
+        for path in folder.iterdir():
+            if path.name not in IGNORED and not is_part(path.name):
+                yield path
 
 
 def _stranger(path: Path) -> Path | None:

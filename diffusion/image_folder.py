@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from diffusion import image_file
-from diffusion.checkpoint import load_tensors, save_tensors, weights_sha256
+from diffusion.checkpoint import weights_sha256
 from diffusion.console import UserError, say, track
+from diffusion.files import Damaged, Unwritable, load_tensors, save_tensors
 from diffusion.folders import MARK, is_ours
 from diffusion.image_file import Form
 
@@ -174,9 +175,8 @@ def _decoded(
             passing |= isinstance(result, MemoryError) or bool(getattr(result, "errno", None))
     images = images[:count]
     if count and not passing:  # what may be read another time is tried again
-        sha256 = weights_sha256({"images": images})
-        about = {"key": key, "sha256": sha256, "skipped": json.dumps(skipped)}
-        with suppress(OSError):  # a full disk, or a home that is not ours
+        about = {"key": key, "skipped": json.dumps(skipped)}
+        with suppress(Unwritable):  # a full disk, or a home that is not ours
             save_tensors(path, {"images": images}, about)
     return images, skipped
 
@@ -203,10 +203,13 @@ def _cached(path: Path, key: str) -> tuple[Tensor, Reasons] | None:
     try:
         tensors, about = load_tensors(path)
         images, skipped = tensors["images"], json.loads(about["skipped"])
-        whole = about["key"] == key and about["sha256"] == weights_sha256(tensors)
-    except (UserError, OSError, LookupError, ValueError):
+        same = about["key"] == key and about.get("sha256") in (None, weights_sha256(tensors))
+    except Damaged as error:
+        say(f"{error}: the images are decoded anew")
         return None
-    return (images, skipped) if whole else None
+    except (OSError, LookupError, ValueError):
+        return None
+    return (images, skipped) if same else None
 
 
 def _also(passed: Reasons) -> str:

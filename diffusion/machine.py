@@ -4,12 +4,13 @@ How its threads wait is set in `diffusion/__init__.py`, before torch is loaded.
 """
 
 import hashlib
-import json
 import math
 import os
 import platform
 import shutil
+import signal
 import tempfile
+import threading
 import time
 from contextlib import suppress
 from functools import cache
@@ -22,8 +23,8 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from torch import nn
 
-from diffusion.checkpoint import write_atomic
 from diffusion.console import UserError, say
+from diffusion.files import Damaged, Unwritable, read_json, write_json
 
 
 def _cache() -> Path:
@@ -43,9 +44,30 @@ PATIENCE = 3.0  # times fp32's time, beyond which one pass in bf16 says enough
 
 def this_device() -> torch.device:
     """This process's GPU where there is CUDA, else the CPU: angles are float64, which MPS lacks."""
+    end_with_launcher()
     device = PartialState(cpu=not torch.cuda.is_available()).device
     assert device
     return device
+
+
+@cache
+def end_with_launcher(seconds: float = 10.0) -> None:
+    """A process of several is asked to stop once its launcher is gone, and killed if it does not.
+
+    A killed launcher asks nobody to stop: its processes would train on beside those of a restart.
+    """
+    if "LOCAL_RANK" not in os.environ:
+        return
+    launcher, pid = os.getppid(), os.getpid()
+
+    def watch() -> None:
+        while os.getppid() == launcher:
+            time.sleep(1)
+        os.kill(pid, signal.SIGTERM)  # a training saves, where the others still answer
+        time.sleep(seconds)
+        os.kill(pid, signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def layout() -> torch.memory_format:
@@ -146,11 +168,11 @@ def bf16_share() -> float:
         return 0.5 if torch.cuda.is_bf16_supported(including_emulation=False) else 2.0
     path = CACHE / "machine" / f"{_identity()}.json"
     try:
-        share = float(json.loads(path.read_text())["bf16_share"])
-    except (OSError, ValueError, KeyError, TypeError):
+        share = float(read_json(path)["bf16_share"])
+    except (OSError, Damaged, ValueError, KeyError, TypeError):
         share = _measured_share()
-        with suppress(OSError):  # a cache that cannot be written is no reason to stop
-            write_atomic(path, json.dumps({"processor": processor(), "bf16_share": share}))
+        with suppress(Unwritable):  # a cache that cannot be written is no reason to stop
+            write_json(path, {"processor": processor(), "bf16_share": share})
     if PartialState().num_processes > 1:
         share = broadcast_object_list([share])[0]
     return share

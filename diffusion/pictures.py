@@ -10,7 +10,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from diffusion.checkpoint import write_atomic
+from diffusion.files import write_atomic
 from diffusion.folders import SIGN
 
 

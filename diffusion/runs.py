@@ -5,8 +5,8 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,17 +15,29 @@ from accelerate import PartialState
 from torch import nn
 
 from diffusion import checkpoint, machine, older
-from diffusion.checkpoint import Card, metadata, remove_parts, write_atomic
+from diffusion.checkpoint import Card
 from diffusion.config import FitConfig, check, settings_of
 from diffusion.console import UserError, doing, say, silence, track
 from diffusion.data import Dataset
 from diffusion.denoiser import Denoiser
+from diffusion.files import (
+    Damaged,
+    append,
+    metadata,
+    owned,
+    read_json,
+    read_object,
+    remove,
+    remove_parts,
+    sealed,
+    write_atomic,
+)
 from diffusion.folders import check_claim, claim, is_ours
 from diffusion.machine import this_device
 from diffusion.model import Model, load
 from diffusion.pace import in_minutes, with_warning
 from diffusion.pictures import save_grid
-from diffusion.training import Method, Progress, fit
+from diffusion.training import DELETE, Method, Progress, fit
 
 
 def train_model(
@@ -35,6 +47,7 @@ def train_model(
     config: FitConfig,
     card: Card,
     advice: Callable[[], str] | None = None,
+    beside: Mapping[str, Denoiser] | None = None,
 ) -> Model:
     """The model of this run: loaded where it is finished, else trained from where it was stopped.
 
@@ -42,11 +55,27 @@ def train_model(
     `earlier_images`, those of the students it goes on from, count in the total.
     Leaves model.safetensors, log.jsonl and samples.png, which grows sharper while it trains; state/
     only while it is unfinished. A folder that holds somebody else's files is a UserError. advice:
-    how a training of more than an hour could be faster.
+    how a training of more than an hour could be faster. beside: by a file's name, what is kept of
+    the method's followers.
     """
     config = settled(config, run)
     check(config)
     check_claim(run)
+    finished = run / "model.safetensors"
+    with nullcontext() if finished.exists() else owned(run):
+        return _train(run, method, dataset, config, card, advice, beside or {})
+
+
+def _train(
+    run: Path,
+    method: Method,
+    dataset: Dataset,
+    config: FitConfig,
+    card: Card,
+    advice: Callable[[], str] | None,
+    beside: Mapping[str, Denoiser],
+) -> Model:
+    """The model of a run that this command alone writes, or that is finished."""
     processes = PartialState()
     if config.minutes and not settings_before(run):
         config = in_minutes(method, dataset, config)
@@ -62,17 +91,14 @@ def train_model(
         say(f"{run}  finished before: {finished}")
         return model
     state = run / "state" / "state.safetensors"
-    described = run / "state" / "settings.json"
     processes.wait_for_everyone()  # all have looked at the folder before the first writes
     if processes.is_main_process:
         claim(run)
         if state.exists():
-            require_same(run, json.loads(described.read_text()), settings)
-        else:
-            write_atomic(described, json.dumps(settings))
+            require_same(run, settings_before(run), settings)
     processes.wait_for_everyone()
     preview = Preview(run, card)
-    lines = fit(method, dataset, config, state, preview=preview)
+    lines = fit(method, dataset, config, state, preview=preview, settings=settings)
     progress = _logged(with_warning(lines, config, advice), run / "log.jsonl")
     with doing(f"training {run}", "the last save is kept, and the same command goes on from it"):
         *_, last = track(progress, str(run), _describe)
@@ -88,6 +114,8 @@ def train_model(
     if processes.is_main_process:
         student = method.players["student"].module
         assert isinstance(student, Denoiser)
+        for name, denoiser in beside.items():  # first: a run that has its model is whole
+            checkpoint.save(run / name, denoiser.net.state_dict(), card)
         leave(run, student, card)
         tidy(run)
         paths = f"{finished}, {run / 'samples.png'}"
@@ -142,11 +170,21 @@ def settings_before(run: Path) -> dict:
     """
     if not is_ours(run):
         return {}
-    described = run / "state" / "settings.json"
     if (run / "model.safetensors").exists():
-        card = json.loads(metadata(run / "model.safetensors").get("card", "{}"))
-        return card.get("training", {}).get("settings", {})
-    return json.loads(described.read_text()) if described.exists() else {}
+        try:
+            card = json.loads(metadata(run / "model.safetensors")["card"])
+            return card["training"].get("settings", {})
+        except (AttributeError, LookupError, TypeError, ValueError):  # loading it says what it is
+            return {}
+    state, described = run / "state" / "state.safetensors", run / "state" / "settings.json"
+    if not state.exists():
+        return {}
+    try:
+        if described.exists() and "settings" not in metadata(state):
+            return read_json(described)  # of a version that kept them beside the state
+        return read_object(metadata(state).get("settings", ""), state)
+    except Damaged as error:
+        raise UserError(f"{error}: {DELETE}") from error
 
 
 class Preview:
@@ -192,12 +230,10 @@ def leave(run: Path, denoiser: Denoiser, card: Card) -> None:
 
 def tidy(run: Path) -> None:
     """Delete what only an unfinished run needs; whatever else lies there is not the run's."""
-    state, described = run / "state" / "state.safetensors", run / "state" / "settings.json"
-    kept = (run / name for name in ("model.safetensors", "log.jsonl", "samples.png"))
-    for path in (state, described, *kept):
-        remove_parts(path)
-    state.unlink(missing_ok=True)
-    described.unlink(missing_ok=True)
+    for name in ("state.safetensors", "settings.json"):
+        remove(run / "state" / name)
+    for name in ("model.safetensors", "log.jsonl", "samples.png"):
+        remove_parts(run / name)
     with suppress(OSError):  # not empty
         (run / "state").rmdir()
 
@@ -240,15 +276,17 @@ def _logged(lines: Iterator[Progress], path: Path) -> Iterator[Progress]:
         if PartialState().is_main_process:
             if first == 0:
                 write_atomic(path, "".join(_lines_before(path, line.iteration)))
-            with open(path, "a") as log:
-                log.write(json.dumps(line._asdict()) + "\n")
+            append(path, json.dumps(sealed(line._asdict())) + "\n")
         yield line
 
 
 def _lines_before(path: Path, iteration: int) -> Iterator[str]:
-    for line in path.read_text().splitlines(keepends=True) if path.exists() else []:
+    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
         try:
-            if line.endswith("\n") and json.loads(line)["iteration"] < iteration:
-                yield line
-        except (ValueError, KeyError):  # cut short by a kill
+            if line.endswith(b"\n") and read_object(line, path)["iteration"] < iteration:
+                yield line.decode()
+        except Damaged:
+            if line.endswith(b"\n"):  # else cut short by a kill
+                say(f"{path}: a line is damaged and left out")
+        except (KeyError, TypeError):
             continue

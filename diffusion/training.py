@@ -10,7 +10,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from types import FrameType
+from types import FrameType, MappingProxyType
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 from diffusion import older
 from diffusion.batches import Batch, Batches
-from diffusion.checkpoint import load_tensors, save_tensors
 from diffusion.config import FitConfig, check, learning_rate
 from diffusion.console import Interrupted, UserError
 from diffusion.data import Dataset
 from diffusion.denoiser import Denoiser
+from diffusion.files import Damaged, load_tensors, save_tensors, sealed
 
 Nets = Mapping[str, nn.Module]  # a method's players by name
 
@@ -164,6 +164,8 @@ class Progress(NamedTuple):
     seconds: float
 
 
+# The mend for a state that cannot be read, and what it costs.
+DELETE = "delete it, and the training begins anew; no finished model is touched"
 EARLY = 5.0  # seconds to the first line at the latest, or to the end of the step
 
 
@@ -181,11 +183,13 @@ def fit(
     state: Path,
     fused: bool = True,
     preview: Callable[[nn.Module], None] | None = None,
+    settings: Mapping[str, Any] = MappingProxyType({}),
 ) -> Generator[Progress]:
     """Train a method's players in place; its student ends with its averaged weights.
 
     Resumes from the file `state` where there is one, to the same result bit for bit, and
-    writes it after log lines; a loss that is not finite raises UserError before it is written.
+    writes it, the run's settings in it, after log lines. A loss or weights that are not finite
+    raise UserError before they are written.
     fused: of the optimizers and the average; what that saves, benchmarks.speed measures.
     preview: is shown the averaged student early and after each save, in the first process.
     """
@@ -213,7 +217,7 @@ def fit(
 
     sums, counted = torch.zeros(2, device=worker.device), 0
     begun = logged = saved = time.monotonic()
-    lines = 0
+    lines, kept = 0, before
     alone = worker.num_processes == 1  # else all must agree on where to stop
     if before:
         yield before  # its line in the log may not have been written
@@ -251,22 +255,18 @@ def fit(
                 due = time.monotonic() - begun > EARLY
             if not due and not (stop and alone):
                 continue
-            means = torch.cat([sums / counted, sums.new_tensor([len(stop)])])
-            mean_loss, mean_norm, stopped = worker.reduce(means, "mean").tolist()
+            means = torch.cat([sums / counted, _largest(nets), sums.new_tensor([len(stop)])])
+            mean_loss, mean_norm, largest, stopped = worker.reduce(means, "mean").tolist()
             now = time.monotonic()
-            if not math.isfinite(mean_loss + mean_norm):
-                raise UserError(
-                    f"the loss or its gradient is not finite at iteration {done}: the state of the "
-                    "last good save is kept; try a lower --learning-rate than "
-                    f"{config.learning_rate:g}"
-                )
+            if not math.isfinite(mean_loss + mean_norm + largest):
+                raise _diverged(done, kept, state, config)
             seconds = spent + now - begun
             pace = counted * config.batch_size / (now - logged)
             line = Progress(done, config.iterations, mean_loss, mean_norm, rate, pace, seconds)
             save = stopped or done == config.iterations or now - saved >= config.save_every
             if worker.is_main_process and save:
-                _save(state, nets, followers, optimizers, line)
-                saved = now
+                _save(state, nets, followers, optimizers, line, settings)
+                saved, kept = now, line
             if preview and worker.is_main_process and (save or not lines) and not stopped:
                 preview(average.module)
             lines += 1
@@ -336,8 +336,30 @@ def _stop_requests() -> Generator[list[int]]:
             signal.signal(number, handler)
 
 
+def _largest(nets: Nets) -> Tensor:
+    """(1,): the largest weight, which is not finite where any is not."""
+    weights = [p.detach() for net in nets.values() for p in net.parameters()]
+    return torch.stack(torch._foreach_norm(weights, math.inf)).float().amax(0, keepdim=True)
+
+
+def _diverged(done: int, kept: Progress | None, state: Path, config: FitConfig) -> UserError:
+    """The error that says what is on disk. kept: the line of the log at which that was saved."""
+    saved = "nothing was saved"
+    if kept:
+        saved = f"{state} is of iteration {kept.iteration}, of loss {kept.loss:.4g}: delete it"
+    return UserError(
+        f"the loss, its gradient or a weight is not finite at iteration {done}; {saved}; "
+        f"try a lower --learning-rate than {config.learning_rate:g}"
+    )
+
+
 def _save(
-    path: Path, nets: Nets, followers: Followers, optimizers: Optimizers, line: Progress
+    path: Path,
+    nets: Nets,
+    followers: Followers,
+    optimizers: Optimizers,
+    line: Progress,
+    settings: Mapping[str, Any],
 ) -> None:
     tensors = {}
     for name, net in nets.items():
@@ -347,7 +369,8 @@ def _save(
     for name, optimizer in optimizers.items():
         for i, slots in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{name}.{i}.{slot}": v for slot, v in slots.items()}
-    save_tensors(path, tensors, {"line": json.dumps(line._asdict())})
+    described = {"line": line._asdict(), "settings": sealed(dict(settings))}
+    save_tensors(path, tensors, {name: json.dumps(each) for name, each in described.items()})
 
 
 def _restore(
@@ -356,6 +379,16 @@ def _restore(
     """The line of the log at which the state was saved; None where there is no state."""
     if not path.exists():
         return None
+    try:
+        return _restored(path, nets, followers, optimizers)
+    except (Damaged, LookupError, RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, RuntimeError) and "state_dict" not in str(error):  # out of memory
+            raise
+        reason = str(error) if isinstance(error, Damaged) else f"{path} is of another training"
+        raise UserError(f"{reason}: {DELETE}") from error
+
+
+def _restored(path: Path, nets: Nets, followers: Followers, optimizers: Optimizers) -> Progress:
     tensors, metadata = load_tensors(path)
     parameters = {name: each.param_groups[0]["params"] for name, each in optimizers.items()}
     sizes = {name: len(moved) for name, moved in parameters.items()}

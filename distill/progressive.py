@@ -8,10 +8,8 @@ from itertools import pairwise
 from typing import Literal
 
 import torch
-from accelerate import PartialState
 from torch import Tensor, nn
 
-from diffusion import checkpoint
 from diffusion.batches import Batch
 from diffusion.checkpoint import Card
 from diffusion.circle import add_noise, merge_steps, rotate, x0_loss
@@ -264,15 +262,18 @@ def distill(options: Options) -> list[Model]:
         step = STEPS[solver](teacher.denoiser)
         objective = Halving(step, table, options.weighting, followers)
         folder = out / f"{num_steps:04d}"
-        finished = (folder / "model.safetensors").exists()
-        method = one_network(student, objective)
-        teacher, angles = train_model(folder, method, dataset, fit, card), kept
+        method, raw = one_network(student, objective), folder / "raw.safetensors"
+        beside = {raw.name: last} if last else {}
+        teacher = train_model(folder, method, dataset, fit, card, beside=beside)
         students.append(teacher)
+        angles = kept
+        if last and not raw.exists():
+            raise UserError(
+                f"{folder} lacks {raw.name}, the weights that teach the next round: delete it, "
+                "and this round is trained again"
+            )
         if last:
-            if not finished and PartialState().is_main_process:
-                checkpoint.save(folder / "raw.safetensors", last.net.state_dict(), teacher.card)
-            PartialState().wait_for_everyone()
-            teacher = load(folder / "raw.safetensors", fit.precision)
+            teacher = load(raw, fit.precision)
         if fit.compile:
             teacher.denoiser.net.compile()
     return students

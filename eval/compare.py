@@ -14,9 +14,9 @@ from torch import Tensor
 
 from diffusion import data as datasets
 from diffusion import machine
-from diffusion.checkpoint import write_atomic
 from diffusion.config import check_compiler
 from diffusion.console import UserError, at_least, diverted, doing, run, say, silence
+from diffusion.files import owned, write_atomic
 from diffusion.folders import check_claim, claim
 from diffusion.model import Model, load, require_same_images, this_device
 from diffusion.noise import check_seed
@@ -125,15 +125,22 @@ def compare(options: Options) -> list[Record]:
     """Measure what is not measured yet; write results.jsonl, the tables and the pictures."""
     check(options)
     options = replace(options, precision=machine.precision(options.precision))
-    first_process = PartialState().is_main_process
-    if not first_process:
+    if not PartialState().is_main_process:
         silence()
     files = [path for path in options.runs if path.suffix == ".jsonl"]
     paths = tuple(path for path in options.runs if path not in files)
     given = together.merge(map(jsonl.read, files))
     folder = options.out or home(paths)
     check_claim(folder, "comparison")
-    store = Store.open(folder)
+    with owned(folder):
+        return _compare(options, paths, files, given, Store.open(folder))
+
+
+def _compare(
+    options: Options, paths: tuple[Path, ...], files: list[Path], given: list[Record], store: Store
+) -> list[Record]:
+    """paths: of checkpoints and runs; given: the records of the files."""
+    folder, first_process = store.folder, PartialState().is_main_process
     measured, refused, train = [], [], None
     if paths:
         planned = plan(options, paths)

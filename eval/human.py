@@ -21,8 +21,8 @@ from torch import Tensor
 
 from diffusion import checkpoint, model
 from diffusion import data as datasets
-from diffusion.checkpoint import write_atomic
 from diffusion.console import UserError, at_least, out, plain, run, say
+from diffusion.files import write_atomic
 from diffusion.folders import check_file
 from diffusion.image_file import MOST_PIXELS, Form, kinds, reason, unlimited
 from diffusion.images import some

@@ -12,8 +12,8 @@ import tyro
 from rich.table import Table
 from scipy.stats import kendalltau
 
-from diffusion.checkpoint import write_atomic
 from diffusion.console import UserError, diverted, out, plain, printable, run, say, write
+from diffusion.files import write_atomic
 from eval.report import latest, left_out
 from eval.results import jsonl, together
 from eval.results.records import Record

@@ -8,8 +8,8 @@ import tyro
 from torch import Tensor
 
 from diffusion import data as datasets
-from diffusion.checkpoint import write_atomic
 from diffusion.console import UserError, run, say
+from diffusion.files import write_atomic
 from diffusion.image_file import Form
 from eval.measure.real import Real, fingerprint
 from eval.results import jsonl, together

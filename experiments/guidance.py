@@ -18,8 +18,8 @@ import tyro
 from torch import Tensor
 
 from diffusion import data
-from diffusion.checkpoint import atomic_path, write_atomic
 from diffusion.console import at_least, run, say
+from diffusion.files import atomic_path, write_atomic
 from diffusion.model import Model
 from diffusion.plan import Plan
 from distill import guidance, progressive

@@ -4,7 +4,6 @@ A line is a teacher, its students by several methods, and their comparison. Each
 that a user could type. What is done is skipped, and what was stopped goes on.
 """
 
-import json
 import os
 import shlex
 import signal
@@ -19,8 +18,8 @@ from pathlib import Path
 import torch
 import tyro
 
-from diffusion.checkpoint import write_atomic
 from diffusion.console import Interrupted, UserError, at_least, run, say
+from diffusion.files import read_json, write_json
 from diffusion.folders import check_claim, check_home, claim
 from experiments.lines import LINES, Line
 
@@ -92,9 +91,9 @@ def call(command: list[str], log: Path, threads: int | None = None) -> None:
     finally:
         RUNNING.discard(process)
         with LOG_LOCK:
-            minutes = json.loads(log.read_text()) if log.exists() else {}
+            minutes = read_json(log) if log.exists() else {}
             minutes[typed] = round(minutes.get(typed, 0) + (time.monotonic() - begun) / 60, 2)
-            write_atomic(log, json.dumps(minutes, indent=1) + "\n")
+            write_json(log, minutes, indent=1)
     if code:
         raise UserError(f"exit code {code} of: {typed}: the same experiments.line command resumes")
 

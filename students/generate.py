@@ -6,7 +6,7 @@ import os
 import re
 import zipfile
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -18,9 +18,9 @@ import tyro
 from torch import Tensor
 
 from diffusion import machine
-from diffusion.checkpoint import write_atomic
 from diffusion.condition import Label, take
 from diffusion.console import UserError, at_least, doing, run, say, track
+from diffusion.files import owned, write_atomic
 from diffusion.folders import (
     MARK,
     SIGN,
@@ -180,29 +180,29 @@ def new_pictures(folder: Path, count: int) -> Generator[Path]:
 
     A failure leaves everything as it was.
     """
-    before, new, marked = pictures_before(folder), not folder.exists(), (folder / MARK).exists()
-    claim(folder, "pictures")
-    part, done = folder / PART, False
-    part.mkdir(exist_ok=True)
-    try:
-        yield part
-        if before:
-            say(f"{folder}: the {len(before)} pictures of an earlier call are replaced")
-        write_mark(folder, "pictures", max(count, read_mark(folder).get("pictures", 0)))
-        done = True  # from here on all that is there is known as ours
-        for path in before:
-            path.unlink()
-        for i in range(count):
-            os.replace(part / picture(i), folder / picture(i))
-        write_mark(folder, "pictures", count)
-    finally:
-        for path in part.iterdir():
-            path.unlink()
-        part.rmdir()
-        if not (done or marked):
-            (folder / MARK).unlink()
-        if not done and new:
-            folder.rmdir()
+    before, marked = pictures_before(folder), (folder / MARK).exists()
+    with owned(folder):
+        claim(folder, "pictures")
+        part, done = folder / PART, False
+        part.mkdir(exist_ok=True)
+        try:
+            yield part
+            if before:
+                say(f"{folder}: the {len(before)} pictures of an earlier call are replaced")
+            write_mark(folder, "pictures", max(count, read_mark(folder).get("pictures", 0)))
+            done = True  # from here on all that is there is known as ours
+            for path in before:
+                path.unlink()
+            for i in range(count):
+                os.replace(part / picture(i), folder / picture(i))
+            write_mark(folder, "pictures", count)
+        finally:
+            with suppress(FileNotFoundError):  # the folder was deleted meanwhile
+                for path in part.iterdir():
+                    path.unlink()
+                part.rmdir()
+                if not (done or marked):
+                    (folder / MARK).unlink()
 
 
 def write_folder(folder: Path, model: Model, options: Options) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from diffusion.checkpoint import Card
 from diffusion.console import UserError, run, say
+from diffusion.files import owned
 from diffusion.folders import check_claim, claim
 from diffusion.model import Model, load
 from diffusion.runs import leave, require_same
@@ -103,7 +104,7 @@ def soup(options: Options) -> Model:
     check_claim(options.out)
     models = [load(path) for path in options.students]
     check_alike(models, options.students)
-    card, settings = models[0].card, {"soup": [model.sha256 for model in models]}
+    settings = {"soup": [model.sha256 for model in models]}
     if (options.out / "model.safetensors").exists():
         before = load(options.out)
         require_same(options.out, before.card.training.get("settings", {}), settings)
@@ -117,7 +118,17 @@ def soup(options: Options) -> Model:
             "expected students that began at the same weights, as cd, ect and progressive do, not "
             "ct or ict"
         )
-    claim(options.out)
+    with owned(options.out):
+        claim(options.out)
+        _make(options, models, weights, settings)
+    say(f"{options.out}  of {len(models)} students, {apart:.2f} apart")
+    return load(options.out)
+
+
+def _make(
+    options: Options, models: list[Model], weights: list[dict[str, Tensor]], settings: dict
+) -> None:
+    card = models[0].card
     models[0].denoiser.net.load_state_dict(average(weights))
     images = sum(images_spent(model) for model in models)
     seconds = sum(model.card.training.get("seconds", 0) for model in models)
@@ -127,8 +138,6 @@ def soup(options: Options) -> Model:
         models[0].denoiser,
         replace(card, method=f"{card.method}-soup", training=training),
     )
-    say(f"{options.out}  of {len(models)} students, {apart:.2f} apart")
-    return load(options.out)
 
 
 def main() -> None:

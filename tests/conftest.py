@@ -17,7 +17,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from diffusion import codec, console, data, networks
+from diffusion import codec, console, data, networks, training
 from diffusion.checkpoint import Card
 from diffusion.config import FitConfig
 from diffusion.data import Dataset
@@ -57,6 +57,27 @@ def command(monkeypatch, capsys) -> Callable[..., Outcome]:
         return Outcome(code, *capsys.readouterr())
 
     return call
+
+
+@pytest.fixture
+def stop_at_save(monkeypatch) -> Callable[..., None]:
+    """Call a training and stop it at its first save of its state, or a later one."""
+
+    def stop(call: Callable[[], object], number: int = 1) -> None:
+        saves, save = [], training._save
+
+        def save_and_stop(*arguments) -> None:
+            save(*arguments)
+            saves.append(1)
+            if len(saves) == number:
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(training, "_save", save_and_stop)
+            with pytest.raises(KeyboardInterrupt):
+                call()
+
+    return stop
 
 
 @pytest.fixture(scope="session")

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from diffusion import checkpoint
-from diffusion.checkpoint import Card, atomic_path, write_atomic
+from diffusion import checkpoint, files
+from diffusion.checkpoint import Card
 from diffusion.console import UserError
+from diffusion.files import atomic_path, write_atomic
 from diffusion.plan import Plan, plan
 from diffusion.schedules import cosine
 
@@ -94,7 +95,7 @@ def test_a_file_cut_short_anywhere_is_refused_by_name(file):
 @pytest.mark.parametrize("text", [None, "no JSON", "{}", "[]", '{"format": 1}', '{"format": 2}'])
 def test_a_file_without_a_usable_card_is_refused_by_name(file, text):
     metadata = {"weights_sha256": checkpoint.weights_sha256(WEIGHTS)}
-    checkpoint.save_tensors(file, WEIGHTS, metadata | ({} if text is None else {"card": text}))
+    files.save_tensors(file, WEIGHTS, metadata | ({} if text is None else {"card": text}))
     with pytest.raises(UserError, match=str(file)):
         checkpoint.load(file)
 
@@ -140,7 +141,8 @@ def test_a_full_disk_is_one_line_and_leaves_the_old_file_whole(file, call, comma
     outcome = command(lambda: checkpoint.save(file, {"other": torch.ones(3)}, CARD))
     monkeypatch.undo()
     assert outcome.code == 2
-    assert outcome.err == "error: No space left on device (--debug shows where)\n"
+    problem = "could not be written (No space left on device): it is as it was before"
+    assert outcome.err == f"error: {file} {problem}\n"
     assert file.read_bytes() == before
     assert names(file.parent) == ["model.safetensors"]
 

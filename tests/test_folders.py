@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from diffusion import checkpoint, data, folders
+from diffusion import data, files, folders
 from diffusion.console import UserError
 from diffusion.folders import MARK, check_claim, check_home, claim, is_ours
 from diffusion.model import Model
@@ -162,16 +162,16 @@ def save_model(path: Path) -> None:
     images = {"name": "digits", "channels": 1, "size": 8, "num_classes": 10}
     card = {"method": "teacher", "sampler": "ddim", "plans": {"1": [0.0, 1.5]}, "solvers": ["ddim"]}
     card |= {"net": {}, "data": images | {"mean": 77.0, "std": 90.0}, "format": 1}
-    checkpoint.save_tensors(path, {"w": torch.ones(2)}, {"card": json.dumps(card)})
+    files.save_tensors(path, {"w": torch.ones(2)}, {"card": json.dumps(card)})
 
 
 def save_state(path: Path) -> None:
     text = json.dumps({"iteration": 3, "iterations": 9})
-    checkpoint.save_tensors(path, {"w": torch.ones(2)}, {"line": text})
+    files.save_tensors(path, {"w": torch.ones(2)}, {"line": text})
 
 
 def save_results(path: Path) -> None:
-    checkpoint.write_atomic(path, json.dumps(asdict(record())) + "\n")
+    files.write_atomic(path, json.dumps(asdict(record())) + "\n")
 
 
 def header(text: str) -> bytes:
@@ -222,7 +222,7 @@ def test_a_file_of_somebody_elses_by_the_same_name_makes_no_folder_ours(name, co
 
 def test_weights_of_somebody_elses_are_known_by_their_header_alone(tmp_path):
     """A header is read, whatever follows; a FIFO is not waited for."""
-    checkpoint.save_tensors(tmp_path / "small.safetensors", {"w": torch.ones(2)}, {"format": "pt"})
+    files.save_tensors(tmp_path / "small.safetensors", {"w": torch.ones(2)}, {"format": "pt"})
     with open(tmp_path / "model.safetensors", "wb") as file:
         file.write((tmp_path / "small.safetensors").read_bytes())
         file.truncate(1 << 40)  # a terabyte, sparse

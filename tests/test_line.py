@@ -1,6 +1,5 @@
 """A whole comparison by one command, at toy length."""
 
-import json
 import signal
 import subprocess
 import sys
@@ -13,6 +12,7 @@ import pytest
 import tyro
 
 from diffusion.console import UserError
+from diffusion.files import read_json
 from distill import consistency, midtraining, progressive
 from eval import compare
 from experiments import line
@@ -121,7 +121,7 @@ def test_a_line_goes_from_data_to_report_and_resumes(tmp_path, monkeypatch):
     assert before == (student.stat().st_mtime_ns, len((compare / "results.jsonl").read_bytes()))
     for name in ("results.jsonl", "methods.md", "report.html"):
         assert (compare / name).exists()
-    minutes = json.loads((compare / "commands.json").read_text())
+    minutes = read_json(compare / "commands.json")
     assert [command.split()[2].split(".")[-1] for command in minutes] == [
         "ddpm", "consistency", "midtraining", "consistency", "progressive",
         "compare", "methods", "report",

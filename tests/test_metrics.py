@@ -7,10 +7,10 @@ import torch
 from cleanfid import fid
 from scipy import linalg
 
-from diffusion.checkpoint import load_tensors, save_tensors
 from diffusion.circle import add_noise
 from diffusion.console import UserError
 from diffusion.data import Dataset
+from diffusion.files import load_tensors, save_tensors
 from eval.measure.features import random_network
 from eval.measure.metrics import Moments, frechet_distance
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from diffusion import checkpoint, condition, networks, older, runs
+from diffusion import checkpoint, condition, files, networks, older, runs
 from diffusion.checkpoint import Card
 from diffusion.condition import Guidance, Label
 from diffusion.console import UserError
@@ -397,7 +397,7 @@ def training(tmp_path, tiny, quick, digits):
 
 def to_old(path: Path, followers: list[str]) -> None:
     """Rewrite a state with the names that it had before there were players."""
-    tensors, metadata = checkpoint.load_tensors(path)
+    tensors, metadata = files.load_tensors(path)
     first = sum(
         name.startswith("optimizer.student.") and name.endswith(".step") for name in tensors
     )
@@ -414,7 +414,7 @@ def to_old(path: Path, followers: list[str]) -> None:
             player, i, slot = rest.split(".")
             name = f"optimizer.{int(i) + (first if player == 'log_weight' else 0)}.{slot}"
         old[name] = value
-    checkpoint.save_tensors(path, old, metadata)
+    files.save_tensors(path, old, metadata)
 
 
 @pytest.mark.parametrize(
@@ -436,7 +436,7 @@ def test_a_training_that_an_earlier_version_stopped_resumes_bit_for_bit(
             break
     loop.close()
     to_old(tmp_path / "stopped", followers)
-    names = checkpoint.load_tensors(tmp_path / "stopped")[0].keys()
+    names = files.load_tensors(tmp_path / "stopped")[0].keys()
     assert {name.split(".")[0] for name in names} == {
         "student",
         "optimizer",
@@ -450,7 +450,7 @@ def test_a_training_that_an_earlier_version_stopped_resumes_bit_for_bit(
     for name, player in whole.players.items():
         mine, theirs = resumed.players[name].module.state_dict(), player.module.state_dict()
         assert checkpoint.weights_sha256(mine) == checkpoint.weights_sha256(theirs)
-    states = [checkpoint.load_tensors(tmp_path / name)[0] for name in ("stopped", "whole")]
+    states = [files.load_tensors(tmp_path / name)[0] for name in ("stopped", "whole")]
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
@@ -459,5 +459,5 @@ def test_todays_state_is_left_as_it_is(training, tmp_path):
     _, loop = training(consistency, "state")
     next(loop)
     loop.close()
-    tensors, _ = checkpoint.load_tensors(tmp_path / "state")
+    tensors, _ = files.load_tensors(tmp_path / "state")
     assert older.state(tensors, {"student": 99}, ["average", "target"]) is tensors

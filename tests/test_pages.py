@@ -16,8 +16,8 @@ from made_up import record
 from PIL import Image
 
 from diffusion import data, named_data
-from diffusion.checkpoint import save_tensors
 from diffusion.console import UserError
+from diffusion.files import save_tensors
 from diffusion.image_file import Form
 from eval import report
 from eval.measure.real import fingerprint

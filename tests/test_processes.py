@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from diffusion import checkpoint
-from diffusion.checkpoint import load_tensors
+from diffusion.files import load_tensors
 from diffusion.folders import MARK
 
 ROOT = Path(__file__).parents[1]

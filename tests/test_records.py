@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_up import record, sha256
 
-from diffusion.checkpoint import load_tensors
 from diffusion.console import UserError
+from diffusion.files import load_tensors
 from eval.results import jsonl, records, together
 from eval.results.records import Record, Timing
 
@@ -246,11 +246,15 @@ def test_a_line_of_format_2_that_is_wrong_is_refused_too(tmp_path, changes, name
 
 
 def test_rows_that_differ_in_their_guidance_alone_are_two_measurements():
-    weak, strong = replace(FULL, guidance=1.0), replace(FULL, guidance=2.0)
+    weak, strong = replace(FULL, guidance=1.5), replace(FULL, guidance=2.0)
     assert len({FULL.key, weak.key, strong.key}) == len({FULL.tag, weak.tag, strong.tag}) == 3
     assert together.merge([[FULL, weak], [strong, weak]]) == [FULL, weak, strong]
     named = together.titles([weak, strong])
-    assert named == ["teacher [guidance 1]", "teacher [guidance 2]"]
+    assert named == ["teacher [guidance 1.5]", "teacher [guidance 2]"]
+
+
+def test_a_weight_of_1_is_no_guidance_and_no_other_measurement():
+    assert replace(FULL, guidance=1.0).key == FULL.key
 
 
 def test_sample_images_of_earlier_comparisons_keep_their_names():

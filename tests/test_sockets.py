@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from diffusion import checkpoint
+from diffusion import files
 from diffusion.circle import rotate
 from diffusion.codec import CODECS, Scale
 from diffusion.condition import KINDS, Kinds
@@ -58,7 +58,7 @@ def test_two_networks_stopped_and_resumed_end_with_the_same_bits(tmp_path, monke
         kept = {}
 
         def keep(path: Path) -> None:
-            kept.update(checkpoint.load_tensors(path / "state" / "state.safetensors")[0])
+            kept.update(files.load_tensors(path / "state" / "state.safetensors")[0])
 
         monkeypatch.setattr("diffusion.runs.tidy", keep)
         two_networks.distill(two_networks.Options(run, fit))
@@ -425,7 +425,7 @@ def test_the_average_moves_when_its_player_does_and_at_no_other_iteration(digits
     config = replace(QUICK, iterations=4, log_every=1, ema=0.5, save_every=0.0)
     begun = players["student"].module.moving.weight.clone()
     for line in fit(Method(players, halves), digits, config, tmp_path / "state"):
-        state = checkpoint.load_tensors(tmp_path / "state")[0]
+        state = files.load_tensors(tmp_path / "state")[0]
         average, raw = (state[f"{part}.moving.weight"] for part in ("follower.average", "student"))
         share = 0.0 if line.iteration < 4 else 1 - 1 / 10  # the first of its ramp
         torch.testing.assert_close(average, begun.lerp(raw, share))

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from diffusion import checkpoint
 from diffusion.batches import Batch
-from diffusion.checkpoint import load_tensors
 from diffusion.console import UserError
 from diffusion.denoiser import DenoiserConfig
+from diffusion.files import load_tensors
 from diffusion.machine import this_device
 from diffusion.model import build, load
 from diffusion.networks import UNet

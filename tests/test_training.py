@@ -23,10 +23,10 @@ from torch import Tensor
 from diffusion import checkpoint, runs
 from diffusion import training as loops
 from diffusion.batches import Batch, Batches, batch_seed
-from diffusion.checkpoint import load_tensors
 from diffusion.console import Interrupted, UserError
 from diffusion.data import Dataset
 from diffusion.denoiser import Denoiser, DenoiserConfig
+from diffusion.files import load_tensors
 from diffusion.machine import this_device
 from diffusion.model import build
 from diffusion.schedules import cosine

@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffusion.checkpoint import load_tensors, save_tensors, weights_sha256
+from diffusion.checkpoint import weights_sha256
 from diffusion.console import UserError, say, track
+from diffusion.files import cached
 from diffusion.machine import CACHE
 from eval.measure import custom
 from eval.measure import inception as clean_fid
@@ -132,13 +133,15 @@ def classifier(dataset: Real, device: torch.device, cache: Path = CACHE) -> Extr
         )
     seen = weights_sha256({"images": dataset.train, "labels": dataset.train_labels})
     path = cache / "features" / f"cnn-{name}-{seen[:8]}-{STEPS}.safetensors"
+
+    def make() -> tuple[dict[str, Tensor], dict[str, str]]:
+        say(f"features: training the classifier of {name}, once for all")
+        accuracy = _train(model, dataset, device)
+        return model.state_dict(), {"accuracy": json.dumps(accuracy)}
+
     with _repeatable(device):
         model = Classifier(dataset.spec.channels, dataset.num_classes)
-        if not path.exists():
-            say(f"features: training the classifier of {name}, once for all")
-            trained = {"accuracy": json.dumps(_train(model, dataset, device))}
-            save_tensors(path, model.state_dict(), trained)
-    weights, metadata = load_tensors(path)
+        weights, metadata = cached(path, make)
     try:
         model.load_state_dict(weights)
         accuracy = json.loads(metadata["accuracy"])

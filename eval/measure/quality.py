@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from diffusion.checkpoint import load_tensors, save_tensors
 from diffusion.codec import Codec
 from diffusion.console import UserError, track
+from diffusion.files import cached
 from diffusion.image_file import Form
 from diffusion.machine import CACHE
 from eval.measure import sets
@@ -241,18 +241,19 @@ def reference(
     """(N, D) features of real images on the device: read from the cache where they are in it."""
     name = f"{extractor.name}-{extractor.sha256[:8]}-{fingerprint(images)[:16]}.safetensors"
     path = cache / "reference" / name
-    if path.exists():
-        return load_tensors(path)[0]["features"].to(device)
     if not len(images):  # nothing is held out of a small folder
         return torch.zeros(0, extractor.dim, device=device)
-    parts = track(
-        enumerate(images.split(PORTION)),
-        "features of real images",
-        lambda item: (min(PORTION * item[0], len(images)), len(images), "images"),
-    )
-    features = torch.cat([extractor.extract(part.to(device)) for _, part in parts])
-    save_tensors(path, {"features": features}, {})
-    return features
+
+    def make() -> tuple[dict[str, Tensor], dict[str, str]]:
+        parts = track(
+            enumerate(images.split(PORTION)),
+            "features of real images",
+            lambda item: (min(PORTION * item[0], len(images)), len(images), "images"),
+        )
+        features = [extractor.extract(part.to(device)) for _, part in parts]
+        return {"features": torch.cat(features)}, {}
+
+    return cached(path, make)[0]["features"].to(device)
 
 
 def warnings(others: dict[str, float], real: dict[str, float]) -> list[str]:

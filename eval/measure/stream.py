@@ -11,8 +11,8 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from diffusion.checkpoint import load_tensors, save_tensors
-from diffusion.console import UserError
+from diffusion.console import UserError, say
+from diffusion.files import Damaged, load_tensors, remove, save_tensors
 from diffusion.model import Model
 from diffusion.plan import Plan
 from eval.measure.quality import Judge, Seen
@@ -81,7 +81,7 @@ def look(
 def forget(part: Path) -> None:
     """Remove what `look` kept, once its result is on disk."""
     for path in _files(part):
-        path.unlink(missing_ok=True)
+        remove(path)
 
 
 def _trouble(seen: Seen) -> str:
@@ -107,7 +107,12 @@ def _kept(part: Path, device: torch.device) -> list[Seen]:
     The first process's file takes in the others' of an earlier start, which then lie about until
     they are written over: of two that share a batch the larger holds all of the smaller.
     """
-    earlier = [Seen.of(load_tensors(path)[0], device) for path in _files(part)]
+    earlier = []
+    for path in _files(part):
+        try:
+            earlier.append(Seen.of(load_tensors(path)[0], device))
+        except Damaged as error:
+            say(f"{error}: its images are made anew")
     kept: list[Seen] = []
     for seen in sorted(earlier, key=_count, reverse=True):
         if not any(seen.parts.keys() & other.parts.keys() for other in kept):

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
-from diffusion.checkpoint import write_atomic
 from diffusion.console import UserError
-from diffusion.typed import checked, parse
+from diffusion.files import CHECKSUM, Damaged, parse_object, sealed, verified, write_atomic
+from diffusion.typed import checked
 from eval.results.records import FORMAT, Head, Record, Row
 
 HEAD, ROW = TypeAdapter(Head), TypeAdapter(Row)
@@ -22,7 +22,8 @@ def read(path: Path) -> list[Record]:
     head = None
     for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else [], 1):
         place = f"{path}, line {number}"
-        values = _object(line, place)
+        sealed_values = parse_object(line, place)
+        values = {name: value for name, value in sealed_values.items() if name != CHECKSUM}
         version = values.get("format")
         if version == 2:
             shared, row = _split(upgraded(values))
@@ -38,6 +39,10 @@ def read(path: Path) -> list[Record]:
             raise UserError(f'{place}: expected a head line, with "format": {FORMAT}, before rows')
         else:
             records.append(_record(head, values, place))
+        try:
+            verified(sealed_values, place)  # last: a line that is wrong has its field named
+        except Damaged as error:
+            raise UserError(f"{error}; delete the line, and its rows are measured again") from error
     return records
 
 
@@ -56,7 +61,7 @@ def lines(records: list[Record]) -> str:
         shared, row = _split(_filled(_record(checked(HEAD, shared, place), row, place)))
         made += [row] if shared == head else [shared, row]
         head = shared
-    return "".join(json.dumps(line) + "\n" for line in made)
+    return "".join(json.dumps(sealed(line)) + "\n" for line in made)
 
 
 def upgraded(values: dict) -> dict:
@@ -83,16 +88,6 @@ def _filled(record: Record) -> dict:
         return {name: value for name, value in pairs if value not in (None, "", (), [], {})}
 
     return asdict(record, dict_factory=filled)
-
-
-def _object(line: bytes, place: str) -> dict:
-    try:
-        values = parse(line)
-    except ValueError as error:
-        raise UserError(f"{place}: expected a JSON object, got {line[:40]!r} ({error})") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{place}: expected a JSON object, got {line[:40]!r}")
-    return values
 
 
 def _record(head: Head, values: dict, place: str) -> Record:

@@ -14,6 +14,7 @@ from typing import Annotated, Literal, NotRequired
 from pydantic import AfterValidator, Field, TypeAdapter, with_config
 from typing_extensions import TypedDict
 
+from diffusion.files import CHECKSUM
 from diffusion.plan import SEVERAL, Angle, Weight, ascending
 from diffusion.typed import CLOSED, OPEN, Amount, Count, Positive, Sha256, Text
 
@@ -337,7 +338,11 @@ class Record(Row, Head):
 
 def schema() -> dict:
     """The JSON schema of a line of results.jsonl: a head, or a row below it."""
-    return TypeAdapter(Head | Row).json_schema()
+    whole = TypeAdapter(Head | Row).json_schema()
+    for kind in ("Head", "Row"):
+        about = {"type": "string", "description": "A checksum over the line's other fields."}
+        whole["$defs"][kind]["properties"][CHECKSUM] = about
+    return whole
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ from pathlib import Path
 from accelerate import PartialState
 from torch import Tensor
 
-from diffusion.checkpoint import load_tensors, save_tensors
+from diffusion.console import UserError
+from diffusion.files import Damaged, load_tensors, save_tensors
 from eval.results import jsonl
 from eval.results.records import Record
 
@@ -43,4 +44,10 @@ class Store:
 
 def samples_of(folder: Path) -> dict[str, Tensor]:
     path = folder / "samples.safetensors"
-    return load_tensors(path)[0] if path.exists() else {}
+    try:
+        return load_tensors(path)[0] if path.exists() else {}
+    except Damaged as error:
+        raise UserError(
+            f"{error}: delete it; pictures then lack the rows measured so far, and no figure "
+            "is lost"
+        ) from error

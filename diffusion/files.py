@@ -1,0 +1,388 @@
+"""Files that are written and read again: each is whole or the one before it, and verified.
+
+A file is written beside its name, brought to the disk and renamed, so a killed command leaves the
+last whole one. A checksum goes with its content: what was damaged since is refused by name, or made
+anew where it is a cache's. A folder has one owner at a time.
+"""
+
+import errno
+import json
+import os
+import re
+import shlex
+import socket
+import stat
+import sys
+import zlib
+from collections.abc import Callable, Generator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from functools import cache
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from filelock import FileLock, Timeout
+from torch import Tensor
+
+from diffusion.console import UserError, say
+
+LOCK = ".fewstep.lock"  # in a folder: who writes there
+NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP}
+CHECKSUM = "crc32"  # the field of it, in a JSON object and in a safetensors file's metadata
+
+
+class Damaged(UserError):
+    """A file whose content is not what was written."""
+
+
+class Unwritable(UserError):
+    """The disk refused a file: full, read-only, broken, or its folder is gone."""
+
+
+@contextmanager
+def atomic_path(path: Path) -> Generator[Path]:
+    """A path beside `path` to write to; renamed to it on success, removed on failure.
+
+    A link is written through. Unwritable where the disk refuses; then what was there stays.
+    """
+    path = target(path)
+    try:
+        remove_parts(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f".{path.name}.{os.getpid()}.part")
+        try:
+            yield part
+            with open(part, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise unwritable(path, error) from error
+
+
+def unwritable(path: Path, error: Exception) -> Unwritable:
+    reason = getattr(error, "strerror", None) or str(error)
+    kept = ": it is as it was before" if path.exists() else ""
+    return Unwritable(f"{path} could not be written ({reason}){kept}")
+
+
+def target(path: Path) -> Path:
+    """The file that a path leads to, through links. UserError for a device, a pipe or a folder."""
+    real = Path(os.path.realpath(path))
+    for folder in _owned:
+        if real.is_relative_to(folder) and not (folder / LOCK).exists():
+            raise UserError(
+                f"{folder} was deleted or moved while this command wrote in it: it ends here"
+            )
+    if real.exists() and not real.is_file():
+        raise UserError(f"{path} is no regular file: expected a file's name, or a new one")
+    return real
+
+
+def require_folder(folder: Path) -> None:
+    """UserError where no folder can be made there: better said before the work than after it."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise UserError(
+            f"{folder} cannot be made: {existing} is no folder that you may write in; "
+            "give another --out"
+        )
+
+
+def write_atomic(path: Path, content: bytes | str) -> None:
+    with atomic_path(path) as part:
+        part.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def append(path: Path, text: str) -> None:
+    """Add to the end of a file, which a kill may cut short."""
+    path = target(path)
+    try:
+        with open(path, "a") as file:
+            file.write(text)
+    except OSError as error:
+        raise unwritable(path, error) from error
+
+
+def remove(path: Path) -> None:
+    """Delete a file, if it is there, and what killed writers of it left."""
+    remove_parts(path)
+    path.unlink(missing_ok=True)
+
+
+def remove_parts(path: Path) -> None:
+    """Delete what writers of this file, killed before this command, left beside it."""
+    for part in _parts(path.parent).pop(path.name, []):
+        if not _alive(part.name.split(".")[-2]):
+            part.unlink(missing_ok=True)
+
+
+@cache  # a folder of many pictures is listed once
+def _parts(folder: Path) -> dict[str, list[Path]]:
+    """By a file's name, what its writers left, when this command first wrote in the folder."""
+    parts: dict[str, list[Path]] = {}
+    with suppress(OSError), os.scandir(folder) as entries:
+        for name in filter(is_part, (entry.name for entry in entries)):
+            parts.setdefault(name[1:].rsplit(".", 2)[0], []).append(folder / name)
+    return parts
+
+
+def is_part(name: str) -> bool:
+    """Whether a writer that was killed leaves a file of such a name."""
+    return re.fullmatch(r"\..+\.\d+\.part", name, re.DOTALL) is not None
+
+
+def _alive(pid: str) -> bool:
+    """Whether another process of that number runs on this machine."""
+    try:
+        os.kill(int(pid), 0)
+    except (ProcessLookupError, ValueError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return int(pid) != os.getpid()
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """A safetensors file with a checksum; metadata that holds a sha256 has its own."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    if "sha256" not in metadata:
+        metadata = metadata | {CHECKSUM: _tensors_checksum(tensors, metadata)}
+    with atomic_path(path) as part:
+        part.touch()
+        mode = stat.S_IMODE(part.stat().st_mode)  # as the user's files are; safetensors' are 0600
+        safetensors.torch.save_file(tensors, part, metadata)
+        part.chmod(mode)
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata. Damaged where they are not what was written.
+
+    Files from before there were checksums are taken as they are.
+    """
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            names = file.keys()  # the file itself cannot be iterated
+            tensors = {name: file.get_tensor(name) for name in names}
+            metadata = file.metadata() or {}
+    except (safetensors.SafetensorError, ValueError) as error:
+        raise Damaged(f"{path} is not a whole safetensors file ({error})") from error
+    checksum = metadata.pop(CHECKSUM, None)
+    if checksum is not None and checksum != _tensors_checksum(tensors, metadata):
+        raise _damaged(path)
+    return tensors, metadata
+
+
+def metadata(path: Path) -> dict[str, str]:
+    """A safetensors file's metadata, from its header alone; none of a file of another kind."""
+    try:
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > 10**8:  # safetensors' own limit
+                return {}
+            return dict(json.loads(file.read(length))["__metadata__"])
+    except (OSError, KeyError, TypeError, ValueError):
+        return {}
+
+
+def _tensors_checksum(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
+    """crc32 over each tensor's name, type, shape and the crc32 of its bytes, and the metadata."""
+
+    def described(name: str) -> list:
+        tensor = tensors[name]
+        return [name, str(tensor.dtype), list(tensor.shape), zlib.crc32(bytes_of(tensor))]
+
+    with ThreadPoolExecutor() as pool:  # crc32 lets other threads run
+        every = [*pool.map(described, sorted(tensors))]
+    return _json_checksum({"tensors": every, "metadata": metadata})
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor on the CPU, not copied."""
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+
+
+def sealed(values: dict) -> dict:
+    """A JSON object with a checksum over its other fields."""
+    values = json.loads(json.dumps(values))
+    return values | {CHECKSUM: _json_checksum(values)}
+
+
+def verified(values: dict, place: Path | str) -> dict:
+    """The object without its checksum. Damaged where they differ; taken where there is none."""
+    others = {name: value for name, value in values.items() if name != CHECKSUM}
+    if CHECKSUM in values and values[CHECKSUM] != _json_checksum(others):
+        raise _damaged(place)
+    return others
+
+
+def read_object(text: bytes | str, place: Path | str) -> dict:
+    """The JSON object that the text is, verified."""
+    return verified(parse_object(text, place), place)
+
+
+def parse_object(text: bytes | str, place: Path | str) -> dict:
+    """The JSON object that the text is, not verified yet. Damaged where it is none."""
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise Damaged(f"{place}: expected a JSON object, got {text[:40]!r} ({error})") from error
+    if not isinstance(values, dict):
+        raise Damaged(f"{place}: expected a JSON object, got {text[:40]!r}")
+    return values
+
+
+def write_json(path: Path, values: dict, indent: int | None = None) -> None:
+    write_atomic(path, json.dumps(sealed(values), indent=indent) + "\n")
+
+
+def read_json(path: Path) -> dict:
+    return read_object(path.read_bytes(), path)
+
+
+def _json_checksum(values: dict) -> str:
+    return f"{zlib.crc32(json.dumps(values, sort_keys=True).encode()):08x}"
+
+
+def _damaged(place: Path | str) -> Damaged:
+    return Damaged(f"{place} is damaged: its content does not match its checksum")
+
+
+_owned: set[Path] = set()  # the folders that this process holds
+
+
+@contextmanager
+def owned(folder: Path) -> Generator[None]:
+    """Meanwhile no other command writes in the folder. UserError names the one that does.
+
+    The processes of one launch share their first one's lock.
+    """
+    new = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
+    lock, problem = None, ""
+    if PartialState().is_main_process:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = _take(folder / LOCK)
+        except Timeout:
+            problem = (
+                f"{folder} is in use by {_holder(folder / LOCK)}: wait for it, or give "
+                "another --out"
+            )
+        except OSError as error:
+            problem = f"{folder} cannot be written in ({error.strerror}): give another --out"
+    (problem,) = broadcast_object_list([problem])
+    if problem:
+        raise UserError(problem)
+    real = folder.resolve()
+    if lock:
+        _owned.add(real)
+    try:
+        yield
+    finally:
+        _owned.discard(real)
+        _give_back(lock)
+        if PartialState().is_main_process:
+            with suppress(OSError):  # not empty: more than the lock was made there
+                for path in new:
+                    path.rmdir()
+
+
+def cached(
+    path: Path, make: Callable[[], tuple[dict[str, Tensor], dict[str, str]]]
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and metadata of a file of the cache; made, and kept there, if it has none.
+
+    One process makes them, and others wait. A damaged file is made anew. A cache that cannot be
+    written is said before the work, and what is made is not kept.
+    """
+    with suppress(FileNotFoundError, NotADirectoryError):
+        return _whole(path)
+    lock_path, lock = path.with_name(f".{path.name}.lock"), None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock = _take(lock_path)
+        except Timeout:
+            say(f"waiting for {_holder(lock_path)}, which makes {path}")
+            lock = _take(lock_path, timeout=-1)
+    except OSError as error:
+        _say_unwritable(path, error.strerror or str(error))
+        return make()
+    try:
+        with suppress(FileNotFoundError):
+            return _whole(path)  # another has made it
+        tensors, metadata = make()
+        try:
+            save_tensors(path, tensors, metadata)
+        except Unwritable as error:
+            _say_unwritable(path, str(error))
+        return tensors, metadata
+    finally:
+        _give_back(lock)
+
+
+def _whole(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """As load_tensors; a damaged file is deleted, as if there were none."""
+    try:
+        return load_tensors(path)
+    except Damaged as error:
+        say(f"{error}: it is made anew")
+        with suppress(OSError):
+            path.unlink()
+        raise FileNotFoundError(path) from error
+
+
+def _say_unwritable(path: Path, reason: str) -> None:
+    say(
+        f"the cache {path.parent} cannot be written ({reason}): what is made is not kept, and is "
+        "made anew each time; FEWSTEP_CACHE names another place"
+    )
+
+
+def _take(path: Path, timeout: float = 0) -> FileLock | None:
+    """The lock of that file, none on a file system without locks. Timeout where another has it.
+
+    The system frees a dead process's lock.
+    """
+    lock = FileLock(path, timeout=timeout, fallback_to_soft=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        path.unlink(missing_ok=True)
+        _say_without_locks()
+        return None
+    command = shlex.join(sys.orig_argv)[:200]
+    with suppress(OSError):  # a full disk
+        path.write_text(json.dumps([os.getpid(), socket.gethostname(), command]))
+    return lock
+
+
+def _give_back(lock: FileLock | None) -> None:
+    if lock:
+        with suppress(OSError):
+            Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
+
+
+@cache
+def _say_without_locks() -> None:
+    say("this file system has no locks: let no two commands write in one folder at a time")
+
+
+def _holder(path: Path) -> str:
+    """Who holds the lock, as it wrote itself."""
+    try:
+        pid, host, command = json.loads(path.read_text())
+        words = f"process {pid} on {host} ({command})"
+    except (OSError, ValueError, TypeError):
+        return "another command"
+    return "".join(c if c.isprintable() else "?" for c in words)
