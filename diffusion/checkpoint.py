@@ -83,7 +83,7 @@ class Card:
     origin: Sha256 | None = None
     """sha256 of the weights of the teacher that its line began with: parents of parents. None in a
     card from before there was `origin`."""
-    training: Training = field(default_factory=dict)
+    training: Training = field(default_factory=lambda: Training())
     """Settings, iterations, images seen and seconds."""
     format: Literal[2] = FORMAT
 

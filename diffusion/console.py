@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import pairwise
-from typing import Any, TextIO, TypeVar
+from typing import IO, Any, TypeVar
 
 from rich.console import Console
 from rich.markup import escape
@@ -27,7 +27,7 @@ class Output(Console):
         unheard(self.file)
 
 
-def unheard(stream: TextIO) -> None:
+def unheard(stream: IO[str]) -> None:
     """What is written to the stream from now on goes nowhere."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, stream.fileno())

@@ -18,11 +18,11 @@ class Unfilled(TorchFunctionMode):
     """Networks that are built meanwhile get no random weights, which take most of the time."""
 
     def __torch_function__(
-        self, function: Callable, types: object, args: tuple = (), kwargs: dict | None = None
+        self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
-        if getattr(function, "__module__", None) == "torch.nn.init":
+        if getattr(func, "__module__", None) == "torch.nn.init":
             return args[0] if args else (kwargs or {})["tensor"]
-        return function(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
 
 
 def check_fit(make: Callable[[], nn.Module], weights: Mapping[str, Tensor]) -> None:
@@ -39,8 +39,8 @@ def check_fit(make: Callable[[], nn.Module], weights: Mapping[str, Tensor]) -> N
         if name not in expected:
             raise UserError(f"the file holds {name:.80}, which the card's network has not")
         if value.shape != expected[name].shape or value.dtype != expected[name].dtype:
-            words = (f"{each.dtype} {tuple(each.shape)}" for each in (value, expected[name]))
-            raise UserError("{} is {}, but {} in the card's network".format(name, *words))
+            here, there = (f"{each.dtype} {tuple(each.shape)}" for each in (value, expected[name]))
+            raise UserError(f"{name} is {here}, but {there} in the card's network")
 
 
 def check_memory(make: Callable[[], nn.Module]) -> None:

@@ -18,7 +18,7 @@ from diffusion import codec as codecs
 from diffusion import condition, networks
 from diffusion import data as datasets
 from diffusion.batches import Batch
-from diffusion.checkpoint import Card
+from diffusion.checkpoint import Card, Training
 from diffusion.circle import add_noise, x0_loss
 from diffusion.condition import Kinds
 from diffusion.config import FitConfig, check
@@ -205,7 +205,9 @@ def train_teacher(options: Options) -> Model:
         codec=codecs.to_json(codec),
         shift=options.shift,
         data=asdict(dataset.spec),
-        training={name: getattr(options, name) for name in ("schedule", "levels", "weighting")},
+        training=Training(
+            schedule=options.schedule, levels=options.levels, weighting=options.weighting
+        ),
     )
     torch.manual_seed(seed32(options.fit.seed))
     denoiser = build(options.net, config, kinds, options.fit.precision)
