@@ -479,8 +479,8 @@ def test_scm_takes_no_step_but_eulers(command):
     ("mode", "settings", "words"),
     [
         ("scm", {"tangent_warmup": 2.0}, "--tangent-warmup must be in [0, 1], got 2"),
-        ("ect", {"stages": 0}, "--stages must be at least 1, got 0"),
-        ("cd", {"frechet": -1.0}, "--frechet must be at least 0, got -1"),
+        ("ect", {"stages": 0}, "--stages must be at least 1 and at most 100, got 0"),
+        ("cd", {"frechet": -1.0}, "--frechet must be at least 0, at most 1e6, got -1"),
         ("cd", {"frechet": 1.0, "segments": 2}, "--frechet goes with --segments 1, got 2"),
         ("cd", {"num_angles": 5, "segments": 2}, "--num-angles must be a multiple of --segments 2"),
     ],
@@ -607,7 +607,7 @@ def test_a_distilled_student_starts_from_its_teacher(mode, untrained, teacher):
 def test_a_start_of_another_network_is_refused(teacher, tmp_path, quick):
     weights, card, _ = checkpoint.load(teacher)
     checkpoint.save(
-        tmp_path / "other.safetensors", weights, replace(card, data=card.data | {"mean": 0.0})
+        tmp_path / "other.safetensors", weights, replace(card, data=card.data | {"name": "others"})
     )
     with pytest.raises(UserError, match=r"other\.safetensors has another network"):
         cd.distill(cd.Options(teacher=teacher, start=tmp_path / "other.safetensors", fit=quick))

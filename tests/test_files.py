@@ -19,6 +19,7 @@ import torch
 
 from diffusion import files, runs
 from diffusion.checkpoint import load
+from diffusion.config import LIMITS
 from diffusion.console import UserError
 from diffusion.files import (
     LOCK,
@@ -311,7 +312,10 @@ def test_a_start_of_other_settings_neither_replaces_nor_resumes_a_state(
     assert load(train_tiny(run, config))[2] == whole
 
 
-def test_weights_that_are_not_finite_after_the_last_step_are_not_kept(tmp_path, train_tiny, quick):
+def test_weights_that_are_not_finite_after_the_last_step_are_not_kept(
+    tmp_path, train_tiny, quick, monkeypatch
+):
+    monkeypatch.setitem(LIMITS, "learning_rate", ("any", lambda rate: True))
     config = replace(quick, iterations=1, warmup=0, learning_rate=1e39)
     with pytest.raises(UserError, match="not finite at iteration 1; nothing was saved"):
         train_tiny(tmp_path / "run", config)

@@ -79,8 +79,8 @@ def test_rounds_share_the_minutes_by_what_their_iterations_cost(quick):
     ("arguments", "words"),
     [
         (["--minutes", "1", "--iterations", "5"], "in place of --iterations"),
-        (["--minutes", "0"], "--minutes must be above 0, got 0"),
-        (["--minutes", "nan"], "--minutes must be above 0, got nan"),
+        (["--minutes", "0"], "--minutes must be above 0, at most 1e6, got 0"),
+        (["--minutes", "nan"], "--minutes must be above 0, at most 1e6, got nan"),
     ],
 )
 def test_a_budget_that_cannot_be_is_refused(command, tmp_path, arguments, words):
