@@ -201,8 +201,8 @@ def fit(
     for net in nets.values():
         net.to(worker.device).train()
     trained = {name: [p for p in net.parameters() if p.requires_grad] for name, net in nets.items()}
-    decay, moves = Decay(config.ema), method.players["student"].moves
-    average = Average(frozen_copy(student), decay, fused)
+    moves = method.players["student"].moves
+    average = Average(frozen_copy(student), Decay(config.ema), fused)
     followers = {"average": average, **method.followers}
     optimizers = {name: _optimizer(trained[name], config, fused) for name in nets}
     before = _restore(state, nets, followers, optimizers)
@@ -212,8 +212,7 @@ def fit(
         for module in (*nets.values(), *averaged):
             if isinstance(module, Denoiser):
                 module.net.compile()
-    wrapped = {name: worker.prepare(net) for name, net in nets.items()}
-    prepared = {name: worker.prepare(optimizer) for name, optimizer in optimizers.items()}
+    team = Team(method, worker, trained, optimizers)
 
     sums, counted = torch.zeros(2, device=worker.device), 0
     begun = logged = saved = time.monotonic()
@@ -227,29 +226,14 @@ def fit(
             done, progress = i + 1, i / config.iterations
             rate = learning_rate(config, i)
             movers = tuple(name for name, each in method.players.items() if each.moves(i))
-            for name in movers:
-                for group in optimizers[name].param_groups:
-                    group["lr"] = rate * method.players[name].rate
-            still = nets.keys() - {*movers}
-            for parameter in chain(*(trained[name] for name in still)):
-                parameter.requires_grad_(False)
-            seen = {name: nets[name] if name in still else wrapped[name] for name in nets}
-            loss = method.loss(seen, batches.draw(i), Turn(i, progress, movers)).mean()
-            worker.backward(loss)
-            moved = chain(*(trained[name] for name in movers))
-            norm = worker.clip_grad_norm_(list(moved), config.clip)
-            for name in movers:
-                prepared[name].step()
-                prepared[name].zero_grad(set_to_none=True)
-            for parameter in chain(*(trained[name] for name in still)):
-                parameter.requires_grad_(True)
+            turn = Turn(i, progress, movers)
+            sums += team.step(batches.draw(i), turn, rate, config.clip)
+            counted += 1
             if moves(i):
                 student_steps += 1
                 average.follow(nets, student_steps, progress)
             for follower in method.followers.values():
                 follower.follow(nets, done, progress)
-            sums += torch.stack([loss.detach(), norm])
-            counted += 1
             due = done % config.log_every == 0 or done == config.iterations
             if alone and not (due or lines):  # the first line comes early: it tells the pace
                 due = time.monotonic() - begun > EARLY
@@ -280,6 +264,44 @@ def fit(
     student.load_state_dict(average.module.state_dict())
     for net in nets.values():
         net.eval()
+
+
+class Team:
+    """A method's players, ready to move: their networks as several processes share them."""
+
+    def __init__(
+        self,
+        method: Method,
+        worker: Accelerator,
+        trained: Mapping[str, list[nn.Parameter]],
+        optimizers: Optimizers,
+    ):
+        """trained: each player's parameters but those that it keeps still."""
+        self.method, self.worker, self.trained = method, worker, trained
+        self.bare = {name: player.module for name, player in method.players.items()}
+        self.shared = {name: worker.prepare(net) for name, net in self.bare.items()}
+        self.optimizers = {name: worker.prepare(each) for name, each in optimizers.items()}
+
+    def step(self, batch: Batch, turn: Turn, rate: float, clip: float) -> Tensor:
+        """Move those whose turn it is. (2,): the loss, and the norm of its gradient."""
+        still = self.bare.keys() - {*turn.movers}
+        waiting = list(chain(*(self.trained[name] for name in still)))
+        for parameter in waiting:
+            parameter.requires_grad_(False)
+        nets = {name: (self.bare if name in still else self.shared)[name] for name in self.bare}
+        loss = self.method.loss(nets, batch, turn).mean()
+        self.worker.backward(loss)
+        moved = list(chain(*(self.trained[name] for name in turn.movers)))
+        norm = self.worker.clip_grad_norm_(moved, clip)
+        for name in turn.movers:
+            optimizer = self.optimizers[name]
+            for group in optimizer.param_groups:
+                group["lr"] = rate * self.method.players[name].rate
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        for parameter in waiting:
+            parameter.requires_grad_(True)
+        return torch.stack([loss.detach(), norm])
 
 
 @dataclass(frozen=True)
