@@ -168,7 +168,7 @@ class FrechetDistance(TimingOptions):
 
         sqrtm = linalg.sqrtm
         # clean-fid 0.1.35 asks for a second result by an argument that SciPy 1.18 does not take
-        fid.linalg.sqrtm = lambda x, disp=True: sqrtm(x) if disp else (sqrtm(x), 0)  # ty: ignore[invalid-assignment]
+        vars(fid.linalg)["sqrtm"] = lambda x, disp=True: sqrtm(x) if disp else (sqrtm(x), 0)
         for dim in self.dims:
             images, reference = (Moments.of(torch.randn(2 * dim, dim)) for _ in range(2))
             gaussians = [

@@ -6,24 +6,20 @@ from torch import nn
 
 from diffusion.config import FitConfig
 from diffusion.model import Model
-from distill import discrete, shared
+from distill import discrete, frechet, shared
 from distill.discrete import Consistency, matching
 from distill.pairs import CURRICULA, Angles, growing
 from distill.steps import Denoise
 
 
 @dataclass(frozen=True)
-class Loss(discrete.NeighbourLoss):
+class Loss(frechet.FrechetLoss, discrete.NeighbourLoss):
     """How the student is compared with its target, between neighbours of a list of noise levels."""
 
     solver: discrete.Solver = "heun"
     target_ema: float = 0.95
     distance: discrete.Distance = "l2"
     weight: discrete.Weight = "one"
-    frechet: float = 0.0
-    """Weight of a second loss that makes images sharper, the Fréchet distance of the student's
-    images from real ones in features of the teacher's network (Mathiasen & Hvilshøj 2020). 0:
-    none."""
 
 
 @dataclass(frozen=True)

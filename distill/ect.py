@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from diffusion.model import Model
-from distill import discrete, shared
+from distill import discrete, frechet, shared
 from distill.discrete import Consistency, matching
 from distill.pairs import Angles, LogNormal, fixed, tightening
 from distill.steps import Denoise
@@ -15,7 +15,7 @@ NOISE = LogNormal(mean=-0.4, std=2.0)
 
 
 @dataclass(frozen=True)
-class Loss(discrete.PairLoss):
+class Loss(frechet.FrechetLoss, discrete.PairLoss):
     """How the student is compared with its target, between two noise levels."""
 
     solver: discrete.Solver = "data"
@@ -24,10 +24,6 @@ class Loss(discrete.PairLoss):
     target_ema: float = 0.0
     distance: discrete.Distance = "pseudo-huber"
     weight: discrete.Weight = "sigma-gap"
-    frechet: float = 0.0
-    """Weight of a second loss that makes images sharper, the Fréchet distance of the student's
-    images from real ones in features of the teacher's network (Mathiasen & Hvilshøj 2020). 0:
-    none."""
 
 
 @dataclass(frozen=True)

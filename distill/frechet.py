@@ -170,6 +170,16 @@ class Frechet(nn.Module):
 
 
 @dataclass(frozen=True)
+class FrechetLoss:
+    """The settings of a mode that takes the term."""
+
+    frechet: float = 0.0
+    """Weight of a second loss that makes images sharper, the Fréchet distance of the student's
+    images from real ones in features of the teacher's network (Mathiasen & Hvilshøj 2020). 0:
+    none."""
+
+
+@dataclass(frozen=True)
 class FrechetTerm:
     """What joins a consistency loss: x0, an image whatever the angle, must be spread as images are.
 

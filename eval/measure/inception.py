@@ -96,7 +96,8 @@ def _download(file: Path) -> None:
     ask = pooch.HTTPDownloader(timeout=PATIENCE)
     try:
         # pooch's protocol of a downloader names the arguments otherwise than its own class does
-        pooch.retrieve(URL, f"sha256:{SHA256}", file.name, file.parent, downloader=ask)  # ty: ignore[invalid-argument-type]
+        known = f"sha256:{SHA256}"
+        pooch.retrieve(URL, known, file.name, file.parent, downloader=ask)  # ty: ignore
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{file} is missing and was not downloaded ({reason}): {_mend()}") from None
