@@ -1,7 +1,6 @@
 """Continuous time: the tangent against closed forms, and forward mode through every layer."""
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 
@@ -14,7 +13,6 @@ from diffusion import checkpoint, runs
 from diffusion.circle import FROM_X0, add_noise
 from diffusion.denoiser import Denoiser
 from diffusion.files import load_tensors
-from diffusion.training import Progress, fit
 from distill.scm import (
     NOISE,
     ContinuousConsistency,
@@ -35,6 +33,7 @@ from tests.analytic import (
     random_denoiser,
     random_unet,
 )
+from tests.stopped import stopped_after
 
 close = torch.testing.assert_close
 both_kinds_of_data = pytest.mark.parametrize("data", [SKEWED, BIMODAL], ids=["gaussian", "mixture"])
@@ -282,18 +281,6 @@ def test_both_passes_drop_the_same_units():
 
 
 # Training
-
-
-def stopped_after(count: int):
-    """fit, that stops as by a signal after some log lines."""
-
-    def begin(*arguments, **named) -> Iterator[Progress]:
-        for i, line in enumerate(fit(*arguments, **named), 1):
-            yield line
-            if i == count:
-                raise KeyboardInterrupt
-
-    return begin
 
 
 @pytest.mark.parametrize("solver", ["euler", "data"])

@@ -31,6 +31,7 @@ from students import generate
 from teachers import ddpm
 from tests import two_networks
 from tests.analytic import BIMODAL, DATA, NOISE, normal
+from tests.stopped import stopped_after
 
 QUICK = FitConfig(iterations=20, batch_size=32, learning_rate=5e-3, warmup=5, precision="fp32")
 COMPARE = "--no-long --no-times --num-images 80 --features random --likelihood 0 --steps 2"
@@ -65,7 +66,7 @@ def test_two_networks_stopped_and_resumed_end_with_the_same_bits(tmp_path, monke
         return kept
 
     whole = last_state(tmp_path / "whole")
-    stop_after(monkeypatch, 3)
+    monkeypatch.setattr(runs, "fit", stopped_after(3))
     with pytest.raises(KeyboardInterrupt):
         two_networks.distill(two_networks.Options(tmp_path / "stopped", fit))
     monkeypatch.undo()
@@ -75,19 +76,6 @@ def test_two_networks_stopped_and_resumed_end_with_the_same_bits(tmp_path, monke
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     steps = {name: whole[f"optimizer.{name}.0.step"] for name in ("student", "critic")}
     assert steps == {"student": 10, "critic": 20}
-
-
-def stop_after(monkeypatch, count: int) -> None:
-    """Make every training stop as by a signal after some log lines."""
-    from diffusion import runs
-
-    def begin(*arguments, **named):
-        for i, line in enumerate(fit(*arguments, **named), 1):
-            yield line
-            if i == count:
-                raise KeyboardInterrupt
-
-    monkeypatch.setattr(runs, "fit", begin)
 
 
 # A solver

@@ -38,6 +38,7 @@ from distill.steps import data_step
 from eval.measure.evaluate import recipe
 from teachers import ddpm
 from teachers.ddpm import Denoising
+from tests.stopped import stopped_after
 
 ROOT = Path(__file__).parents[1]
 
@@ -256,18 +257,6 @@ def test_a_run_with_other_settings_is_refused_by_the_settings_name(
     with pytest.raises(UserError, match=r"learning_rate was 0\.005, now 0\.001"):
         train_tiny(run, replace(quick, learning_rate=1e-3))
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
-
-
-def stopped_after(count: int):
-    """fit, that stops as by a signal after some log lines."""
-
-    def begin(*arguments, **named) -> Iterator[Progress]:
-        for i, line in enumerate(fit(*arguments, **named), 1):
-            yield line
-            if i == count:
-                raise KeyboardInterrupt
-
-    return begin
 
 
 def test_a_run_on_images_of_another_scale_is_refused(tmp_path, train_tiny, digits):
