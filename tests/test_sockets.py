@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from diffusion import files
+from diffusion import files, runs
 from diffusion.circle import rotate
 from diffusion.codec import CODECS, Scale
 from diffusion.condition import KINDS, Kinds
