@@ -14,7 +14,7 @@ from tempfile import mkdtemp
 import torch
 import tyro
 
-from diffusion import files
+from diffusion import files, owner
 from diffusion.console import run, say
 
 
@@ -35,7 +35,7 @@ def seconds(call: Callable[[], object]) -> float:
 
 
 def take(folder: Path) -> None:
-    with files.owned(folder):
+    with owner.owned(folder):
         pass
 
 

@@ -2,19 +2,16 @@
 
 A file is written beside its name, brought to the disk and renamed, so a killed command leaves the
 last whole one. A checksum goes with its content: what was damaged since is refused by name, or made
-anew where it is a cache's. A folder has one owner at a time.
+anew where it is a cache's.
 """
 
 import errno
 import json
 import os
 import re
-import shlex
-import socket
 import stat
-import sys
 import zlib
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -23,16 +20,16 @@ from pathlib import Path
 import safetensors
 import safetensors.torch
 import torch
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
-from filelock import FileLock, Timeout
 from torch import Tensor
 
-from diffusion.console import UserError, say
+from diffusion.console import UserError
 
 LOCK = ".fewstep.lock"  # in a folder: who writes there
 NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP}
 CHECKSUM = "crc32"  # the field of it, in a JSON object and in a safetensors file's metadata
+
+
+held: set[Path] = set()  # the folders that this process owns: see diffusion.owner
 
 
 class Damaged(UserError):
@@ -74,7 +71,7 @@ def unwritable(path: Path, error: Exception) -> Unwritable:
 def target(path: Path) -> Path:
     """The file that a path leads to, through links. UserError for a device, a pipe or a folder."""
     real = Path(os.path.realpath(path))
-    for folder in _owned:
+    for folder in held:
         if real.is_relative_to(folder) and not (folder / LOCK).exists():
             raise UserError(
                 f"{folder} was deleted or moved while this command wrote in it: it ends here"
@@ -251,138 +248,3 @@ def _json_checksum(values: dict) -> str:
 
 def _damaged(place: Path | str) -> Damaged:
     return Damaged(f"{place} is damaged: its content does not match its checksum")
-
-
-_owned: set[Path] = set()  # the folders that this process holds
-
-
-@contextmanager
-def owned(folder: Path) -> Generator[None]:
-    """Meanwhile no other command writes in the folder. UserError names the one that does.
-
-    The processes of one launch share their first one's lock.
-    """
-    new = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
-    lock, problem = None, ""
-    if PartialState().is_main_process:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            lock = _take(folder / LOCK)
-        except Timeout:
-            problem = (
-                f"{folder} is in use by {_holder(folder / LOCK)}: wait for it, or give "
-                "another --out"
-            )
-        except OSError as error:
-            problem = f"{folder} cannot be written in ({error.strerror}): give another --out"
-    (problem,) = broadcast_object_list([problem])
-    if problem:
-        raise UserError(problem)
-    real = folder.resolve()
-    if lock:
-        _owned.add(real)
-    try:
-        yield
-    finally:
-        _owned.discard(real)
-        _give_back(lock)
-        if PartialState().is_main_process:
-            with suppress(OSError):  # not empty: more than the lock was made there
-                for path in new:
-                    path.rmdir()
-
-
-def cached(
-    path: Path, make: Callable[[], tuple[dict[str, Tensor], dict[str, str]]]
-) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and metadata of a file of the cache; made, and kept there, if it has none.
-
-    One process makes them, and others wait. A damaged file is made anew. A cache that cannot be
-    written is said before the work, and what is made is not kept.
-    """
-    with suppress(FileNotFoundError, NotADirectoryError):
-        return _whole(path)
-    lock_path, lock = path.with_name(f".{path.name}.lock"), None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            lock = _take(lock_path)
-        except Timeout:
-            say(f"waiting for {_holder(lock_path)}, which makes {path}")
-            lock = _take(lock_path, timeout=-1)
-    except OSError as error:
-        _say_unwritable(path, error.strerror or str(error))
-        return make()
-    try:
-        with suppress(FileNotFoundError):
-            return _whole(path)  # another has made it
-        tensors, metadata = make()
-        try:
-            save_tensors(path, tensors, metadata)
-        except Unwritable as error:
-            _say_unwritable(path, str(error))
-        return tensors, metadata
-    finally:
-        _give_back(lock)
-
-
-def _whole(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """As load_tensors; a damaged file is deleted, as if there were none."""
-    try:
-        return load_tensors(path)
-    except Damaged as error:
-        say(f"{error}: it is made anew")
-        with suppress(OSError):
-            path.unlink()
-        raise FileNotFoundError(path) from error
-
-
-def _say_unwritable(path: Path, reason: str) -> None:
-    say(
-        f"the cache {path.parent} cannot be written ({reason}): what is made is not kept, and is "
-        "made anew each time; FEWSTEP_CACHE names another place"
-    )
-
-
-def _take(path: Path, timeout: float = 0) -> FileLock | None:
-    """The lock of that file, none on a file system without locks. Timeout where another has it.
-
-    The system frees a dead process's lock.
-    """
-    lock = FileLock(path, timeout=timeout, fallback_to_soft=False)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise
-        path.unlink(missing_ok=True)
-        _say_without_locks()
-        return None
-    command = shlex.join(sys.orig_argv)[:200]
-    with suppress(OSError):  # a full disk
-        path.write_text(json.dumps([os.getpid(), socket.gethostname(), command]))
-    return lock
-
-
-def _give_back(lock: FileLock | None) -> None:
-    if lock:
-        with suppress(OSError):
-            Path(lock.lock_file).unlink(missing_ok=True)
-        lock.release()
-
-
-@cache
-def _say_without_locks() -> None:
-    say("this file system has no locks: let no two commands write in one folder at a time")
-
-
-def _holder(path: Path) -> str:
-    """Who holds the lock, as it wrote itself."""
-    try:
-        pid, host, command = json.loads(path.read_text())
-        words = f"process {pid} on {host} ({command})"
-    except (OSError, ValueError, TypeError):
-        return "another command"
-    return "".join(c if c.isprintable() else "?" for c in words)

@@ -24,7 +24,6 @@ from diffusion.files import (
     Damaged,
     append,
     metadata,
-    owned,
     read_json,
     read_object,
     remove,
@@ -35,6 +34,7 @@ from diffusion.files import (
 from diffusion.folders import check_claim, claim, is_ours
 from diffusion.machine import this_device
 from diffusion.model import Model, load
+from diffusion.owner import owned
 from diffusion.pace import in_minutes, with_warning
 from diffusion.pictures import save_grid
 from diffusion.training import DELETE, Method, Progress, fit

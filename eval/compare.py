@@ -16,10 +16,11 @@ from diffusion import data as datasets
 from diffusion import machine
 from diffusion.config import check_compiler
 from diffusion.console import UserError, at_least, diverted, doing, run, say, silence
-from diffusion.files import owned, write_atomic
+from diffusion.files import write_atomic
 from diffusion.folders import check_claim, claim
 from diffusion.model import Model, load, require_same_images, this_device
 from diffusion.noise import check_seed
+from diffusion.owner import owned
 from diffusion.plan import MOST_STEPS
 from diffusion.plan import plan as plan_of
 from diffusion.samplers import SOLVERS

@@ -20,7 +20,7 @@ from torch import Tensor
 from diffusion import machine
 from diffusion.condition import Label, take
 from diffusion.console import UserError, at_least, doing, run, say, track
-from diffusion.files import owned, write_atomic
+from diffusion.files import write_atomic
 from diffusion.folders import (
     MARK,
     SIGN,
@@ -33,6 +33,7 @@ from diffusion.folders import (
 )
 from diffusion.model import Model, load
 from diffusion.noise import check_seed
+from diffusion.owner import owned
 from diffusion.pictures import png, save_grid
 from diffusion.plan import MOST_STEPS, Plan
 from diffusion.samplers import SOLVERS

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from diffusion.checkpoint import Card
 from diffusion.console import UserError, run, say
-from diffusion.files import owned
 from diffusion.folders import check_claim, claim
 from diffusion.model import Model, load
+from diffusion.owner import owned
 from diffusion.runs import leave, require_same
 from students.start import images_spent
 

@@ -17,20 +17,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from diffusion import files, runs
+from diffusion import files, owner, runs
 from diffusion.checkpoint import load
 from diffusion.config import LIMITS
 from diffusion.console import UserError
-from diffusion.files import (
-    LOCK,
-    cached,
-    load_tensors,
-    owned,
-    read_json,
-    save_tensors,
-    write_atomic,
-    write_json,
-)
+from diffusion.files import LOCK, load_tensors, read_json, save_tensors, write_atomic, write_json
+from diffusion.owner import cached, owned
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
@@ -162,7 +154,7 @@ def test_what_dead_writers_left_is_swept_and_a_living_ones_stays(tmp_path):
 HOLD = """
 import sys
 from pathlib import Path
-from diffusion.files import owned
+from diffusion.owner import owned
 with owned(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
@@ -213,7 +205,7 @@ def test_a_file_system_without_locks_is_said_once(tmp_path, monkeypatch, capsys)
     def refuse(*arguments):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    files._say_without_locks.cache_clear()
+    owner._say_without_locks.cache_clear()
     monkeypatch.setattr(fcntl, "flock", refuse)
     for name in ("one", "two"):
         with owned(tmp_path / name):

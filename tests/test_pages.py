@@ -417,3 +417,15 @@ def test_a_report_of_nothing_is_a_users_mistake(command, tmp_path):
     outcome = command(report.main, tmp_path)
     assert (outcome.code, outcome.err.count("\n")) == (2, 1)
     assert "results.jsonl" in outcome.err
+
+
+def test_the_words_beside_a_strip_are_two_lines_whatever_stands_in_a_name():
+    """A line feed in a name is written out; the one between the two lines is one."""
+    odd = replace(ROWS[0], method="two\nlines $x$")
+    strips = pictures.samples(lines([odd]), {odd.tag: torch.zeros(3, 1, 8, 8, dtype=torch.uint8)})
+    assert strips is not None
+    (axis,) = strips.figure.axes
+    (words,) = (text.get_text() for text in axis.texts)
+    title, cost = words.split("\n")
+    assert title.startswith(r"two\nlines \$x\$")
+    assert cost.startswith("1,000 call" if odd.nfe == 1000 else f"{odd.nfe} call")

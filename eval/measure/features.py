@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from diffusion.checkpoint import weights_sha256
 from diffusion.console import UserError, say, track
-from diffusion.files import cached
 from diffusion.machine import CACHE
+from diffusion.owner import cached
 from eval.measure import custom
 from eval.measure import inception as clean_fid
 from eval.measure.machine import full_float32

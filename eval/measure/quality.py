@@ -11,9 +11,9 @@ from torch import Tensor
 
 from diffusion.codec import Codec
 from diffusion.console import UserError, track
-from diffusion.files import cached
 from diffusion.image_file import Form
 from diffusion.machine import CACHE
+from diffusion.owner import cached
 from eval.measure import sets
 from eval.measure.features import Extractor
 from eval.measure.metrics import Moments, frechet_distance

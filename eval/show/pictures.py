@@ -171,8 +171,8 @@ def nearest(made: list[tuple[Line, Tensor]], train: Tensor, test: Tensor | None 
 
 
 def label(line: Line) -> str:
-    """A row's name beside its images."""
-    return f"{line.title}\n{line.calls}, {line.record.score:.3g}"
+    """A row's name beside its images, in two lines."""
+    return f"{printable(line.title)}\n{line.calls}, {line.record.score:.3g}"
 
 
 def _literal(text: str) -> str:
@@ -191,6 +191,6 @@ def _strips(strips: list[tuple[str, Tensor]], words: str) -> Picture:
         axis.imshow(picture.numpy(), interpolation="nearest")
         axis.set_axis_off()
         place = {"ha": "right", "va": "center", "fontsize": 7, "transform": axis.transAxes}
-        axis.text(-0.01, 0.5, _literal(label), **place)
+        axis.text(-0.01, 0.5, "\n".join(map(_literal, label.split("\n"))), **place)
     figure.subplots_adjust(left=left / width, right=0.995, top=0.995, bottom=0.005, hspace=0.04)
     return Picture(figure, words, tight=False)

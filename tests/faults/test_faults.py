@@ -18,7 +18,8 @@ import pytest
 from diffusion import checkpoint
 from diffusion import training as loops
 from diffusion.console import UserError
-from diffusion.files import LOCK, owned
+from diffusion.files import LOCK
+from diffusion.owner import owned
 from distill import progressive
 from eval import compare
 from students import generate
