@@ -1,5 +1,6 @@
 """Images by name: where they are from, how they are scaled, what is known of each."""
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -7,11 +8,12 @@ from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
+from torch import Tensor
 
-from diffusion import image_folder, named_data
+from diffusion import emoji, image_folder, named_data
 from diffusion.codec import CODECS, Codec
 from diffusion.condition import Kinds, Label
-from diffusion.console import UserError, printable
+from diffusion.console import UserError, printable, say
 from diffusion.image_file import Form
 from diffusion.images import Images, InMemory, Source, some
 from diffusion.machine import CACHE
@@ -27,6 +29,8 @@ class ImageSpec:
     size: Annotated[int, Field(ge=1, le=65536)]
     background: str = ""
     """The colour behind what is transparent in a folder's images."""
+    classes: bool = False
+    """Whether the folders that a folder's images are in are their classes."""
     sha256: Sha256 | Literal[""] = ""
     """The training images' fingerprint; none in cards from before there was one."""
 
@@ -58,11 +62,13 @@ class Dataset:
         return label.num_classes if isinstance(label, Label) else 0
 
 
-# Name -> (folder of its files or None, the cache, whether it may be fetched) -> its source.
-DATASETS: dict[str, Callable[[Path | None, Path, bool], Source]] = {
+# Name -> (folder of its files or None, the cache, whether it may be fetched, the form asked for) ->
+# its source.
+DATASETS: dict[str, Callable[[Path | None, Path, bool, Form], Source]] = {
     "digits": named_data.digits,
     "fashion-mnist": named_data.fashion_mnist,
     "cifar10": named_data.cifar10,
+    "emoji": emoji.load,
 }
 
 
@@ -72,17 +78,19 @@ def load(
     form: Form | None = None,
     download: bool = True,
     codec: str = "scale",
+    classes: bool = False,
 ) -> Dataset:
-    """The dataset of that name ("digits", "fashion-mnist", "cifar10"), or a folder of images.
+    """The dataset of that name, one of DATASETS, or a folder of images.
 
-    data_dir: where alone to look for a named dataset's files. form: of a folder's images.
+    data_dir: where alone to look for a named dataset's files. form: of a folder's images, or emoji.
     download: whether a dataset that is not on this disk may be fetched. codec: the name of the one
-    that is fitted to the images.
+    that is fitted to the images. classes: whether a folder's own folders are its classes.
     """
     if name in DATASETS:
-        return _dataset(name, DATASETS[name](data_dir, CACHE / "data", download), codec)
+        source = DATASETS[name](data_dir, CACHE / "data", download, form or Form())
+        return _dataset(name, source, codec)
     if Path(name).is_dir():
-        return _folder(Path(name), form or Form(), codec)
+        return _folder(Path(name), form or Form(), codec, classes)
     raise UserError(
         f"unknown dataset {name!r}: expected one of {', '.join(DATASETS)}, or a folder of images"
     )
@@ -93,7 +101,7 @@ def reload(spec: ImageSpec, data: str | None = None, data_dir: Path | None = Non
 
     UserError where they are gone, are of another shape, or are others by their fingerprint.
     """
-    dataset = load(data or at_hand(spec.name), data_dir, spec.form)
+    dataset = load(data or at_hand(spec.name), data_dir, spec.form, classes=spec.classes)
     if dataset.spec.shape != spec.shape:
         raise UserError(
             f"the model makes images of shape {spec.shape}, but those of {dataset.spec.name} have "
@@ -116,17 +124,40 @@ def at_hand(name: str) -> str:
     return name
 
 
-def _folder(folder: Path, form: Form, codec: str) -> Dataset:
+def _folder(folder: Path, form: Form, codec: str, classes: bool) -> Dataset:
     """All images below it; every tenth is held out where there are at least 100."""
     if printable(str(folder.resolve())) != str(folder.resolve()):
         raise UserError(
             f"the name of {folder} has characters that no card can hold: rename the folder"
         )
-    images = image_folder.read(folder, form, CACHE / "images")
+    images, names = image_folder.read(folder, form, CACHE / "images")
+    condition, kinds = {}, {}
+    if classes:
+        condition, kinds = _classes(folder, names)
     held_out = (torch.arange(len(images)) % 10 == 9) & (len(images) >= 100)
-    source = Source(InMemory(images[~held_out]), InMemory(images[held_out]), {})
-    dataset = _dataset(str(folder.resolve()), source, codec)
-    return replace(dataset, spec=replace(dataset.spec, background=form.background))
+    train, test = (
+        InMemory(images[part], {name: rows[part] for name, rows in condition.items()})
+        for part in (~held_out, held_out)
+    )
+    dataset = _dataset(str(folder.resolve()), Source(train, test, kinds), codec)
+    spec = replace(dataset.spec, background=form.background, classes=classes)
+    return replace(dataset, spec=spec)
+
+
+def _classes(folder: Path, names: list[str]) -> tuple[dict[str, Tensor], Kinds]:
+    """The label of each file, by its first folder below `folder` in alphabetical order."""
+    firsts = [Path(name).parts[0] for name in names]
+    if loose := [name for name, first in zip(names, firsts, strict=True) if name == first]:
+        raise UserError(
+            f"{len(loose):,} images of {folder} are in none of its folders ({loose[0]}), so they "
+            "have no class: move them into one, or leave --num-classes out"
+        )
+    numbers = {first: number for number, first in enumerate(sorted(set(firsts)))}
+    counts = Counter(firsts)
+    words = ", ".join(f"{number} {first} ({counts[first]:,})" for first, number in numbers.items())
+    say(f"{folder}: {len(numbers)} classes: {words}")
+    labels = torch.tensor([numbers[first] for first in firsts])
+    return {"label": labels}, {"label": Label(len(numbers))}
 
 
 def _dataset(name: str, source: Source, codec: str) -> Dataset:

@@ -9,6 +9,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -78,7 +79,7 @@ def kinds() -> tuple[list[str], frozenset[str]]:
     return names, frozenset(suffix for suffix, name in suffixes.items() if name in names)
 
 
-def read(path: Path, form: Form) -> Tensor:
+def read(path: Path | BinaryIO, form: Form) -> Tensor:
     """(C, size, size) uint8: the file's middle, as large a square as it holds, antialiased.
 
     Raises whatever its decoder does; `reason` has the words for it.

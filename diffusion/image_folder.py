@@ -51,8 +51,9 @@ class Survey:
     """The files and folders that are no images of the user's."""
 
 
-def read(folder: Path, form: Form, cache: Path) -> Tensor:
-    """(N, C, size, size) uint8, in the order of the files' names. One line says what was taken.
+def read(folder: Path, form: Form, cache: Path) -> tuple[Tensor, list[str]]:
+    """Images (N, C, size, size) uint8, and their files' names below the folder, in whose order they
+    are. One line says what was taken.
 
     cache: a folder; what was decoded before is not decoded again while the files are the same.
     """
@@ -76,7 +77,8 @@ def read(folder: Path, form: Form, cache: Path) -> Tensor:
         f"{folder}: {total:,} image{'s' * (total > 1)} found, {total - count:,} "
         f"taken, {count:,} skipped{why}{_also(survey.passed)}"
     )
-    return images
+    left_out = {name for names in skipped.values() for name in names}
+    return images, [file.name for file in survey.files if file.name not in left_out]
 
 
 def look(folder: Path) -> Survey:

@@ -1,7 +1,8 @@
 """The datasets that are known by a name: from scikit-learn, from files on this disk, or downloaded.
 
-Each is a function (data_dir, cache, download) -> Source. A data_dir that is given is the only place
-that is looked in, and nothing is written there; otherwise what is downloaded goes to the cache.
+Each is a function (data_dir, cache, download, form) -> Source; their images have one form each,
+whatever is asked for. A data_dir that is given is the only place that is looked in, and nothing is
+written there; otherwise what is downloaded goes to the cache.
 """
 
 import gzip
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from diffusion.condition import Label
 from diffusion.console import UserError
+from diffusion.image_file import Form
 from diffusion.images import InMemory, Source
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # of its package dataset-fashion-mnist
@@ -32,7 +34,7 @@ def labelled(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Ten
     )
 
 
-def digits(data_dir: Path | None, cache: Path, download: bool) -> Source:
+def digits(data_dir: Path | None, cache: Path, download: bool, form: Form) -> Source:
     """scikit-learn's 1,797 scans of digits, 8x8, 16 grey levels; every fifth is held out."""
     from sklearn.datasets import load_digits
 
@@ -43,7 +45,7 @@ def digits(data_dir: Path | None, cache: Path, download: bool) -> Source:
     return labelled(images[~held_out], labels[~held_out], images[held_out], labels[held_out])
 
 
-def fashion_mnist(data_dir: Path | None, cache: Path, download: bool) -> Source:
+def fashion_mnist(data_dir: Path | None, cache: Path, download: bool, form: Form) -> Source:
     """Fashion-MNIST (Xiao et al. 2017), 28x28, or what a folder holds under its files' names.
 
     Without a data_dir: from the cache, else from Debian's package, else downloaded.
@@ -124,7 +126,7 @@ def _idx(path: Path, dimensions: int) -> Tensor:
     return torch.frombuffer(raw, dtype=torch.uint8, offset=head).reshape(shape)
 
 
-def cifar10(data_dir: Path | None, cache: Path, download: bool) -> Source:
+def cifar10(data_dir: Path | None, cache: Path, download: bool, form: Form) -> Source:
     """CIFAR-10 (Krizhevsky 2009), 32x32 in colour, through torchvision."""
     from torchvision.datasets import CIFAR10
 

@@ -130,7 +130,8 @@ def settings_of_run(card: Card, dataset: Dataset, config: FitConfig) -> dict:
     scale = {
         name: value for name, value in card.codec.items() if (name, value) != ("name", "scale")
     }
-    images = {k: v for k, v in card.data.items() if k not in ("sha256", "background")}
+    said_elsewhere = ("sha256", "background", "classes")
+    images = {k: v for k, v in card.data.items() if k not in said_elsewhere}
     settings = {
         **card.training,
         **settings_of(config),

@@ -88,6 +88,7 @@ PRESETS = {
             flip=True,
         )
     ),
+    "emoji": Options(start_steps=16, solver="heun", fit=replace(FOLDER, minutes=13)),
     "folder": Options(start_steps=64, fit=FOLDER),
     "folder, GPU": Options(
         start_steps=64, fit=replace(FOLDER, minutes=60, batch_size=128, learning_rate=2e-4)
@@ -98,6 +99,7 @@ ROUNDS = {
     "digits": {8: 0.9, 4: 1.2, 2: 0.6, 1: 0.7},
     "fashion-mnist": {},
     "cifar10": {},
+    "emoji": {8: 0.625, 4: 0.75, 2: 1.125, 1: 1.5},
     "folder": {8: 0.625, 4: 0.75, 2: 1.125, 1: 1.5},
     "folder, GPU": {8: 0.625, 4: 0.75, 2: 1.125, 1: 1.5},
 }

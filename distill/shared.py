@@ -31,6 +31,7 @@ FITS = {
     "cifar10": FitConfig(
         iterations=200_000, batch_size=128, learning_rate=1e-4, warmup=1000, ema=0.9999, flip=True
     ),
+    "emoji": FitConfig(minutes=13, batch_size=64, learning_rate=5e-4, ema=0.99),
     "folder": FitConfig(minutes=15, batch_size=64, learning_rate=5e-4, ema=0.99),
     "folder, GPU": FitConfig(minutes=60, batch_size=128, learning_rate=2e-4, ema=0.99),
 }
@@ -152,4 +153,4 @@ def first_weights(
 def network_of(model: Model) -> tuple:
     """What two models must have in common for one to go on from the other's weights."""
     card = model.card
-    return card.net, card.denoiser, card.condition, card.codec, card.data
+    return card.net, card.denoiser, card.condition, card.codec, model.spec

@@ -98,8 +98,8 @@ class Options:
     """Train a teacher: a diffusion model of a dataset or of a folder of images (Ho et al. 2020)."""
 
     data: str = "digits"
-    """The images to learn: digits, fashion-mnist, cifar10, or a folder, whose images are cropped to
-    a square of --size with --channels."""
+    """The images to learn: digits, fashion-mnist, cifar10, emoji (32x32, or --size 64), or a
+    folder, whose images are cropped to a square of --size with --channels."""
     data_dir: Path | None = None
     """The folder that holds a named dataset's files. If you give one, no other place is looked
     in."""
@@ -124,7 +124,8 @@ class Options:
     as larger images need. It multiplies the tangents of their angles, and changes nothing in the
     teacher's training."""
     num_classes: int = 0
-    """How many classes the model can be asked for; 0: none. Only data with labels has them."""
+    """How many classes the model can be asked for; 0: none. Only data with labels has them, and a
+    folder, whose own folders are the classes then."""
     codec: Suppress[str] = "scale"
     """How pixels become what the network sees, by its name in diffusion.codec.CODECS."""
     net: UNetConfig = field(default_factory=UNetConfig)
@@ -147,7 +148,10 @@ def load_data(options: Options) -> Dataset:
     """The dataset, after a check that the network's shape and the flip suit it."""
     net = options.net
     form = Form(net.size, net.channels, options.background)
-    dataset = datasets.load(options.data, options.data_dir, form, codec=options.codec)
+    classes = options.num_classes > 0
+    dataset = datasets.load(
+        options.data, options.data_dir, form, codec=options.codec, classes=classes
+    )
     spec, (channels, size, _) = dataset.spec, dataset.codec.shape(dataset.spec.shape)
     if (net.channels, net.size) != (channels, size):
         raise UserError(

@@ -625,3 +625,50 @@ def test_the_loading_of_many_bytes_shows_its_progress(tmp_path, monkeypatch, cap
     assert first.startswith(f"{tmp_path.name}  3/3  images read")
     assert "3 images found" in second
     json.dumps(second)
+
+
+# Classes
+
+
+def write_classes(folder: Path, counts: dict[str, int]) -> None:
+    """Folders of images; every image of one class has its own grey level."""
+    for number, (name, count) in enumerate(counts.items()):
+        (folder / name).mkdir(parents=True)
+        for i in range(count):
+            plain((10 + 50 * number,) * 3).save(folder / name / f"{i:03d}.png")
+
+
+def test_a_folders_own_folders_are_its_classes_where_that_is_asked_for(tmp_path, capsys):
+    write_classes(tmp_path, {"apples": 60, "cars/red": 30, "trees": 30})
+    dataset = data.load(str(tmp_path), form=Form(8), classes=True)
+    assert dataset.num_classes == 3
+    assert "3 classes: 0 apples (60), 1 cars (30), 2 trees (30)" in capsys.readouterr().out
+    for part in (dataset.train, dataset.test):
+        levels = part.images[:, 0, 0, 0].long()
+        assert torch.equal(part.condition["label"], (levels - 10) // 50)
+    assert dataset.test.condition["label"].bincount().tolist() == [6, 3, 3]
+
+
+def test_a_file_that_is_skipped_takes_no_other_files_class(tmp_path):
+    write_classes(tmp_path, {"a": 3, "b": 2})
+    (tmp_path / "a" / "000.png").write_bytes(b"no image")
+    dataset = data.load(str(tmp_path), form=Form(8), classes=True)
+    assert dataset.train.condition["label"].tolist() == [0, 0, 1, 1]
+
+
+def test_classes_are_another_dataset_than_the_same_images_without(tmp_path):
+    write_classes(tmp_path, {"a": 2, "b": 2})
+    with_classes = data.load(str(tmp_path), form=Form(8), classes=True)
+    without = data.load(str(tmp_path), form=Form(8))
+    assert with_classes.spec.sha256 != without.spec.sha256
+    assert without.num_classes == 0
+    again = data.reload(with_classes.spec)
+    assert again.spec == with_classes.spec
+    assert again.num_classes == 2
+
+
+def test_an_image_without_a_class_is_named(tmp_path):
+    write_classes(tmp_path, {"a": 2, "b": 2})
+    plain((5, 5, 5)).save(tmp_path / "loose.png")
+    with pytest.raises(UserError, match=r"1 images .*\(loose.png\).*--num-classes"):
+        data.load(str(tmp_path), form=Form(8), classes=True)
