@@ -82,7 +82,7 @@ def pools(records: list[Record]) -> list[Pool]:
         and all(name in record.others for record in rest)
     ]
     made = []
-    for line in lines(records):
+    for line in (line for line in lines(records) if not line.record.outside):
         record, trainings = line.record, line.trainings
         figures = {record.metric: [training.score for training in trainings]}
         figures |= {name: [training.further[name] for training in trainings] for name in names}

@@ -107,17 +107,17 @@ TRAININGS = "trainings"
 TIMES = ("ms @1", "images/s", "speed-up")
 NAMES: Columns = {
     "method": lambda line: Cell(line.name, line.name),
-    "steps": lambda line: cell(line.record.steps, str),
+    "steps": lambda line: cell(line.record.steps or None, str),
 }
 QUALITY: Columns = NAMES | {
-    "NFE": lambda line: cell(line.record.nfe, str),
+    "NFE": lambda line: cell(line.record.nfe or None, str),
     TRAININGS: lambda line: cell(len(line.trainings), str),
     "quality": lambda line: cell(line.record.score, _within(_spread(line.record))),
     "× teacher": lambda line: cell(line.ratio, "{:.2f}".format),
     "ms @1": lambda line: cell(line.milliseconds),
     "images/s": lambda line: cell(line.images_per_second),
     "speed-up": lambda line: cell(line.speed_up, lambda times: f"{short(times)}×"),
-    "size": lambda line: cell(line.record.parameters, lambda n: f"{n / 1e6:.2f} M"),
+    "size": lambda line: cell(line.record.parameters or None, lambda n: f"{n / 1e6:.2f} M"),
 }
 SPEED: Columns = NAMES | {
     "first call, s": _first_call,

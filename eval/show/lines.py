@@ -38,7 +38,8 @@ class Line:
 
     @property
     def calls(self) -> str:
-        return f"{self.record.nfe:,} call" + "s" * (self.record.nfe != 1)
+        calls = self.record.nfe
+        return f"{calls:,} call" + "s" * (calls != 1) if calls else "unknown calls"
 
     @property
     def floor(self) -> float:
@@ -152,7 +153,8 @@ def teachers(records: list[Record]) -> list[Record | None]:
 def yardsticks(records: list[Record]) -> list[Record | None]:
     """For each row, the row of its teacher's that its quality is compared with."""
     usual, most = teacher_of(records), most_images(records)
-    usual_rows = [row for row in records if usual and row.sha256 == usual.sha256]
+    first = [row for row in records if row.parent is None and not row.outside]
+    usual_rows = [row for row in first if usual is None or row.sha256 == usual.sha256]
     return [yardstick_of(rows or usual_rows, most) for rows in _ancestors(records)]
 
 
@@ -164,13 +166,15 @@ def _ancestors(records: list[Record]) -> list[list[Record]]:
         first = record.sha256
         for _ in records:  # as many generations at most
             first = parents.get(first) or first
-        made.append([row for row in records if row.sha256 == first and row.parent is None])
+        alike = [row for row in records if row.sha256 == first and row.parent is None]
+        made.append([row for row in alike if not row.outside])
     return made
 
 
 def teacher_of(records: list[Record]) -> Record | None:
     """The longest of the first ancestors' own plans."""
     roots = [record for record in records if record.own_plan and record.parent is None]
+    roots = [record for record in roots if not record.outside]
     return max(roots, key=lambda record: record.nfe, default=None)
 
 
