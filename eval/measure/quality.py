@@ -16,9 +16,10 @@ from diffusion.machine import CACHE
 from diffusion.owner import cached
 from eval.measure import sets
 from eval.measure.features import Extractor
+from eval.measure.intervals import jackknife, uncertainty
 from eval.measure.metrics import Moments, frechet_distance
 from eval.measure.real import Real, fingerprint
-from eval.results.records import Data
+from eval.results.records import Data, Uncertainty
 
 SLICES = 64
 NEIGHBOURS = 5  # in the balls of precision, recall, density and coverage
@@ -27,6 +28,8 @@ PORTION = 1000  # images through an extractor at a time
 KEPT = {"features": 1024, "pixels": 256}
 SHOWN = 16  # of the pixels, on pictures
 FAR = 128.0  # grey levels beyond black or white
+SHARE = "share-of-class-"  # and its number: the name of a figure
+CLASSES = 100  # at most, whose shares are reported
 COPIED = 0.05  # of the images; more than so many copies are marked where no image is held out
 
 
@@ -186,33 +189,67 @@ class Judge:
         """The main figure: the Fréchet distance to the training images."""
         return frechet_distance(seen.moments["own"], self.real["own"])
 
+    def uncertainty(self, seen: Seen) -> Uncertainty:
+        """How uncertain that distance is."""
+        return uncertainty(seen.rows("features"), seen.moments["own"], self.real["own"])
+
     def others(self, seen: Seen) -> dict[str, float]:
         """The further figures, by name."""
-        fake, slices = seen.rows("features"), torch.Generator().manual_seed(0)
-        cross = frechet_distance(Moments.of(seen.rows("cross")), self.real["cross"])
-        figures = {self.cross.name: cross, "kid": sets.kid(fake, self.some, self.kernel_mean)}
+        features, cross, near = self._rows(seen)
+        figures = self._of_features(features, cross) | self._of_pixels(near)
+        if seen.moments["own"].count >= 4 * self.extractor.dim:  # else the bias is no small one
+            figures["infinity"] = self.distance(seen) - self.uncertainty(seen).bias
+        return figures
+
+    def errors(self, seen: Seen) -> dict[str, float]:
+        """Standard errors of the further figures, by name."""
+        features, cross, near = self._rows(seen)
+
+        def of_features(which: Tensor) -> dict[str, float]:
+            which = which.to(features.device)
+            return self._of_features(features[which], cross[which])
+
+        errors = jackknife(of_features, len(features))
+        errors |= jackknife(lambda which: self._of_pixels(near[which.to(near.device)]), len(near))
+        for name in ("memorisation-p_value", "memorisation-copied_floor"):  # no model's figures
+            errors.pop(name, None)
+        return errors | {"infinity": self.uncertainty(seen).variance ** 0.5}
+
+    def _rows(self, seen: Seen) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the images that are kept: both features, and distances to the training images."""
+        near = sets.two_nearest(seen.rows("pixels"), self.bank)
+        return seen.rows("features"), seen.rows("cross"), near
+
+    def _of_features(self, fake: Tensor, cross: Tensor) -> dict[str, float]:
+        slices = torch.Generator().manual_seed(0)
+        distance = frechet_distance(Moments.of(cross), self.real["cross"])
+        figures = {self.cross.name: distance, "kid": sets.kid(fake, self.some, self.kernel_mean)}
         figures["sliced-wasserstein"] = sets.sliced_wasserstein(fake, self.some, SLICES, slices)
         if min(len(fake), len(self.some)) > NEIGHBOURS:
             some, radius = self.balls(len(fake))
             figures |= sets.precision_recall_density_coverage(some, fake, NEIGHBOURS, radius)
         if self.extractor.probabilities:
-            figures["classifier-score"] = sets.inception_score(self.extractor.probabilities(fake))
-        if len(fake) >= 4 * self.extractor.dim:
-            thinned = torch.Generator().manual_seed(0)
-            figures["infinity"] = sets.frechet_infinity(fake, self.real["own"], thinned)
-        ours = sets.two_nearest(seen.rows("pixels"), self.bank)
-        if len(self.held_out_nearest):
-            near = sets.memorisation(ours, self.held_out_nearest)
-            figures |= {f"memorisation-{name}": value for name, value in near.items()}
-        else:
-            figures["memorisation-copied"] = sets.copied(ours)
+            probabilities = self.extractor.probabilities(fake)
+            figures["classifier-score"] = sets.inception_score(probabilities)
+            classes = probabilities.shape[1]
+            if classes <= CLASSES:
+                counts = probabilities.argmax(1).bincount(minlength=classes)
+                figures |= {f"{SHARE}{i}": int(n) / len(fake) for i, n in enumerate(counts)}
         return figures
 
-    def floor(self, num_images: int, draws: int) -> list[float]:
-        """The main figure of as many real images, drawn anew each time.
+    def _of_pixels(self, near: Tensor) -> dict[str, float]:
+        if not len(self.held_out_nearest):
+            return {"memorisation-copied": sets.copied(near)}
+        figures = sets.memorisation(near, self.held_out_nearest)
+        return {f"memorisation-{name}": value for name, value in figures.items()}
+
+    def floor(self, num_images: int, draws: int) -> tuple[list[float], float]:
+        """The main figure of as many real images, drawn anew each time, and its mean's standard
+        error.
 
         Held-out images where they are enough, else training images with replacement, which as
-        distances go is the stricter floor.
+        distances go is the stricter floor. The held-out images are themselves a sample: how far
+        another one would move the mean is in the error.
         """
         held_out, distances = len(self.test) >= num_images, []
         for seed in range(draws):
@@ -223,7 +260,11 @@ class Judge:
                 which = torch.randint(len(self.train), (num_images,), generator=random)
             features = (self.test if held_out else self.train)[which.to(self.device)]
             distances.append(frechet_distance(Moments.of(features), self.real["own"]))
-        return distances
+        error = torch.tensor(distances, dtype=torch.float64).var() / draws if draws > 1 else 0
+        if held_out:
+            some = self.test[: KEPT["features"]]
+            error += uncertainty(some, Moments.of(self.test), self.real["own"]).variance
+        return distances, float(error) ** 0.5
 
     def held_out(self, num_images: int) -> dict[str, float]:
         """The further figures of up to that many held-out images; none where there are too few."""
