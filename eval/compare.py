@@ -26,7 +26,7 @@ from diffusion.plan import plan as plan_of
 from diffusion.samplers import SOLVERS
 from diffusion.schedules import check_shift
 from eval.measure.evaluate import Bench, measure_rows, template
-from eval.measure.features import extractor
+from eval.measure.features import extractor, usual
 from eval.measure.plans import Row, counts_of, find_runs, rows
 from eval.measure.quality import SHOWN, Judge
 from eval.measure.real import Real
@@ -39,7 +39,6 @@ from eval.show.lines import Comparison, comparison
 from eval.show.pictures import CALLS, MILLISECONDS
 from eval.show.verdict import choice
 
-OWN_CLASSIFIER = ("digits", "fashion-mnist")  # where it is the default extractor; elsewhere, fid
 DRAWS = 100  # of real images, for the floor
 # Of a teacher's long plan, at least: its calls are then as many as those of a solver's 50 steps on
 # 10,000 images, and every machine chooses alike, so that tables of several can be merged.
@@ -95,9 +94,11 @@ class Options:
     """Images that a network makes at a time, for quality and for images/s."""
     features: str | None = None
     """The features that quality is measured on: classifier (one of the data, trained once), random
-    (an untrained network), inception (fid), or your own network: an .onnx file, your own function
-    as module:PACKAGE.MODULE:FUNCTION, or with --trust a TorchScript .pt or torch.export .pt2 file.
-    If left out: classifier for digits and fashion-mnist, else inception."""
+    (an untrained network), inception (fid), efficientnet-lite0 (trained on ImageNet, from a Python
+    package), or your own network: an .onnx file, your own function as
+    module:PACKAGE.MODULE:FUNCTION, or with --trust a TorchScript .pt or torch.export .pt2 file.
+    If left out: classifier for digits and fashion-mnist; for other data inception where its weights
+    are on this machine, else efficientnet-lite0."""
     trust: bool = False
     """Load a .pt or .pt2 file of --features. Such a file can run any code of its maker on this
     machine, as a program can: trust one only if you made it or know who did."""
@@ -237,7 +238,7 @@ def searched(options: Options, planned: list[Row], bench: Bench) -> list[Row]:
 def prepare(options: Options, model: Model) -> Bench:
     """The extractors and the real images; the first process makes what the others then read."""
     spec, device = model.spec, this_device()
-    choice = options.features or ("classifier" if spec.name in OWN_CLASSIFIER else "inception")
+    choice = options.features or usual(spec.name, options.inception)
     with PartialState().main_process_first():
         dataset = datasets.reload(spec, options.data, options.data_dir)
         # by the name that it was trained under: what was measured before a move stays measured

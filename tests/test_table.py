@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -11,9 +12,10 @@ from made_up import record, sha256
 from rich.console import Console
 
 from diffusion.console import UserError
+from diffusion.files import CHECKSUM
 from eval.report import latest
 from eval.results import jsonl
-from eval.results.records import FOR_P90, Record, Timing
+from eval.results.records import FOR_P90, Record, Timing, Uncertainty
 from eval.show import table
 from eval.show.lines import comparison, lines
 
