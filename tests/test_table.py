@@ -456,13 +456,19 @@ def test_rows_that_move_together_have_the_narrower_ratio():
 
 
 def test_a_row_that_its_interval_cannot_part_from_the_best_of_as_many_calls_is_marked_a_tie():
-    far, near = replace(FOUR, sha256="1" * 64, run="far"), replace(FOUR, sha256="2" * 64, run="near")
+    far, near = (
+        replace(FOUR, sha256="1" * 64, run="far"),
+        replace(FOUR, sha256="2" * 64, run="near"),
+    )
     far = replace(far, quality=[8.0, 8.0])
     near = replace(near, quality=[4.5, 4.5])
     marks = [line.mark for line in comparison([sure(x, 0.08, s) for x, s in
              ((UNIPC, 1), (FOUR, 1), (far, 1), (near, -1))]).lines]  # fmt: skip
     assert marks == ["", "≈", "", "≈"]
-    assert [line.mark for line in comparison([sure(FOUR, 0.01), sure(far, 0.01)]).lines] == ["*", ""]
+    assert [line.mark for line in comparison([sure(FOUR, 0.01), sure(far, 0.01)]).lines] == [
+        "*",
+        "",
+    ]
     assert [line.mark for line in comparison([FOUR, far]).lines] == ["", ""]  # of an older format
 
 
