@@ -101,8 +101,9 @@ class Options:
     features: str | None = None
     """The features that quality is measured on: classifier (one of the data, trained once), random
     (an untrained network), inception (fid), efficientnet-lite0 (trained on ImageNet, from a Python
-    package), or your own network: an .onnx file, your own function as
-    module:PACKAGE.MODULE:FUNCTION, or with --trust a TorchScript .pt or torch.export .pt2 file.
+    package), dinov2:FOLDER or clip:FOLDER (a network that transformers' save_pretrained wrote), or
+    your own network: an .onnx file, your own function as module:PACKAGE.MODULE:FUNCTION, or with
+    --trust a TorchScript .pt or torch.export .pt2 file.
     If left out: classifier for digits and fashion-mnist; for other data inception where its weights
     are on this machine, else efficientnet-lite0."""
     trust: bool = False
