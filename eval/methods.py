@@ -71,7 +71,7 @@ class Pool:
     def text(self) -> str:
         name = next(iter(self.figures))
         ratio = "" if self.ratio is None else f", {self.ratio:.2f}×"
-        return f"{self.mean(name):.3g}{between(self.interval, '.2g')}{ratio} {self.mark}".strip()
+        return f"{self.mean(name):.3g}{between(self.interval)}{ratio} {self.mark}".strip()
 
 
 def pools(records: list[Record]) -> list[Pool]:
@@ -88,7 +88,7 @@ def pools(records: list[Record]) -> list[Pool]:
         and all(name in record.others for record in rest)
     ]
     made = []
-    for line in lines(records):
+    for line in (line for line in lines(records) if not line.record.outside):
         record, trainings = line.record, line.trainings
         figures = {record.metric: [training.score for training in trainings]}
         figures |= {name: [training.further[name] for training in trainings] for name in names}

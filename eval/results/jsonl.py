@@ -92,10 +92,13 @@ def _filled(record: Record) -> dict:
 
 def _record(head: Head, values: dict, place: str) -> Record:
     row = checked(ROW, values, place)
-    if len(row.angles) != row.steps + 1:
+    if len(row.angles) != (row.steps + 1 if row.steps else 0):
         raise UserError(
             f"{place}: angles: expected one more than the {row.steps} steps, got {len(row.angles)}"
         )
+    if bool(row.nfe) != bool(row.steps):
+        known = "at least 1" if row.steps else "0, for its steps are not known"
+        raise UserError(f"{place}: nfe: expected {known}, got {row.nfe}")
     each = {"quality": row.quality, "uncertainty": row.uncertainty, **row.others, **row.errors}
     for name, figures in each.items():
         if len(figures) > len(head.seeds):

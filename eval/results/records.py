@@ -15,7 +15,7 @@ from pydantic import AfterValidator, Field, TypeAdapter, with_config
 from typing_extensions import TypedDict
 
 from diffusion.files import CHECKSUM
-from diffusion.plan import SEVERAL, Angle, Weight, ascending
+from diffusion.plan import MOST_STEPS, Angle, Weight, ascending
 from diffusion.typed import CLOSED, OPEN, Amount, Count, Positive, Sha256, Text
 
 FORMAT = 4
@@ -31,6 +31,13 @@ def _distinct(seeds: list[int]) -> list[int]:
     return seeds
 
 
+def _none_or_ascending(angles: list[float]) -> list[float]:
+    return angles and ascending(angles)
+
+
+Angles = Annotated[
+    list[Angle], Field(max_length=MOST_STEPS + 1), AfterValidator(_none_or_ascending)
+]
 Figure = Annotated[float, Field(ge=-1e30, le=1e30)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Seconds = Annotated[float, Field(ge=1e-12, le=1e12)]
@@ -259,19 +266,19 @@ class Row:
     training: Training = field(default_factory=Training)
     """Iterations, images seen and seconds of the checkpoint's own training."""
     sampler: Text
-    """Its name, as in diffusion/samplers.py."""
-    steps: Positive
-    """Steps of the sampler."""
+    """Its name, as in diffusion/samplers.py; of images that others made: folder, npz or onnx."""
+    steps: Count
+    """Steps of the sampler; 0 where others made the images, and the steps are not known."""
     own_plan: bool
     """True for the checkpoint's own plan, false for a solver that needs no training."""
-    angles: Annotated[list[Angle], SEVERAL, AfterValidator(ascending)]
-    """Noise levels in radians, ascending from 0: one more than steps."""
+    angles: Angles = field(default_factory=list)
+    """Noise levels in radians, ascending from 0: one more than steps, or none of no steps."""
     guidance: Weight | None = None
     """The weight of classifier-free guidance; none without it."""
     note: str = ""
     """How the angles were chosen, where they are not those of the card."""
-    nfe: Positive = 0
-    """Network calls per image, counted; 0 before they are, which no file holds."""
+    nfe: Count = 0
+    """Network calls per image, counted; 0 before they are, and where others made the images."""
     quality: list[Figure] = field(default_factory=list)
     """The metric of each seed's images; of fewer seeds while the row is being measured."""
     others: dict[str, Annotated[list[Figure], Field(min_length=1)]] = field(default_factory=dict)
@@ -322,6 +329,11 @@ class Record(Row, Head):
     def date(self) -> str:
         """ISO 8601 in UTC; "" where it is not known."""
         return self.conditions.get("date", "")
+
+    @property
+    def outside(self) -> bool:
+        """Whether others made its images: it is no checkpoint, and has no plan."""
+        return self.steps == 0
 
     @property
     def student(self) -> bool:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from math import floor, log10
 from statistics import mean
 from typing import NamedTuple
 
@@ -91,27 +92,29 @@ def _megabytes(line: Line) -> Cell:
     return cell(None if batch is None or batch.allocated is None else batch.allocated / 1e6)
 
 
-def between(interval: Interval | None, digits: str = ".3g") -> str:
-    """The interval's ends in brackets, of the fewest digits that tell them apart; or nothing."""
+def between(interval: Interval | None) -> str:
+    """The interval's ends in brackets, rounded to a third of its width or less; or nothing."""
     if interval is None:
         return ""
-    low, high = (f"{end:{digits}}" for end in interval)
-    return f" ({low}–{high})" if "-" not in high[:1] + low[:1] else f" ({low} to {high})"
+    width = interval[1] - interval[0]
+    digits = max(0, -floor(log10(width / 3))) if width > 0 else 2
+    low, high = (f"{end:,.{digits}f}" for end in interval)
+    return f" ({low}–{high})" if interval[0] >= 0 else f" ({low} to {high})"
 
 
 def _quality(line: Line) -> Cell:
-    text = f"{line.record.score:.3g}{between(line.interval, '.2g')}"
+    text = f"{line.record.score:.3g}{between(line.interval)}"
     return Cell(f"{text} {line.mark}".strip(), line.record.score)
 
 
 def _ratio(value: float | None, interval: Interval | None) -> Cell:
-    return cell(value, lambda ratio: f"{ratio:.2f}{between(interval, '.2f')}")
+    return cell(value, lambda ratio: f"{ratio:.2f}{between(interval)}")
 
 
 def _figure(name: str, line: Line) -> Cell:
     value, known = line.record.further.get(name), line.figure(name)
     interval = known.interval() if known else None
-    return cell(value, lambda number: f"{number:.3g}{between(interval, '.2g')}")
+    return cell(value, lambda number: f"{number:.3g}{between(interval)}")
 
 
 def _within(error: float | None, digits: str = ".3g") -> Callable[[float], str]:
@@ -128,10 +131,10 @@ TRAININGS, ABOVE = "trainings", "above floor"
 TIMES = ("ms @1", "images/s", "speed-up")
 NAMES: Columns = {
     "method": lambda line: Cell(line.name, line.name),
-    "steps": lambda line: cell(line.record.steps, str),
+    "steps": lambda line: cell(line.record.steps or None, str),
 }
 QUALITY: Columns = NAMES | {
-    "NFE": lambda line: cell(line.record.nfe, str),
+    "NFE": lambda line: cell(line.record.nfe or None, str),
     TRAININGS: lambda line: cell(len(line.trainings), str),
     "quality": _quality,
     "× teacher": lambda line: _ratio(line.ratio, line.ratio_interval),
@@ -139,7 +142,7 @@ QUALITY: Columns = NAMES | {
     "ms @1": lambda line: cell(line.milliseconds),
     "images/s": lambda line: cell(line.images_per_second),
     "speed-up": lambda line: cell(line.speed_up, lambda times: f"{short(times)}×"),
-    "size": lambda line: cell(line.record.parameters, lambda n: f"{n / 1e6:.2f} M"),
+    "size": lambda line: cell(line.record.parameters or None, lambda n: f"{n / 1e6:.2f} M"),
 }
 SPEED: Columns = NAMES | {
     "first call, s": _first_call,

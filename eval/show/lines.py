@@ -45,7 +45,8 @@ class Line:
 
     @property
     def calls(self) -> str:
-        return f"{self.record.nfe:,} call" + "s" * (self.record.nfe != 1)
+        calls = self.record.nfe
+        return f"{calls:,} call" + "s" * (calls != 1) if calls else "unknown calls"
 
     @property
     def floor(self) -> float:
@@ -183,7 +184,8 @@ def estimate(record: Record) -> Estimate | None:
     if not record.uncertainty:
         return None
     known = intervals.pooled(record.uncertainty)
-    return Estimate(record.score, known.variance, known.influence)
+    blocks = [] if record.outside else known.influence  # others' images come from other noise
+    return Estimate(record.score, known.variance, blocks)
 
 
 def tied(a: Line, b: Line) -> bool:
@@ -200,7 +202,7 @@ def marked(made: list[Line]) -> list[Line]:
     def calls(line: Line) -> int:
         return line.record.nfe
 
-    compared = [line for line in made if line.estimate and not line.fewer]
+    compared = [x for x in made if x.estimate and x.record.nfe and not x.fewer]
     for _, group in groupby(sorted(compared, key=calls), calls):
         rivals = [*group]
         first = min(rivals, key=lambda line: line.record.score)
@@ -248,7 +250,8 @@ def teachers(records: list[Record]) -> list[Record | None]:
 def yardsticks(records: list[Record]) -> list[Record | None]:
     """For each row, the row of its teacher's that its quality is compared with."""
     usual, most = teacher_of(records), most_images(records)
-    usual_rows = [row for row in records if usual and row.sha256 == usual.sha256]
+    first = [row for row in records if row.parent is None and not row.outside]
+    usual_rows = [row for row in first if usual is None or row.sha256 == usual.sha256]
     return [yardstick_of(rows or usual_rows, most) for rows in _ancestors(records)]
 
 
@@ -260,13 +263,15 @@ def _ancestors(records: list[Record]) -> list[list[Record]]:
         first = record.sha256
         for _ in records:  # as many generations at most
             first = parents.get(first) or first
-        made.append([row for row in records if row.sha256 == first and row.parent is None])
+        alike = [row for row in records if row.sha256 == first and row.parent is None]
+        made.append([row for row in alike if not row.outside])
     return made
 
 
 def teacher_of(records: list[Record]) -> Record | None:
     """The longest of the first ancestors' own plans."""
     roots = [record for record in records if record.own_plan and record.parent is None]
+    roots = [record for record in roots if not record.outside]
     return max(roots, key=lambda record: record.nfe, default=None)
 
 
