@@ -2,7 +2,7 @@
 
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import reduce
+from functools import partial, reduce
 from operator import or_
 from pathlib import Path
 from typing import Literal
@@ -27,13 +27,14 @@ from diffusion.plan import plan as plan_of
 from diffusion.samplers import SOLVERS
 from diffusion.schedules import check_shift
 from eval.measure import outside
-from eval.measure.evaluate import Bench, measure_rows, template
+from eval.measure.evaluate import Bench, measure_rows, sample, template
 from eval.measure.features import extractor
 from eval.measure.features import usual as usual_extractor
 from eval.measure.plans import Row, counts_of, find_runs, rows
 from eval.measure.quality import SHOWN, Judge
 from eval.measure.real import Real
 from eval.measure.search import SEED, search_angles
+from eval.measure.timing import timed
 from eval.results import jsonl, together
 from eval.results.records import Record
 from eval.results.store import Store, samples_of
@@ -42,10 +43,12 @@ from eval.show.lines import Comparison, comparison
 from eval.show.pictures import CALLS, MILLISECONDS
 from eval.show.verdict import choice
 
+COUNTS = (50_000, 10_000, 5_000, 2_000, 1_000)  # images of a row; the first on GPUs
+A_ROW = 60.0  # seconds that a row may take, in the mean
 DRAWS = 100  # of real images, for the floor
 # Of a teacher's long plan, at least: its calls are then as many as those of a solver's 50 steps on
 # 10,000 images, and every machine chooses alike, so that tables of several can be merged.
-LONG_IMAGES = 512
+LONG_IMAGES, LONG_SHARE = 512, 20
 SEARCHED = 1024  # images of each trial of a search, at most, where features have fewer dimensions
 
 
@@ -81,13 +84,15 @@ class Options:
     """Guidance weights to compare, in place of each checkpoint's own; 1 is none. Models keep their
     own that have no classes or were not trained for any of these, and so does the row of a
     teacher's own 1000 steps."""
-    num_images: int = 10_000
+    num_images: int | None = None
     """Images that each row's quality is measured on, for each seed. It must be above the number of
-    features."""
+    features. If left out: as many as in this folder so far, else 10,000, or 50,000 on a GPU; where
+    the rows then took more than a minute each, 5,000, 2,000 or 1,000."""
     long_images: int | None = None
     """Images for each seed of a teacher's own plan of more than 100 steps, which takes by far the
     longest. If they are fewer than --num-images, the others' ratios are to the teacher's best other
-    row of 16 steps or more. If left out: 512, or in whole batches more than the features."""
+    row of 16 steps or more. If left out, in whole batches: a twentieth of --num-images, but at
+    least 512 and more than the features."""
     likelihood: int = 64
     """Held-out images on which a teacher's bits per dimension are measured. Each costs about 200
     network calls. 0: none."""
@@ -155,6 +160,9 @@ def _compare(
     if paths:
         images = [path for path in paths if outside.is_outside(path)]
         planned = plan(options, tuple(path for path in paths if path not in images))
+        count = [options.num_images or affordable(options, planned, store)]
+        (count,) = broadcast_object_list(count)  # the first process's
+        options = replace(options, num_images=count)
         bench = prepare(options, planned[0].model.spec if planned else None, images)
         spec, size = bench.judge.dataset.spec, (bench.num_images, bench.seeds)
         device = bench.judge.device
@@ -298,25 +306,43 @@ def prepare(options: Options, spec: ImageSpec | None, images: list[Path]) -> Ben
     )
 
 
+def affordable(options: Options, planned: list[Row], store: Store) -> int:
+    """Images of a row where --num-images does not say: those of the newest rows here, else as many
+    as the rows make in a minute each. One batch in few calls is timed."""
+    earlier = [record for record in store.records.values() if not record.long]
+    if earlier:
+        return max(earlier, key=lambda record: record.date).num_images
+    rows = [row for row in planned if not row.long]
+    if not rows:
+        return COUNTS[1]
+    least = min(rows, key=lambda row: row.calls)
+    call = partial(sample, least, options.batch_size)
+    seconds = min(timed(call, this_device())[1] for _ in range(2))
+    calls = sum(row.calls for row in rows) / len(rows) / least.calls  # as many times as long
+    made = A_ROW * options.batch_size / (seconds * calls)
+    counts = COUNTS if this_device().type == "cuda" else COUNTS[1:]
+    return next((count for count in counts if count <= made), counts[-1])
+
+
 def sizes(options: Options, dim: int) -> tuple[int, int]:
     """Images of a row, and of a teacher's long plan: whole batches, timed in passing."""
-    for flag, number in (("num", options.num_images), ("long", options.long_images)):
+    num_images = options.num_images or COUNTS[1]
+    for flag, number in (("num", num_images), ("long", options.long_images)):
         if number is not None and number <= dim:
             raise UserError(
                 f"--{flag}-images must be more than the {dim} dimensions of the features, "
                 f"got {number}"
             )
     # the features of as many real images, for the floor
-    machine.require_memory("--num-images", options.num_images, 8 * dim * options.num_images)
+    machine.require_memory("--num-images", num_images, 8 * dim * num_images)
     if options.long_images is None:
-        batches = -(-max(LONG_IMAGES, dim + 1) // options.batch_size)
-        return options.num_images, min(options.num_images, batches * options.batch_size)
-    if options.long_images > options.num_images:
+        batches = -(-max(LONG_IMAGES, dim + 1, num_images // LONG_SHARE) // options.batch_size)
+        return num_images, min(num_images, batches * options.batch_size)
+    if options.long_images > num_images:
         raise UserError(
-            f"--long-images must be at most --num-images {options.num_images}, "
-            f"got {options.long_images}"
+            f"--long-images must be at most --num-images {num_images}, got {options.long_images}"
         )
-    return options.num_images, options.long_images
+    return num_images, options.long_images
 
 
 def home(paths: tuple[Path, ...]) -> Path:

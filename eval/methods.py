@@ -18,7 +18,7 @@ from eval.measure.intervals import Estimate, Interval
 from eval.report import latest, left_out
 from eval.results import jsonl, together
 from eval.results.records import Record
-from eval.show.columns import between
+from eval.show.columns import between, gradient_images
 from eval.show.lines import lines
 from eval.show.pictures import CALLS, Point, chart
 from eval.show.table import literal, markdown_table
@@ -92,7 +92,7 @@ def pools(records: list[Record]) -> list[Pool]:
         record, trainings = line.record, line.trainings
         figures = {record.metric: [training.score for training in trainings]}
         figures |= {name: [training.further[name] for training in trainings] for name in names}
-        images = record.training.get("total_images", record.training.get("images"))
+        images = gradient_images(record)
         estimates = {record.metric: line.estimate} | {name: line.figure(name) for name in names}
         known = {name: one for name, one in estimates.items() if one}
         kind = line.title, record.nfe, record.own_plan, record.student

@@ -127,6 +127,16 @@ def _bits(name: str, line: Line) -> Cell:
     return cell(likelihood.get(name), _within(likelihood.get(f"{name}-error"), ".4g"))
 
 
+def gradient_images(record: Record) -> int | None:
+    """Images that the training, and those that it goes on from, took gradients of."""
+    return record.training.get("total_images", record.training.get("images"))
+
+
+def _minutes(record: Record) -> float | None:
+    seconds = record.training.get("seconds")
+    return None if seconds is None else seconds / 60
+
+
 TRAININGS, ABOVE = "trainings", "above floor"
 TIMES = ("ms @1", "images/s", "speed-up")
 NAMES: Columns = {
@@ -152,6 +162,11 @@ SPEED: Columns = NAMES | {
     "best images/s": _best_cell,
     "50,000 images": _fifty_thousand,
     "peak MB": _megabytes,
+}
+TRAINING: Columns = NAMES | {
+    "images": lambda line: cell(gradient_images(line.record), "{:,}".format),
+    "iterations": lambda line: cell(line.record.training.get("iterations"), "{:,}".format),
+    "minutes": lambda line: cell(_minutes(line.record)),
 }
 LIKELIHOOD: Columns = NAMES | {
     "bits/dim ≤": partial(_bits, "variational-bound"),

@@ -277,7 +277,7 @@ def teacher_of(records: list[Record]) -> Record | None:
 
 def yardstick_of(rows: list[Record], most: int) -> Record | None:
     """The row of one teacher's to compare quality with: the best of those of 16 steps or more that
-    are judged on as many images as the others (most); of a teacher of fewer steps, its longest."""
+    are judged on as many images as the others (most); where none has as many, of the most steps."""
     whole = [row for row in rows if row.num_images >= most]
-    enough = [row for row in whole if row.steps >= ENOUGH]
-    return min(enough, key=lambda row: row.score, default=None) or teacher_of(whole)
+    steps = min(ENOUGH, max((row.steps for row in whole), default=0))
+    return min((row for row in whole if row.steps >= steps), key=lambda x: x.score, default=None)

@@ -71,6 +71,10 @@ def tables(comparison: Comparison) -> list[Table]:
         notes = [f"noise to uint8 on {machine(first)}, synchronised"]
         notes += [note for head, note in SPEED_NOTES.items() if head in speed.heads]
         made.append(replace(speed, caption="; ".join(notes).format(batch_size=first.batch_size)))
+    if trained := [line for line in rows if line.record.own_plan and line.record.training]:
+        words = "images: that the network took gradients of, each as often as it did, and those of "
+        words += "the students that it goes on from; iterations and minutes: of its own training"
+        made.append(_table("Training", columns.TRAINING, trained, words, only_filled=True))
     if likely := [line for line in rows if line.record.likelihood]:
         images = likely[0].record.likelihood.get("images", "the")
         words = f"of {images} held-out images: the variational bound, and by the probability flow"
@@ -148,6 +152,11 @@ def caption(rows: list[Line], times: bool) -> str:
     if times:
         batch = f"images/s at batch {first.batch_size} on {machine(first)}"
         parts += ["ms @1: per image at batch 1", batch]
+    if judged := [line.title for line in rows if line.record.method.endswith("-frechet")]:
+        parts.append(
+            f"{', '.join(dict.fromkeys(judged))}: trained on a Fréchet distance, which so cannot "
+            "judge it: see kid, precision, recall, density and coverage"
+        )
     if any("collapsed" in line.warnings for line in rows):
         parts.append("(collapsed): coverage is below half of the held-out images'")
     if any(quality.unheld(line.record.further) for line in rows):
@@ -254,7 +263,7 @@ LATEX = str.maketrans(
     {c: f"\\{c}" for c in "&%$#_{}"}
     | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
     | {"<": r"\textless{}", ">": r"\textgreater{}", "[": "{[}", "–": "--"}
-    | {"×": r"$\times$", "±": r"$\pm$", "≤": r"$\le$"}
+    | {"×": r"$\times$", "±": r"$\pm$", "≤": r"$\le$", "≈": r"$\approx$"}
 )
 
 
@@ -282,7 +291,7 @@ def comma_separated(comparison: Comparison) -> str:
     times = comparison.times
     heads = {name: column for name, column in columns.QUALITY.items() if times or name not in TIMES}
     heads |= columns.SPEED if times else {}
-    heads |= columns.LIKELIHOOD | columns.further(comparison.records)
+    heads |= columns.TRAINING | columns.LIKELIHOOD | columns.further(comparison.records)
     rows = [columns.plain(line, heads, times) for line in comparison.lines]
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, rows[0], lineterminator="\n")
