@@ -1,5 +1,6 @@
 """A set of images measured against real ones: distances, fidelity and diversity, copies."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, reduce
 from math import isfinite
@@ -16,8 +17,10 @@ from diffusion.machine import CACHE
 from diffusion.owner import cached
 from eval.measure import sets
 from eval.measure.features import Extractor
+from eval.measure.inception import file_sha256
 from eval.measure.metrics import Moments, frechet_distance
 from eval.measure.real import Real, fingerprint
+from eval.measure.several import Representation, ratio
 from eval.results.records import Data
 
 SLICES = 64
@@ -26,6 +29,7 @@ PORTION = 1000  # images through an extractor at a time
 # Of how many images, the first ones, a row each is kept: the rest are in the moments alone.
 KEPT = {"features": 1024, "pixels": 256}
 SHOWN = 16  # of the pixels, on pictures
+RATIO = "fd-ratio-"  # and the number of extractors that it is over: the name of a figure
 FAR = 128.0  # grey levels beyond black or white
 COPIED = 0.05  # of the images; more than so many copies are marked where no image is held out
 
@@ -114,10 +118,21 @@ class Judge:
     """(M, 2): sets.two_nearest of held-out images."""
     data: Data
     """The real images' name, split, number and sha256."""
+    more: tuple[Representation, ...] = ()
+    """Further extractors, whose distances are further figures."""
     known_balls: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     @staticmethod
-    def of(dataset: Real, extractor: Extractor, cross: Extractor, device: torch.device) -> "Judge":
+    def of(
+        dataset: Real,
+        extractor: Extractor,
+        cross: Extractor,
+        device: torch.device,
+        more: Sequence[Extractor] = (),
+        statistics: Path | None = None,
+    ) -> "Judge":
+        """more: further extractors. statistics: a file of saved ones, in place of those of the
+        training images; where the dataset is empty they are all that is known."""
         train = reference(dataset.train, extractor, device)
         crossed = reference(dataset.train, cross, device)
         test = reference(dataset.test, extractor, device)
@@ -130,11 +145,25 @@ class Judge:
             "images": len(train),
             "sha256": fingerprint(dataset.train),
         }
+        if statistics:
+            saved = Moments.saved(statistics, extractor.dim, extractor.sha256)
+            real["own"], data["statistics"] = saved.to(device), file_sha256(statistics)
+        further = []
+        for other in more:
+            features = (reference(x, other, device) for x in (dataset.train, dataset.test))
+            known, held_out = features
+            further.append(Representation(other, known, held_out, Moments.of(known)))
         if dataset.of > len(train):
             data["of"] = dataset.of
         if dataset.spec.background not in ("", Form.background):
             data["background"] = dataset.spec.background
-        return Judge(dataset, extractor, cross, device, train, test, real, bank, near, data)
+        return Judge(
+            dataset, extractor, cross, device, train, test, real, bank, near, data, tuple(further)
+        )
+
+    @cached_property
+    def main(self) -> Representation:
+        return Representation(self.extractor, self.train, self.test, self.real["own"])
 
     @cached_property
     def some(self) -> Tensor:
@@ -179,6 +208,8 @@ class Judge:
         rows = {"features": ours[: left["features"]], "pixels": images[: left["pixels"]]}
         rows["cross"] = self.cross.extract(images[: left["features"]])
         moments = {"own": Moments.of(ours)}
+        for i, other in enumerate(self.more):
+            moments[f"more{i}"] = Moments.of(other.extractor.extract(images))
         odd = torch.zeros(4, dtype=torch.float64, device=images.device)
         return Seen(moments, odd, {start: rows})
 
@@ -187,7 +218,9 @@ class Judge:
         return frechet_distance(seen.moments["own"], self.real["own"])
 
     def others(self, seen: Seen) -> dict[str, float]:
-        """The further figures, by name."""
+        """The further figures, by name; of images compared with statistics alone there are none."""
+        if not len(self.train):
+            return {}
         fake, slices = seen.rows("features"), torch.Generator().manual_seed(0)
         cross = frechet_distance(Moments.of(seen.rows("cross")), self.real["cross"])
         figures = {self.cross.name: cross, "kid": sets.kid(fake, self.some, self.kernel_mean)}
@@ -206,24 +239,27 @@ class Judge:
             figures |= {f"memorisation-{name}": value for name, value in near.items()}
         else:
             figures["memorisation-copied"] = sets.copied(ours)
-        return figures
+        return figures | self.several(seen)
+
+    def several(self, seen: Seen) -> dict[str, float]:
+        """The distances by the further extractors, and the ratio over all of them, where there are
+        any."""
+        if not self.more:
+            return {}
+        count, spaces = seen.moments["own"].count, {"own": self.main}
+        spaces |= {f"more{i}": other for i, other in enumerate(self.more)}
+        named = {key: space.extractor.name for key, space in spaces.items()}
+        distances = {
+            named[key]: frechet_distance(seen.moments[key], space.real)
+            for key, space in spaces.items()
+        }
+        floors = {named[key]: space.floor(count) for key, space in spaces.items()}
+        over = {f"{RATIO}{len(spaces)}": ratio(distances, floors)}
+        return {name: x for name, x in distances.items() if name != self.extractor.name} | over
 
     def floor(self, num_images: int, draws: int) -> list[float]:
-        """The main figure of as many real images, drawn anew each time.
-
-        Held-out images where they are enough, else training images with replacement, which as
-        distances go is the stricter floor.
-        """
-        held_out, distances = len(self.test) >= num_images, []
-        for seed in range(draws):
-            random = torch.Generator().manual_seed(seed)
-            if held_out:
-                which = torch.randperm(len(self.test), generator=random)[:num_images]
-            else:
-                which = torch.randint(len(self.train), (num_images,), generator=random)
-            features = (self.test if held_out else self.train)[which.to(self.device)]
-            distances.append(frechet_distance(Moments.of(features), self.real["own"]))
-        return distances
+        """The main figure of as many real images, for each of so many draws."""
+        return self.main.floors(num_images, draws)
 
     def held_out(self, num_images: int) -> dict[str, float]:
         """The further figures of up to that many held-out images; none where there are too few."""
