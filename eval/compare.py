@@ -44,7 +44,7 @@ from eval.show.lines import Comparison, comparison
 from eval.show.pictures import CALLS, MILLISECONDS
 from eval.show.verdict import choice
 
-DRAWS = 8  # of real images, for the floor
+DRAWS = 100  # of real images, for the floor
 # Of a teacher's long plan, at least: its calls are then as many as those of a solver's 50 steps on
 # 10,000 images, and every machine chooses alike, so that tables of several can be merged.
 LONG_IMAGES = 512

@@ -13,8 +13,9 @@ from eval import compare
 from eval.compare import Options
 from eval.measure.metrics import Moments, frechet_distance
 from eval.measure.real import Real
-from eval.measure.several import ratio
+from eval.measure.several import ratio, ratio_error
 from eval.results import jsonl
+from eval.results.records import Uncertainty
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +64,8 @@ def test_the_ratio_over_several_is_the_geometric_mean_and_each_alone_is_what_it_
     # floors here are of a few draws: within their spread
     expected = math.sqrt(first.score / np.mean(first.floor) * second.score / np.mean(second.floor))
     assert both.further["fd-ratio-2"] == pytest.approx(expected, rel=0.1)
+    assert 0 < both.errors["fd-ratio-2"][0] < both.further["fd-ratio-2"] / 2
+    assert both.errors[second.metric] == pytest.approx([second.uncertainty[0].variance ** 0.5])
     assert both in jsonl.read(tmp_path / "out" / "results.jsonl")
     assert both.held_out["fd-ratio-2"] == pytest.approx(1, abs=0.2)
 
@@ -72,6 +75,21 @@ def test_a_ratio_weighs_representations_alike_whatever_their_scale():
     assert ratio(distances, floors) == pytest.approx(2)  # of 4 and 1
     scaled = {"a": 8.0, "b": 30.0}, {"a": 2.0, "b": 30.0}
     assert ratio(*scaled) == pytest.approx(2)
+
+
+def test_errors_of_one_sample_add_up_or_cancel_as_its_images_move_the_distances():
+    blocks = torch.randn(50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    blocks /= blocks.std()
+
+    def known(sign: float, error: float) -> Uncertainty:
+        return Uncertainty(0, error**2, 0, 0, (sign * error * blocks).tolist())
+
+    distances = {"a": 2.0, "b": 100.0}
+    alike = {"a": known(1, 0.2), "b": known(1, 10.0)}  # both by a tenth
+    assert ratio_error(distances, alike) == pytest.approx(0.1)
+    against = alike | {"b": known(-1, 10.0)}
+    assert ratio_error(distances, against) == pytest.approx(0, abs=1e-12)
+    assert ratio_error(distances, alike | {"b": known(1, 0.0)}) == pytest.approx(0.05)
 
 
 @pytest.mark.parametrize("features", ["random,random", "random,", ","])

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from eval.measure.features import Extractor
 from eval.measure.metrics import Moments, frechet_distance
+from eval.results.records import Uncertainty
 
 DRAWS = 8  # of real images, for the floor of each in the ratio
 
@@ -65,3 +66,13 @@ class Representation:
 def ratio(distances: Mapping[str, float], floors: Mapping[str, float]) -> float:
     """The geometric mean of the distances over their floors, by name."""
     return exp(mean(log(distances[name] / floors[name]) for name in distances))
+
+
+def ratio_error(distances: Mapping[str, float], known: Mapping[str, Uncertainty]) -> float:
+    """The ratio's standard error, as a share of it, by the delta method: the distances are of the
+    same images, whose influences on each of them are added block by block."""
+    shares = [
+        torch.tensor(known[name].influence, dtype=torch.float64) / distances[name]
+        for name in distances
+    ]
+    return float(torch.stack(shares).mean(0).std())
