@@ -7,6 +7,7 @@ from operator import or_
 from pathlib import Path
 from typing import Literal
 
+import torch
 import tyro
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
@@ -15,9 +16,11 @@ from torch import Tensor
 from diffusion import data as datasets
 from diffusion import machine
 from diffusion.config import check_compiler
-from diffusion.console import UserError, at_least, diverted, doing, run, say, silence
+from diffusion.console import UserError, at_least, diverted, doing, printable, run, say, silence
+from diffusion.data import ImageSpec
 from diffusion.files import write_atomic
-from diffusion.folders import check_claim, claim
+from diffusion.folders import check_claim, check_file, claim
+from diffusion.images import InMemory
 from diffusion.model import Model, load, require_same_images, this_device
 from diffusion.noise import check_seed
 from diffusion.owner import owned
@@ -25,8 +28,10 @@ from diffusion.plan import MOST_STEPS
 from diffusion.plan import plan as plan_of
 from diffusion.samplers import SOLVERS
 from diffusion.schedules import check_shift
+from eval.measure import outside
 from eval.measure.evaluate import Bench, measure_rows, template
 from eval.measure.features import extractor
+from eval.measure.features import usual as usual_extractor
 from eval.measure.plans import Row, counts_of, find_runs, rows
 from eval.measure.quality import SHOWN, Judge
 from eval.measure.real import Real
@@ -39,8 +44,7 @@ from eval.show.lines import Comparison, comparison
 from eval.show.pictures import CALLS, MILLISECONDS
 from eval.show.verdict import choice
 
-OWN_CLASSIFIER = ("digits", "fashion-mnist")  # where it is the default extractor; elsewhere, fid
-DRAWS = 8  # of real images, for the floor
+DRAWS = 100  # of real images, for the floor
 # Of a teacher's long plan, at least: its calls are then as many as those of a solver's 50 steps on
 # 10,000 images, and every machine chooses alike, so that tables of several can be merged.
 LONG_IMAGES = 512
@@ -57,8 +61,11 @@ class Options:
     """
 
     runs: tyro.conf.Positional[tuple[Path, ...]] = (Path("runs/digits"),)
-    """What to compare: runs, checkpoints, or folders that hold runs. The rows of results.jsonl
-    files, of other machines or people, join the table."""
+    """What to compare: runs, checkpoints, or folders that hold runs. What others made joins the
+    table: the rows of results.jsonl files, a folder of images, an .npz (uint8 `images` or `arr_0`,
+    N x H x W x C), or an .onnx file that makes images from normal noise."""
+    onnx_range: tuple[float, float] = (-1.0, 1.0)
+    """Black and white in the floats of an .onnx generator; one that makes uint8 needs none."""
     steps: str | None = None
     """Network calls for each image to compare at, such as 1,2,4,8. The teacher's own steps are
     measured as well. If left out: each student's own, and for the teacher's solvers 1 to 32."""
@@ -95,15 +102,26 @@ class Options:
     """Images that a network makes at a time, for quality and for images/s."""
     features: str | None = None
     """The features that quality is measured on: classifier (one of the data, trained once), random
-    (an untrained network), inception (fid), or your own network: an .onnx file, your own function
-    as module:PACKAGE.MODULE:FUNCTION, or with --trust a TorchScript .pt or torch.export .pt2 file.
-    If left out: classifier for digits and fashion-mnist, else inception."""
+    (an untrained network), inception (fid), efficientnet-lite0 (trained on ImageNet, from a Python
+    package), dinov2:FOLDER or clip:FOLDER (a network that transformers' save_pretrained wrote), or
+    your own network: an .onnx file, your own function as module:PACKAGE.MODULE:FUNCTION, or with
+    --trust a TorchScript .pt or torch.export .pt2 file. Of several, such as
+    classifier,efficientnet-lite0, the first makes the table's metric; the distances by the others
+    are further figures, with one ratio over all. If left out: classifier for digits and
+    fashion-mnist; for other data inception where its weights are on this machine, else
+    efficientnet-lite0."""
     trust: bool = False
     """Load a .pt or .pt2 file of --features. Such a file can run any code of its maker on this
     machine, as a program can: trust one only if you made it or know who did."""
     inception: Path | None = None
     """Where clean-fid's weights are: the file inception-2015-12-05.pt or its folder. If left out:
     the cache, or downloaded to it."""
+    reference: Path | None = None
+    """An .npz of saved statistics (mu, sigma), as clean-fid, EDM and pytorch-fid write them: what
+    the metric is a distance to, in place of the real images' own. Without a run and without --data
+    they are all that is known of the real images, and there are no further figures."""
+    write_reference: Path | None = None
+    """Write such statistics of the real images to this .npz, by the first of --features."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Number format of the networks, for all rows. auto: the faster one on this machine."""
     compile: bool = False
@@ -115,7 +133,8 @@ class Options:
     table: Literal["rich", "markdown", "csv", "latex", "jsonl"] = "rich"
     """How to print the table. With any but rich, all else goes to stderr."""
     data: str | None = None
-    """The folder that the models' images are in now, if it has moved."""
+    """The folder that the models' images are in now, if it has moved. Without a run among what is
+    compared: the dataset or the folder of real images that all is measured against."""
     data_dir: Path | None = None
     """The folder that holds a named dataset's files."""
     out: Path | None = None
@@ -144,17 +163,23 @@ def _compare(
     folder, first_process = store.folder, PartialState().is_main_process
     measured, refused, train = [], [], None
     if paths:
-        planned = plan(options, paths)
-        bench = prepare(options, planned[0].model)
-        usual = next((row for row in planned if not row.long), planned[0])
+        images = [path for path in paths if outside.is_outside(path)]
+        planned = plan(options, tuple(path for path in paths if path not in images))
+        bench = prepare(options, planned[0].model.spec if planned else None, images)
+        spec, size = bench.judge.dataset.spec, (bench.num_images, bench.seeds)
+        device = bench.judge.device
+        others = [outside.row(path, spec, *size, options.onnx_range, device) for path in images]
+        rows_so_far = [*planned, *others]
+        usual = next((row for row in rows_so_far if not row.long), rows_so_far[0])
         together.require_comparable([*given, template(bench, usual)], options.times)
         planned += searched(options, planned, bench)
         if first_process:
             claim(folder, "comparison")
         with doing(f"measuring for {folder}", "all rows so far are kept; the same command goes on"):
-            measured, refused = measure_rows(bench, planned, store)
-        train = bench.judge.dataset.train
-        store.put(images={"real": train[:SHOWN]})
+            measured, refused = measure_rows(bench, [*planned, *others], store)
+        train = bench.judge.dataset.train if len(bench.judge.train) else None
+        if train is not None:
+            store.put(images={"real": train[:SHOWN]})
         if first_process:
             with suppress(OSError):  # none was made, or a refused row's is still there
                 (folder / "partial").rmdir()
@@ -187,6 +212,14 @@ def check(options: Options) -> None:
     if not options.seeds or len({*options.seeds}) < len(options.seeds):
         got = " ".join(map(str, options.seeds)) or "none"
         raise UserError(f"--seeds takes one or more numbers, each once, e.g. 0 1, got {got}")
+    choices = (options.features or "").split(",")
+    if len({*choices}) < len(choices) or (options.features and not all(choices)):
+        raise UserError(f"--features takes names, each once, got {options.features!r}")
+    if options.write_reference:
+        check_file(options.write_reference)
+    if options.onnx_range[0] >= options.onnx_range[1]:
+        low, high = options.onnx_range
+        raise UserError(f"--onnx-range takes black and white, such as -1 1, got {low:g} {high:g}")
     if missing := [path for path in options.runs if path.suffix == ".jsonl" and not path.exists()]:
         raise UserError(
             f"there is no file {missing[0]}: expected a results.jsonl that eval.compare wrote"
@@ -195,6 +228,8 @@ def check(options: Options) -> None:
 
 def plan(options: Options, paths: tuple[Path, ...]) -> list[Row]:
     """The rows to measure: of all models in the paths, teachers first."""
+    if not paths:
+        return []
     counts = counts_of(options.steps)
     models = [(path, load(path, options.precision)) for path in find_runs(paths)]
     models.sort(key=lambda item: item[1].card.parent is not None)
@@ -234,21 +269,46 @@ def searched(options: Options, planned: list[Row], bench: Bench) -> list[Row]:
     return made
 
 
-def prepare(options: Options, model: Model) -> Bench:
-    """The extractors and the real images; the first process makes what the others then read."""
-    spec, device = model.spec, this_device()
-    choice = options.features or ("classifier" if spec.name in OWN_CLASSIFIER else "inception")
+def prepare(options: Options, spec: ImageSpec | None, images: list[Path]) -> Bench:
+    """The extractors and the real images; the first process makes what the others then read.
+
+    spec: what the models say of their images; without one, --data says which are the real ones, at
+    the size of those that others made (images).
+    """
+    device = this_device()
     with PartialState().main_process_first():
-        dataset = datasets.reload(spec, options.data, options.data_dir)
-        # by the name that it was trained under: what was measured before a move stays measured
-        real = Real.sample(replace(dataset, spec=replace(dataset.spec, name=spec.name)))
-        if len(dataset.train) < 2:
+        if spec:
+            dataset = datasets.reload(spec, options.data, options.data_dir)
+            # by the name that it was trained under: what was measured before a move stays measured
+            dataset = replace(dataset, spec=replace(dataset.spec, name=spec.name))
+        elif options.data:
+            form = outside.form_of(images[0])
+            dataset = datasets.load(options.data, options.data_dir, form)
+        elif options.reference:
+            form = outside.form_of(images[0])
+            none = InMemory(torch.zeros(0, form.channels, form.size, form.size, dtype=torch.uint8))
+            known = ImageSpec(printable(str(options.reference)), form.channels, form.size)
+            dataset = datasets.Dataset(known, none, none, outside.LEVELS)
+        else:
             raise UserError(
-                f"{spec.name} has {len(dataset.train)} image: expected 2 or more to judge by"
+                "there is no run among what is compared: name with --data the dataset, or the "
+                "folder of real images, to measure against, or with --reference saved statistics"
             )
-        main = extractor(choice, real, device, options.inception, trust=options.trust)
-        num_images, long_images = sizes(options, main.dim)
-        judge = Judge.of(real, main, extractor("random", real, device), device)
+        name, real = dataset.spec.name, Real.sample(dataset)
+        choices = (options.features or usual_extractor(name, options.inception)).split(",")
+        if len(dataset.train) < 2 and (len(dataset.train) or not options.reference):
+            raise UserError(
+                f"{name} has {len(dataset.train)} image: expected 2 or more to judge by"
+            )
+        main, *more = [
+            extractor(each, real, device, weights(options, each, choices), trust=options.trust)
+            for each in choices
+        ]
+        num_images, long_images = sizes(options, max(each.dim for each in (main, *more)))
+        cross = extractor("random", real, device)
+        judge = Judge.of(real, main, cross, device, more, options.reference)
+    if options.write_reference and PartialState().is_main_process:
+        judge.real["own"].save(options.write_reference, main.sha256)
     return Bench(
         judge=judge,
         num_images=num_images,
@@ -263,6 +323,11 @@ def prepare(options: Options, model: Model) -> Bench:
         floors={n: judge.floor(n, DRAWS) for n in {num_images, long_images}},
         held_out={n: judge.held_out(n) for n in {num_images, long_images}},
     )
+
+
+def weights(options: Options, choice: str, choices: list[str]) -> Path | None:
+    """The --inception for an extractor: where Inception is among the choices, for that alone."""
+    return options.inception if choice == "inception" or "inception" not in choices else None
 
 
 def sizes(options: Options, dim: int) -> tuple[int, int]:
@@ -292,7 +357,9 @@ def home(paths: tuple[Path, ...]) -> Path:
         raise UserError(
             "--out is needed to merge files of results: name the folder for the merged ones"
         )
-    named = paths[0].parent if paths[0].is_file() else paths[0]
+    first = next((path for path in paths if not outside.is_outside(path)), paths[0])
+    beside = first.is_file() or outside.is_outside(first)
+    named = first.parent if beside else first
     return (named.parent if (named / "model.safetensors").exists() else named) / "compare"
 
 
@@ -306,7 +373,7 @@ def write_results(store: Store, compared: Comparison, train: Tensor | None, form
     pairs = [x for x in rows if x in (longest, ship) and x.record.tag in images]
     some = [x for x in rows if x.record.own_plan or x.record.sampler == "ddim"]
     made = {
-        "quality_nfe.png": pictures.cost_chart(rows, lambda line: line.record.nfe, CALLS),
+        "quality_nfe.png": pictures.cost_chart(rows, lambda line: line.record.nfe or None, CALLS),
         "samples.png": pictures.samples(some, images),
     }
     if compared.times:

@@ -4,16 +4,12 @@ import hashlib
 import json
 import math
 import random
-import zipfile
-import zlib
 from base64 import b64encode
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import tyro
-from PIL import Image
 from rich import box
 from rich.table import Table
 from scipy.stats import binomtest
@@ -24,12 +20,13 @@ from diffusion import data as datasets
 from diffusion.console import UserError, at_least, out, plain, run, say
 from diffusion.files import write_atomic
 from diffusion.folders import check_file
-from diffusion.image_file import MOST_PIXELS, Form, kinds, reason, unlimited
+from diffusion.image_file import Form
 from diffusion.images import some
-from diffusion.machine import free_memory, in_bytes, require_memory
+from diffusion.machine import require_memory
 from diffusion.noise import check_seed, seed32
 from diffusion.pictures import png
 from diffusion.typed import parse
+from eval.measure import outside
 from eval.show import page
 from students import generate
 
@@ -101,7 +98,7 @@ def interval(successes: int, trials: int) -> tuple[float, float]:
 
 
 def images_of(source: str, options: Make, shape: tuple | None) -> Tensor:
-    """(N, C, H, W) uint8, at least as many as pairs. shape: the other side's, for a real folder."""
+    """(N, C, H, W) uint8, at least as many as pairs. shape: the other side's, for a folder."""
     path = Path(source)
     if source.startswith(REAL):
         size, channels = (shape[-1], shape[0]) if shape else (32, 3)
@@ -109,9 +106,10 @@ def images_of(source: str, options: Make, shape: tuple | None) -> Tensor:
         dataset = datasets.load(source.removeprefix(REAL), options.data_dir, form)
         images = _shuffled(some(dataset.train).images, options.seed)
     elif path.suffix == ".npz":
-        images = _npz(path)
+        images = outside.npz(path)
     elif _holds_images(path):
-        images = _shuffled(_folder(path), options.seed)
+        size = shape[-1] if shape else outside.form_of(path).size
+        images = _shuffled(outside.folder(path, Form(size)), options.seed)
     else:
         path, steps = _checkpoint(source)
         made = generate.Options(path, options.pairs, steps, seed=options.seed)
@@ -139,7 +137,7 @@ def background_of(options: Make) -> str:
 
 
 def _holds_images(path: Path) -> bool:
-    return path.is_dir() and not (path / "model.safetensors").exists() and any(path.glob("*.png"))
+    return path.is_dir() and outside.is_outside(path)
 
 
 def _shuffled(images: Tensor, seed: int) -> Tensor:
@@ -147,41 +145,6 @@ def _shuffled(images: Tensor, seed: int) -> Tensor:
     return images[
         torch.randperm(len(images), generator=torch.Generator().manual_seed(seed32(seed)))
     ]
-
-
-def _npz(path: Path) -> Tensor:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            size = max((info.file_size for info in archive.infolist()), default=0)
-        if 2 * size > free_memory():
-            raise UserError(f"{path}: unpacked it has {in_bytes(size)}, for which memory is short")
-        images = np.load(path, allow_pickle=False)["images"]
-    except (
-        OSError, ValueError, LookupError, EOFError, MemoryError, NotImplementedError, RuntimeError,
-        SyntaxError, zipfile.BadZipFile, zlib.error,
-    ) as error:  # fmt: skip
-        raise UserError(f"{path}: expected an .npz file with `images` ({error})") from error
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
-        raise UserError(
-            f"{path}: expected uint8 images, N x H x W x 1 or 3, got {images.dtype} {images.shape}"
-        )
-    return torch.from_numpy(images).permute(0, 3, 1, 2)
-
-
-def _folder(path: Path) -> Tensor:
-    images = []
-    for file in sorted(filter(Path.is_file, path.glob("*.png"))):
-        try:
-            with unlimited(), Image.open(file, formats=kinds()[0]) as image:
-                if image.width * image.height > MOST_PIXELS:
-                    raise Image.DecompressionBombError
-                images.append(np.asarray(image.convert("RGB")))
-        except Exception as error:  # decoders raise anything
-            raise UserError(f"{file} cannot be read: it is {reason(error)}") from error
-        if images[-1].shape != images[0].shape:
-            sizes = images[0].shape[:2], images[-1].shape[:2]
-            raise UserError(f"{file} is not of the others' size {sizes[0]}: it is {sizes[1]}")
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
 
 
 def _checkpoint(source: str) -> tuple[Path, int | None]:

@@ -121,7 +121,7 @@ def html(options: Options) -> tuple[str, list[Line]]:
     titles = [line.title for line in rows]
     by_method = sorted(rows, key=lambda line: (titles.index(line.title), -line.record.nfe))
     charts = [
-        pictures.cost_chart(rows, lambda line: line.record.nfe, CALLS),
+        pictures.cost_chart(rows, lambda line: line.record.nfe or None, CALLS),
         pictures.cost_chart(rows, lambda line: line.milliseconds, MILLISECONDS),
     ]
     near = None

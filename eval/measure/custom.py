@@ -11,6 +11,7 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,9 @@ from torch import Tensor, nn
 from diffusion.checkpoint import weights_sha256
 from diffusion.console import UserError
 from eval.measure.inception import file_sha256
+
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
 
 BATCH = 128  # images that the network sees at once, at most
 EXPECTED = "expected uint8 (B, C, H, W) of 0..255 -> float (B, D)"
@@ -33,18 +37,32 @@ def _exported(path: Path, device: torch.device) -> Callable[[Tensor], Tensor]:
     return move_to_device_pass(torch.export.load(path), str(device)).module()
 
 
-def _onnx(path: Path, device: torch.device) -> Callable[[Tensor], Tensor]:
+def session(path: Path, what: str = "a network") -> "InferenceSession":
+    """An ONNX file, on the CPU. UserError where onnxruntime is missing or the file is none."""
     try:
-        from onnxruntime import InferenceSession
+        from onnxruntime import InferenceSession, SessionOptions
     except ImportError:
         raise UserError(
             "an .onnx file needs onnxruntime, which is not here: pip install onnxruntime"
         ) from None
-    session = InferenceSession(path, providers=["CPUExecutionProvider"])
-    (name,) = (each.name for each in session.get_inputs())
+    if not path.is_file():
+        raise UserError(f"there is no file {path}: expected {what} as .onnx")
+    settings = SessionOptions()
+    settings.log_severity_level = 3  # errors: a graph's unused values are its maker's business
+    try:
+        return InferenceSession(path, settings, providers=["CPUExecutionProvider"])
+    except Exception as error:  # a wrong file fails in as many ways as there are files
+        raise UserError(
+            f"{path} does not load: expected {what} as .onnx ({_reason(error)})"
+        ) from error
+
+
+def _onnx(path: Path, device: torch.device) -> Callable[[Tensor], Tensor]:
+    network = session(path)
+    (name,) = (each.name for each in network.get_inputs())
 
     def extract(images: Tensor) -> Tensor:
-        features, *_ = session.run(None, {name: images.cpu().numpy()})
+        features, *_ = network.run(None, {name: images.cpu().numpy()})
         return torch.from_numpy(features).to(images.device)
 
     return extract

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, replace
@@ -18,11 +18,12 @@ from torch import Tensor
 from diffusion.console import UserError, printable, say, track
 from diffusion.samplers import SOLVERS
 from eval.measure import likelihood, machine, nfe, stream
+from eval.measure.outside import Outside
 from eval.measure.plans import Row
 from eval.measure.quality import SHOWN, Judge
 from eval.measure.race import Lap, race, sweep
 from eval.measure.timing import InPassing, Timing
-from eval.results.records import Record, Training
+from eval.results.records import Extractor, Head, Record, Training, Uncertainty
 from eval.results.store import Store
 
 REPEATS = 0.5  # seconds of repeats for each row and batch size; the least number always
@@ -44,8 +45,8 @@ class Bench:
     sweep: bool
     likelihood: int
     """Held-out images, at most, on which likelihoods are measured."""
-    floors: dict[int, list[float]]
-    """Number of images -> the metric of as many real ones, for each draw."""
+    floors: dict[int, tuple[list[float], float]]
+    """Number of images -> the metric of as many real ones, for each draw; its mean's error."""
     held_out: dict[int, dict[str, float]]
     """Number of images -> the further figures of as many held-out ones."""
 
@@ -59,16 +60,46 @@ def recipe(settings: dict) -> str:
     return sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def template(bench: Bench, row: Row) -> Record:
+def template(bench: Bench, row: Row | Outside) -> Record:
     """The record of a row before it is measured."""
-    judge, card = bench.judge, row.model.card
-    extractor, num_images = judge.extractor, bench.long_images if row.long else bench.num_images
+    num_images = bench.long_images if row.long else bench.num_images
+    judge, extractor = bench.judge, bench.judge.extractor
+    used: Extractor = {"sha256": extractor.sha256, "accuracy": extractor.accuracy}
+    if judge.more:
+        used["further"] = [other.extractor.name for other in judge.more]
+    shared = Head(
+        data=judge.data,
+        metric=extractor.name,
+        extractor=used,
+        num_images=num_images,
+        seeds=list(bench.seeds),
+        floor=bench.floors[num_images][0],
+        floor_error=bench.floors[num_images][1],
+        held_out=bench.held_out[num_images],
+        batch_size=bench.batch_size,
+        environment=machine.environment(judge.device, bench.precision, bench.compile),
+    )
+    place, conditions = printable(str(row.path)), machine.conditions(judge.device)
+    if isinstance(row, Outside):
+        return Record(
+            **vars(shared),
+            run=place,
+            method=row.name,
+            sha256=row.sha256,
+            sampler=row.sampler,
+            steps=0,
+            own_plan=True,
+            parameters=0,
+            conditions=conditions,
+        )
+    card = row.model.card
     spent = ("iterations", "images", "total_images", "seconds")
     training = Training(**{name: card.training[name] for name in spent if name in card.training})
     if "settings" in card.training:
         training["recipe"] = recipe(card.training["settings"])
     return Record(
-        run=printable(str(row.path)),
+        **vars(shared),
+        run=place,
         method=card.method,
         sha256=row.model.sha256,
         parent=card.parent,
@@ -80,16 +111,7 @@ def template(bench: Bench, row: Row) -> Record:
         note=row.plan.note,
         parameters=sum(p.numel() for p in row.model.denoiser.parameters()),
         training=training,
-        data=judge.data,
-        metric=extractor.name,
-        extractor={"sha256": extractor.sha256, "accuracy": extractor.accuracy},
-        num_images=num_images,
-        seeds=list(bench.seeds),
-        floor=bench.floors[num_images],
-        held_out=bench.held_out[num_images],
-        batch_size=bench.batch_size,
-        environment=machine.environment(judge.device, bench.precision, bench.compile),
-        conditions=machine.conditions(judge.device),
+        conditions=conditions,
     )
 
 
@@ -130,7 +152,10 @@ def sample(row: Row, size: int) -> Tensor:
 
 
 def judge_rows(
-    bench: Bench, records: dict[Row, Record], store: Store, refused: dict[Row, str]
+    bench: Bench,
+    records: dict[Row | Outside, Record],
+    store: Store,
+    refused: dict[Row | Outside, str],
 ) -> Iterator[tuple[int, int, str]]:
     """Fill in the figures of all seeds, each on disk before the next begins: (calls, of, words).
 
@@ -140,23 +165,25 @@ def judge_rows(
     """
     judge, done = bench.judge, 0
     left = {row: record.seeds[len(record.quality) :] for row, record in records.items()}
-    costs = {row: record.nfe * record.num_images for row, record in records.items()}
+    # of unknown calls: one, to count the images by
+    costs = {row: max(1, record.nfe) * record.num_images for row, record in records.items()}
     total = sum(cost * len(left[row]) for row, cost in costs.items())
     for row in sorted(left, key=lambda row: costs[row]):
         watch = InPassing(bench.batch_size, judge.device, bench.compile)
         known = [t for t in records[row].timings if t.batch_size == bench.batch_size]
-        timed = not bench.times or any(t.over for t in known)
+        timed = not bench.times or any(t.over for t in known) or isinstance(row, Outside)
         for seed in left[row]:
             record, words = records[row], f"network calls, {row.title}"
             part = store.folder / "partial" / f"{record.tag}-{seed}"
             size = record.num_images, bench.batch_size
             more = () if timed else (watch,)
-            look = stream.look(judge, row.model, row.plan, seed, *size, part, *more)
+            maker = row if isinstance(row, Outside) else row.model
+            look = stream.look(judge, maker, row.plan, seed, *size, part, *more)
             yield done, total, words
             try:
                 with heard(row):
                     for count, seen in look:  # noqa: B007
-                        yield done + record.nfe * count, total, words
+                        yield done + max(1, record.nfe) * count, total, words
             except UserError as error:
                 refused[row] = f"{row.title} ({row.path}): {error}"
                 del records[row]
@@ -164,7 +191,13 @@ def judge_rows(
                 break
             done += costs[row]
             if PartialState().is_main_process:
-                record = with_seed(record, judge.distance(seen), judge.others(seen))
+                record = with_seed(
+                    record,
+                    judge.distance(seen),
+                    judge.others(seen),
+                    judge.uncertainty(seen),
+                    judge.errors(seen),
+                )
                 records[row] = record = with_timing(record, watch.result)
                 first = len(record.quality) == 1
                 first_images = {record.tag: seen.rows("pixels")[:SHOWN].cpu()}
@@ -173,8 +206,11 @@ def judge_rows(
 
 
 @contextmanager
-def heard(row: Row, every: float = 30.0) -> Generator[None]:
+def heard(row: Row | Outside, every: float = 30.0) -> Generator[None]:
     """A line every so many seconds while a long plan's batch is made: how far it is."""
+    if isinstance(row, Outside) or not row.long:
+        yield
+        return
     calls = SOLVERS[row.plan.sampler].calls(row.plan.num_steps)
     done, begun, said = 0, 0.0, 0.0
 
@@ -189,12 +225,11 @@ def heard(row: Row, every: float = 30.0) -> Generator[None]:
             say(f"{row.title}: call {done:,} of {calls:,} of this batch, {left:.0f} s left of it")
             said = now
 
-    hook = row.model.denoiser.register_forward_hook(tell) if row.long else None
+    hook = row.model.denoiser.register_forward_hook(tell)
     try:
         yield
     finally:
-        if hook:
-            hook.remove()
+        hook.remove()
 
 
 def with_timing(record: Record, timing: Timing | None) -> Record:
@@ -205,13 +240,28 @@ def with_timing(record: Record, timing: Timing | None) -> Record:
     return replace(record, timings=[*others, timing])
 
 
-def with_seed(record: Record, quality: float, others: dict[str, float]) -> Record:
+def with_seed(
+    record: Record,
+    quality: float,
+    others: dict[str, float],
+    uncertainty: Uncertainty,
+    errors: dict[str, float],
+) -> Record:
     """The record with one more seed's figures. One that is not finite for every seed, such as a
     ratio to nothing, is left out."""
-    finite = {name: value for name, value in others.items() if isfinite(value)}
-    before = record.others if record.quality else {name: [] for name in finite}
-    figures = {name: [*before[name], finite[name]] for name in finite if name in before}
-    return replace(record, quality=[*record.quality, quality], others=figures)
+
+    def longer(before: dict[str, list[float]], new: dict[str, float]) -> dict[str, list[float]]:
+        before = before if record.quality else {name: [] for name in new}
+        finite = {name: value for name, value in new.items() if isfinite(value) and name in before}
+        return {name: [*before[name], value] for name, value in finite.items()}
+
+    return replace(
+        record,
+        quality=[*record.quality, quality],
+        others=longer(record.others, others),
+        uncertainty=[*record.uncertainty, uncertainty],
+        errors=longer(record.errors, errors),
+    )
 
 
 def likelihood_of(bench: Bench, row: Row, record: Record) -> Record:
@@ -231,24 +281,28 @@ def likelihood_of(bench: Bench, row: Row, record: Record) -> Record:
     return replace(record, likelihood=bits)
 
 
-def measure_rows(bench: Bench, rows: list[Row], store: Store) -> tuple[list[Record], list[str]]:
-    """A record for each row, measured where it was not before, and why some have none."""
+def measure_rows(
+    bench: Bench, rows: Sequence[Row | Outside], store: Store
+) -> tuple[list[Record], list[str]]:
+    """A record for each row, measured where it was not before, and why some have none. Of images
+    that others made there are neither calls nor times."""
     blank = {row: template(bench, row) for row in rows}
     records = {row: store.records.get(record.key, record) for row, record in blank.items()}
     for row, record in records.items():
-        if not record.nfe:
+        if isinstance(row, Row) and not record.nfe:
             records[row] = replace(record, nfe=nfe.count_calls(row.model, row.plan))
     if bench.compile:
-        for model in {id(row.model): row.model for row in rows}.values():
+        for model in {id(row.model): row.model for row in rows if isinstance(row, Row)}.values():
             model.denoiser.compile_network()
-    refused: dict[Row, str] = {}
+    refused: dict[Row | Outside, str] = {}
     store.put(*records.values())
     for _ in track(
         judge_rows(bench, records, store, refused), "quality", lambda progress: progress
     ):
         pass
-    records = time_rows(bench, records)
-    store.put(*records.values())
-    records = {row: likelihood_of(bench, row, record) for row, record in records.items()}
-    store.put(*records.values())
-    return list(records.values()), list(refused.values())
+    own = {row: record for row, record in records.items() if isinstance(row, Row)}
+    timed = time_rows(bench, own)
+    store.put(*timed.values())
+    likely = {row: likelihood_of(bench, row, record) for row, record in timed.items()}
+    store.put(*likely.values())
+    return list((records | likely).values()), list(refused.values())

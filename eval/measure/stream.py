@@ -5,15 +5,16 @@ from collections.abc import Callable, Iterator
 from functools import partial, reduce
 from operator import add
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from diffusion.codec import Codec
 from diffusion.console import UserError, say
 from diffusion.files import Damaged, load_tensors, remove, save_tensors
-from diffusion.model import Model
 from diffusion.plan import Plan
 from eval.measure.quality import Judge, Seen
 from eval.measure.timing import out_of_memory
@@ -21,15 +22,27 @@ from eval.measure.timing import out_of_memory
 SAVE_EVERY = 30.0  # seconds
 
 
-def indices(model: Model, start: int, end: int) -> Tensor:
+class Maker(Protocol):
+    """What images are streamed from: a Model, or an Outside row, which has no plan."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def codec(self) -> Codec: ...
+
+    def x0(self, plan: Any, seed: int, indices: Tensor, /) -> Tensor: ...
+
+
+def indices(model: Maker, start: int, end: int) -> Tensor:
     """The numbers of images start to end, on the model's device."""
     return torch.arange(start, end, device=model.device)
 
 
 def look(
     judge: Judge,
-    model: Model,
-    plan: Plan,
+    model: Maker,
+    plan: Plan | None,
     seed: int,
     num_images: int,
     batch_size: int,

@@ -27,7 +27,8 @@ def facts(lines: list[Line], rows: list[Record], left_out: list[str]) -> dict[st
         "extractor": f"sha256 {extractor['sha256']}"
         + (f", {accuracy:.2%} of held-out images classified rightly" if accuracy else ""),
         "real images": f"{real['images']:,} of {Path(real['name']).name}, {real['split']}"
-        + (f", sha256 {real['sha256']}" if "sha256" in real else ""),
+        + (f", sha256 {real['sha256']}" if "sha256" in real else "")
+        + (f"; saved statistics {real['statistics']}" if "statistics" in real else ""),
         "floor": f"{mean(floor):.3g}: the same metric of {first.num_images:,} real images"
         f"{drawn(first)}, mean of {len(floor)} draws between {min(floor):.3g} and {max(floor):.3g}",
         "NFE": "network calls per image, counted by a wrapper of the network, in a pass of its own",
@@ -59,13 +60,14 @@ def measured(lines: list[Line]) -> list[tuple]:
     made = []
     for line in lines:
         record, single = line.record, line.record.single
-        ends = [short(1000 * end(single.seconds)) for end in (min, max)] if single else ["-"]
+        range = [short(1000 * end(single.seconds)) for end in (min, max)] if single else ["-"]
         sizes = [f"{t.failed or f'×{len(t.seconds)}'} @{t.batch_size:,}" for t in record.timings]
         figures = [", ".join(f"{x:.3g}" for x in each.quality) for each in line.trainings]
         others = {name: value for name, value in record.conditions.items() if name != "date"}
-        angles = f"{max(record.angles):.3g} to {min(record.angles):.3g}"
-        plan = (line.title, record.steps, record.sampler, angles)
-        times = (" to ".join(ends), ", ".join(sizes) or "-")
+        ends = [f"{end(record.angles):.3g}" for end in (max, min)] if record.angles else ["-"]
+        angles = " to ".join(ends)
+        plan = (line.title, record.steps or "-", record.sampler, angles)
+        times = (" to ".join(range), ", ".join(sizes) or "-")
         made.append((*plan, "; ".join(figures), *times, _when(record.date), words(others) or "-"))
     return made
 
