@@ -7,6 +7,7 @@ from operator import or_
 from pathlib import Path
 from typing import Literal
 
+import torch
 import tyro
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
@@ -15,10 +16,11 @@ from torch import Tensor
 from diffusion import data as datasets
 from diffusion import machine
 from diffusion.config import check_compiler
-from diffusion.console import UserError, at_least, diverted, doing, run, say, silence
+from diffusion.console import UserError, at_least, diverted, doing, printable, run, say, silence
 from diffusion.data import ImageSpec
 from diffusion.files import write_atomic
-from diffusion.folders import check_claim, claim
+from diffusion.folders import check_claim, check_file, claim
+from diffusion.images import InMemory
 from diffusion.model import Model, load, require_same_images, this_device
 from diffusion.noise import check_seed
 from diffusion.owner import owned
@@ -108,15 +110,23 @@ class Options:
     (an untrained network), inception (fid), efficientnet-lite0 (trained on ImageNet, from a Python
     package), dinov2:FOLDER or clip:FOLDER (a network that transformers' save_pretrained wrote), or
     your own network: an .onnx file, your own function as module:PACKAGE.MODULE:FUNCTION, or with
-    --trust a TorchScript .pt or torch.export .pt2 file.
-    If left out: classifier for digits and fashion-mnist; for other data inception where its weights
-    are on this machine, else efficientnet-lite0."""
+    --trust a TorchScript .pt or torch.export .pt2 file. Of several, such as
+    classifier,efficientnet-lite0, the first makes the table's metric; the distances by the others
+    are further figures, with one ratio over all. If left out: classifier for digits and
+    fashion-mnist; for other data inception where its weights are on this machine, else
+    efficientnet-lite0."""
     trust: bool = False
     """Load a .pt or .pt2 file of --features. Such a file can run any code of its maker on this
     machine, as a program can: trust one only if you made it or know who did."""
     inception: Path | None = None
     """Where clean-fid's weights are: the file inception-2015-12-05.pt or its folder. If left out:
     the cache, or downloaded to it."""
+    reference: Path | None = None
+    """An .npz of saved statistics (mu, sigma), as clean-fid, EDM and pytorch-fid write them: what
+    the metric is a distance to, in place of the real images' own. Without a run and without --data
+    they are all that is known of the real images, and there are no further figures."""
+    write_reference: Path | None = None
+    """Write such statistics of the real images to this .npz, by the first of --features."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Number format of the networks, for all rows. auto: the faster one on this machine."""
     compile: bool = False
@@ -175,8 +185,9 @@ def _compare(
             claim(folder, "comparison")
         with doing(f"measuring for {folder}", "all rows so far are kept; the same command goes on"):
             measured, refused = measure_rows(bench, [*planned, *others], store)
-        train = bench.judge.dataset.train
-        store.put(images={"real": train[:SHOWN]})
+        train = bench.judge.dataset.train if len(bench.judge.train) else None
+        if train is not None:
+            store.put(images={"real": train[:SHOWN]})
         if first_process:
             with suppress(OSError):  # none was made, or a refused row's is still there
                 (folder / "partial").rmdir()
@@ -209,6 +220,11 @@ def check(options: Options) -> None:
     if not options.seeds or len({*options.seeds}) < len(options.seeds):
         got = " ".join(map(str, options.seeds)) or "none"
         raise UserError(f"--seeds takes one or more numbers, each once, e.g. 0 1, got {got}")
+    choices = (options.features or "").split(",")
+    if len({*choices}) < len(choices) or (options.features and not all(choices)):
+        raise UserError(f"--features takes names, each once, got {options.features!r}")
+    if options.write_reference:
+        check_file(options.write_reference)
     if options.onnx_range[0] >= options.onnx_range[1]:
         low, high = options.onnx_range
         raise UserError(f"--onnx-range takes black and white, such as -1 1, got {low:g} {high:g}")
@@ -276,20 +292,31 @@ def prepare(options: Options, spec: ImageSpec | None, images: list[Path]) -> Ben
         elif options.data:
             form = outside.form_of(images[0])
             dataset = datasets.load(options.data, options.data_dir, form)
+        elif options.reference:
+            form = outside.form_of(images[0])
+            none = InMemory(torch.zeros(0, form.channels, form.size, form.size, dtype=torch.uint8))
+            known = ImageSpec(printable(str(options.reference)), form.channels, form.size)
+            dataset = datasets.Dataset(known, none, none, outside.LEVELS)
         else:
             raise UserError(
                 "there is no run among what is compared: name with --data the dataset, or the "
-                "folder of real images, to measure against"
+                "folder of real images, to measure against, or with --reference saved statistics"
             )
         name, real = dataset.spec.name, Real.sample(dataset)
-        choice = options.features or usual_extractor(name, options.inception)
-        if len(dataset.train) < 2:
+        choices = (options.features or usual_extractor(name, options.inception)).split(",")
+        if len(dataset.train) < 2 and (len(dataset.train) or not options.reference):
             raise UserError(
                 f"{name} has {len(dataset.train)} image: expected 2 or more to judge by"
             )
-        main = extractor(choice, real, device, options.inception, trust=options.trust)
-        num_images, long_images = sizes(options, main.dim)
-        judge = Judge.of(real, main, extractor("random", real, device), device)
+        main, *more = [
+            extractor(each, real, device, weights(options, each, choices), trust=options.trust)
+            for each in choices
+        ]
+        num_images, long_images = sizes(options, max(each.dim for each in (main, *more)))
+        cross = extractor("random", real, device)
+        judge = Judge.of(real, main, cross, device, more, options.reference)
+    if options.write_reference and PartialState().is_main_process:
+        judge.real["own"].save(options.write_reference, main.sha256)
     return Bench(
         judge=judge,
         num_images=num_images,
@@ -322,6 +349,11 @@ def affordable(options: Options, planned: list[Row], store: Store) -> int:
     made = A_ROW * options.batch_size / (seconds * calls)
     counts = COUNTS if this_device().type == "cuda" else COUNTS[1:]
     return next((count for count in counts if count <= made), counts[-1])
+
+
+def weights(options: Options, choice: str, choices: list[str]) -> Path | None:
+    """The --inception for an extractor: where Inception is among the choices, for that alone."""
+    return options.inception if choice == "inception" or "inception" not in choices else None
 
 
 def sizes(options: Options, dim: int) -> tuple[int, int]:

@@ -478,7 +478,7 @@ def test_a_handful_of_images_is_compared_to_the_end(tmp_path, train_tiny, quick,
     assert "no images are held out" in page.read_text()
 
 
-@pytest.mark.parametrize(("seconds", "images"), [(0.01, 10_000), (0.2, 5_000), (50.0, 1_000)])
+@pytest.mark.parametrize(("seconds", "images"), [(0.01, 10_000), (0.4, 5_000), (50.0, 1_000)])
 def test_a_row_is_of_as_many_images_as_a_minute_makes(monkeypatch, tmp_path, seconds, images):
     """A batch of 256 in one call takes so many seconds; the rows make 6 calls in the mean."""
     planned = [Mock(calls=calls, long=False) for calls in (1, 2, 15)] + [Mock(long=True)]

@@ -23,7 +23,7 @@ from eval.measure.plans import Row
 from eval.measure.quality import SHOWN, Judge
 from eval.measure.race import Lap, race, sweep
 from eval.measure.timing import InPassing, Timing
-from eval.results.records import Head, Record, Training, Uncertainty
+from eval.results.records import Extractor, Head, Record, Training, Uncertainty
 from eval.results.store import Store
 
 REPEATS = 0.5  # seconds of repeats for each row and batch size; the least number always
@@ -64,10 +64,13 @@ def template(bench: Bench, row: Row | Outside) -> Record:
     """The record of a row before it is measured."""
     num_images = bench.long_images if row.long else bench.num_images
     judge, extractor = bench.judge, bench.judge.extractor
+    used: Extractor = {"sha256": extractor.sha256, "accuracy": extractor.accuracy}
+    if judge.more:
+        used["further"] = [other.extractor.name for other in judge.more]
     shared = Head(
         data=judge.data,
         metric=extractor.name,
-        extractor={"sha256": extractor.sha256, "accuracy": extractor.accuracy},
+        extractor=used,
         num_images=num_images,
         seeds=list(bench.seeds),
         floor=bench.floors[num_images][0],

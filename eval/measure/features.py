@@ -253,7 +253,10 @@ def random_network(dataset: Real, device: torch.device) -> Extractor:
 def users_network(choice: str, dataset: Real, device: torch.device, trust: bool) -> Extractor:
     """The network of one's own: see custom.load."""
     network, sha256 = custom.load(choice, device, trust)
-    dim = custom.probe(choice, network, dataset.train[:3].to(device))
+    images = dataset.train[:3]
+    if len(images) < 3:
+        images = torch.zeros(3, *dataset.spec.shape, dtype=torch.uint8)
+    dim = custom.probe(choice, network, images.to(device))
     stem = choice.rpartition(":")[2] if choice.startswith(custom.MODULE) else Path(choice).stem
     name = f"fd-{_slug(stem)}-{_slug(dataset.spec.name)}-{sha256[:8]}"
     return Extractor(name, sha256, dim, network)

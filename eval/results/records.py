@@ -71,8 +71,10 @@ class Data(TypedDict):
     """The dataset's name, or its folder."""
     split: Text
     """Which part of it, e.g. train."""
-    images: Positive
-    """How many they are."""
+    images: Count
+    """How many they are; 0 where saved statistics alone are known of them."""
+    statistics: NotRequired[Sha256]
+    """Identity of the file of saved statistics that the metric is a distance to."""
     sha256: NotRequired[Sha256]
     """Identity of their uint8 pixels."""
     background: NotRequired[str]
@@ -89,6 +91,8 @@ class Extractor(TypedDict):
     """Identity of its weights."""
     accuracy: NotRequired[Share | None]
     """A classifier's share of held-out images that it names rightly."""
+    further: NotRequired[list[Text]]
+    """Metrics of further extractors, which are among the further figures."""
 
 
 @with_config(OPEN)
@@ -313,7 +317,8 @@ class Record(Row, Head):
         plan = (self.sha256, self.sampler, tuple(self.angles), self.metric, self.num_images)
         # an unguided row keeps the key, and so the tag, that it had before rows knew of guidance
         guided = () if self.guidance in (None, 1) else (self.guidance,)
-        return *plan, tuple(self.seeds), self.batch_size, place, *guided
+        further = tuple(self.extractor.get("further", ()))
+        return *plan, tuple(self.seeds), self.batch_size, place, *guided, *further
 
     @property
     def tag(self) -> str:

@@ -188,6 +188,8 @@ def _sticks(rows: list[Line]) -> list[str]:
 
 def drawn(record: Record) -> str:
     """How the floor's images are drawn, where they are more than the data has."""
+    if not record.data["images"]:
+        return ", drawn from a normal distribution of the saved statistics"
     if record.num_images <= record.data["images"]:
         return ""
     return f", drawn with replacement from {record.data['images']:,}"
