@@ -2,11 +2,12 @@
 
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import reduce
+from functools import partial, reduce
 from operator import or_
 from pathlib import Path
 from typing import Literal
 
+import torch
 import tyro
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
@@ -15,10 +16,11 @@ from torch import Tensor
 from diffusion import data as datasets
 from diffusion import machine
 from diffusion.config import check_compiler
-from diffusion.console import UserError, at_least, diverted, doing, run, say, silence
+from diffusion.console import UserError, at_least, diverted, doing, printable, run, say, silence
 from diffusion.data import ImageSpec
 from diffusion.files import write_atomic
-from diffusion.folders import check_claim, claim
+from diffusion.folders import check_claim, check_file, claim
+from diffusion.images import InMemory
 from diffusion.model import Model, load, require_same_images, this_device
 from diffusion.noise import check_seed
 from diffusion.owner import owned
@@ -27,13 +29,14 @@ from diffusion.plan import plan as plan_of
 from diffusion.samplers import SOLVERS
 from diffusion.schedules import check_shift
 from eval.measure import outside
-from eval.measure.evaluate import Bench, measure_rows, template
+from eval.measure.evaluate import Bench, measure_rows, sample, template
 from eval.measure.features import extractor
 from eval.measure.features import usual as usual_extractor
 from eval.measure.plans import Row, counts_of, find_runs, rows
 from eval.measure.quality import SHOWN, Judge
 from eval.measure.real import Real
 from eval.measure.search import SEED, search_angles
+from eval.measure.timing import timed
 from eval.results import jsonl, together
 from eval.results.records import Record
 from eval.results.store import Store, samples_of
@@ -42,10 +45,12 @@ from eval.show.lines import Comparison, comparison
 from eval.show.pictures import CALLS, MILLISECONDS
 from eval.show.verdict import choice
 
-DRAWS = 8  # of real images, for the floor
+COUNTS = (50_000, 10_000, 5_000, 2_000, 1_000)  # images of a row; the first on GPUs
+A_ROW = 60.0  # seconds that a row may take, in the mean
+DRAWS = 100  # of real images, for the floor
 # Of a teacher's long plan, at least: its calls are then as many as those of a solver's 50 steps on
 # 10,000 images, and every machine chooses alike, so that tables of several can be merged.
-LONG_IMAGES = 512
+LONG_IMAGES, LONG_SHARE = 512, 20
 SEARCHED = 1024  # images of each trial of a search, at most, where features have fewer dimensions
 
 
@@ -81,13 +86,15 @@ class Options:
     """Guidance weights to compare, in place of each checkpoint's own; 1 is none. Models keep their
     own that have no classes or were not trained for any of these, and so does the row of a
     teacher's own 1000 steps."""
-    num_images: int = 10_000
+    num_images: int | None = None
     """Images that each row's quality is measured on, for each seed. It must be above the number of
-    features."""
+    features. If left out: as many as in this folder so far, else 10,000, or 50,000 on a GPU; where
+    the rows then took more than a minute each, 5,000, 2,000 or 1,000."""
     long_images: int | None = None
     """Images for each seed of a teacher's own plan of more than 100 steps, which takes by far the
     longest. If they are fewer than --num-images, the others' ratios are to the teacher's best other
-    row of 16 steps or more. If left out: 512, or in whole batches more than the features."""
+    row of 16 steps or more. If left out, in whole batches: a twentieth of --num-images, but at
+    least 512 and more than the features."""
     likelihood: int = 64
     """Held-out images on which a teacher's bits per dimension are measured. Each costs about 200
     network calls. 0: none."""
@@ -101,16 +108,25 @@ class Options:
     features: str | None = None
     """The features that quality is measured on: classifier (one of the data, trained once), random
     (an untrained network), inception (fid), efficientnet-lite0 (trained on ImageNet, from a Python
-    package), or your own network: an .onnx file, your own function as
-    module:PACKAGE.MODULE:FUNCTION, or with --trust a TorchScript .pt or torch.export .pt2 file.
-    If left out: classifier for digits and fashion-mnist; for other data inception where its weights
-    are on this machine, else efficientnet-lite0."""
+    package), dinov2:FOLDER or clip:FOLDER (a network that transformers' save_pretrained wrote), or
+    your own network: an .onnx file, your own function as module:PACKAGE.MODULE:FUNCTION, or with
+    --trust a TorchScript .pt or torch.export .pt2 file. Of several, such as
+    classifier,efficientnet-lite0, the first makes the table's metric; the distances by the others
+    are further figures, with one ratio over all. If left out: classifier for digits and
+    fashion-mnist; for other data inception where its weights are on this machine, else
+    efficientnet-lite0."""
     trust: bool = False
     """Load a .pt or .pt2 file of --features. Such a file can run any code of its maker on this
     machine, as a program can: trust one only if you made it or know who did."""
     inception: Path | None = None
     """Where clean-fid's weights are: the file inception-2015-12-05.pt or its folder. If left out:
     the cache, or downloaded to it."""
+    reference: Path | None = None
+    """An .npz of saved statistics (mu, sigma), as clean-fid, EDM and pytorch-fid write them: what
+    the metric is a distance to, in place of the real images' own. Without a run and without --data
+    they are all that is known of the real images, and there are no further figures."""
+    write_reference: Path | None = None
+    """Write such statistics of the real images to this .npz, by the first of --features."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Number format of the networks, for all rows. auto: the faster one on this machine."""
     compile: bool = False
@@ -154,6 +170,9 @@ def _compare(
     if paths:
         images = [path for path in paths if outside.is_outside(path)]
         planned = plan(options, tuple(path for path in paths if path not in images))
+        count = [options.num_images or affordable(options, planned, store)]
+        (count,) = broadcast_object_list(count)  # the first process's
+        options = replace(options, num_images=count)
         bench = prepare(options, planned[0].model.spec if planned else None, images)
         spec, size = bench.judge.dataset.spec, (bench.num_images, bench.seeds)
         device = bench.judge.device
@@ -166,8 +185,9 @@ def _compare(
             claim(folder, "comparison")
         with doing(f"measuring for {folder}", "all rows so far are kept; the same command goes on"):
             measured, refused = measure_rows(bench, [*planned, *others], store)
-        train = bench.judge.dataset.train
-        store.put(images={"real": train[:SHOWN]})
+        train = bench.judge.dataset.train if len(bench.judge.train) else None
+        if train is not None:
+            store.put(images={"real": train[:SHOWN]})
         if first_process:
             with suppress(OSError):  # none was made, or a refused row's is still there
                 (folder / "partial").rmdir()
@@ -200,6 +220,11 @@ def check(options: Options) -> None:
     if not options.seeds or len({*options.seeds}) < len(options.seeds):
         got = " ".join(map(str, options.seeds)) or "none"
         raise UserError(f"--seeds takes one or more numbers, each once, e.g. 0 1, got {got}")
+    choices = (options.features or "").split(",")
+    if len({*choices}) < len(choices) or (options.features and not all(choices)):
+        raise UserError(f"--features takes names, each once, got {options.features!r}")
+    if options.write_reference:
+        check_file(options.write_reference)
     if options.onnx_range[0] >= options.onnx_range[1]:
         low, high = options.onnx_range
         raise UserError(f"--onnx-range takes black and white, such as -1 1, got {low:g} {high:g}")
@@ -267,20 +292,31 @@ def prepare(options: Options, spec: ImageSpec | None, images: list[Path]) -> Ben
         elif options.data:
             form = outside.form_of(images[0])
             dataset = datasets.load(options.data, options.data_dir, form)
+        elif options.reference:
+            form = outside.form_of(images[0])
+            none = InMemory(torch.zeros(0, form.channels, form.size, form.size, dtype=torch.uint8))
+            known = ImageSpec(printable(str(options.reference)), form.channels, form.size)
+            dataset = datasets.Dataset(known, none, none, outside.LEVELS)
         else:
             raise UserError(
                 "there is no run among what is compared: name with --data the dataset, or the "
-                "folder of real images, to measure against"
+                "folder of real images, to measure against, or with --reference saved statistics"
             )
         name, real = dataset.spec.name, Real.sample(dataset)
-        choice = options.features or usual_extractor(name, options.inception)
-        if len(dataset.train) < 2:
+        choices = (options.features or usual_extractor(name, options.inception)).split(",")
+        if len(dataset.train) < 2 and (len(dataset.train) or not options.reference):
             raise UserError(
                 f"{name} has {len(dataset.train)} image: expected 2 or more to judge by"
             )
-        main = extractor(choice, real, device, options.inception, trust=options.trust)
-        num_images, long_images = sizes(options, main.dim)
-        judge = Judge.of(real, main, extractor("random", real, device), device)
+        main, *more = [
+            extractor(each, real, device, weights(options, each, choices), trust=options.trust)
+            for each in choices
+        ]
+        num_images, long_images = sizes(options, max(each.dim for each in (main, *more)))
+        cross = extractor("random", real, device)
+        judge = Judge.of(real, main, cross, device, more, options.reference)
+    if options.write_reference and PartialState().is_main_process:
+        judge.real["own"].save(options.write_reference, main.sha256)
     return Bench(
         judge=judge,
         num_images=num_images,
@@ -297,25 +333,48 @@ def prepare(options: Options, spec: ImageSpec | None, images: list[Path]) -> Ben
     )
 
 
+def affordable(options: Options, planned: list[Row], store: Store) -> int:
+    """Images of a row where --num-images does not say: those of the newest rows here, else as many
+    as the rows make in a minute each. One batch in few calls is timed."""
+    earlier = [record for record in store.records.values() if not record.long]
+    if earlier:
+        return max(earlier, key=lambda record: record.date).num_images
+    rows = [row for row in planned if not row.long]
+    if not rows:
+        return COUNTS[1]
+    least = min(rows, key=lambda row: row.calls)
+    call = partial(sample, least, options.batch_size)
+    seconds = min(timed(call, this_device())[1] for _ in range(2))
+    calls = sum(row.calls for row in rows) / len(rows) / least.calls  # as many times as long
+    made = A_ROW * options.batch_size / (seconds * calls)
+    counts = COUNTS if this_device().type == "cuda" else COUNTS[1:]
+    return next((count for count in counts if count <= made), counts[-1])
+
+
+def weights(options: Options, choice: str, choices: list[str]) -> Path | None:
+    """The --inception for an extractor: where Inception is among the choices, for that alone."""
+    return options.inception if choice == "inception" or "inception" not in choices else None
+
+
 def sizes(options: Options, dim: int) -> tuple[int, int]:
     """Images of a row, and of a teacher's long plan: whole batches, timed in passing."""
-    for flag, number in (("num", options.num_images), ("long", options.long_images)):
+    num_images = options.num_images or COUNTS[1]
+    for flag, number in (("num", num_images), ("long", options.long_images)):
         if number is not None and number <= dim:
             raise UserError(
                 f"--{flag}-images must be more than the {dim} dimensions of the features, "
                 f"got {number}"
             )
     # the features of as many real images, for the floor
-    machine.require_memory("--num-images", options.num_images, 8 * dim * options.num_images)
+    machine.require_memory("--num-images", num_images, 8 * dim * num_images)
     if options.long_images is None:
-        batches = -(-max(LONG_IMAGES, dim + 1) // options.batch_size)
-        return options.num_images, min(options.num_images, batches * options.batch_size)
-    if options.long_images > options.num_images:
+        batches = -(-max(LONG_IMAGES, dim + 1, num_images // LONG_SHARE) // options.batch_size)
+        return num_images, min(num_images, batches * options.batch_size)
+    if options.long_images > num_images:
         raise UserError(
-            f"--long-images must be at most --num-images {options.num_images}, "
-            f"got {options.long_images}"
+            f"--long-images must be at most --num-images {num_images}, got {options.long_images}"
         )
-    return options.num_images, options.long_images
+    return num_images, options.long_images
 
 
 def home(paths: tuple[Path, ...]) -> Path:

@@ -2,10 +2,10 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import combinations
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Literal
 
 import tyro
@@ -14,9 +14,11 @@ from scipy.stats import kendalltau
 
 from diffusion.console import UserError, diverted, out, plain, printable, run, say, write
 from diffusion.files import write_atomic
+from eval.measure.intervals import Estimate, Interval
 from eval.report import latest, left_out
 from eval.results import jsonl, together
 from eval.results.records import Record
+from eval.show.columns import between, gradient_images
 from eval.show.lines import lines
 from eval.show.pictures import CALLS, Point, chart
 from eval.show.table import literal, markdown_table
@@ -50,22 +52,26 @@ class Pool:
     """That the student, and those that it goes on from, took gradients of."""
     figures: dict[str, list[float]]
     ratio: float | None
-    """The mean over the larger of the teacher's figure and the floor."""
+    """The mean over the teacher's figure."""
+    interval: Interval | None = None
+    """95 %, of the first figure."""
+    mark: str = ""
+    """Whether it is the best at its number of calls, or ties with it."""
+    estimates: dict[str, Estimate] = field(default_factory=dict)
+    """The figures' means with their variances, where these are known."""
 
     def mean(self, name: str) -> float:
         return mean(self.figures[name])
 
-    def spread(self, name: str) -> float:
-        """Over the training seeds; 0 of one."""
-        figures = self.figures[name]
-        return stdev(figures) if len(figures) > 1 else 0.0
+    def plain(self) -> dict[str, object]:
+        """For a program to read."""
+        return {name: value for name, value in asdict(self).items() if name != "estimates"}
 
     @property
     def text(self) -> str:
         name = next(iter(self.figures))
-        spread = f" ± {self.spread(name):.2g}" if len(self.figures[name]) > 1 else ""
-        ratio = "" if self.ratio is None else f" ({self.ratio:.2f}×)"
-        return f"{self.mean(name):.3g}{spread}{ratio}"
+        ratio = "" if self.ratio is None else f", {self.ratio:.2f}×"
+        return f"{self.mean(name):.3g}{between(self.interval)}{ratio} {self.mark}".strip()
 
 
 def pools(records: list[Record]) -> list[Pool]:
@@ -86,9 +92,11 @@ def pools(records: list[Record]) -> list[Pool]:
         record, trainings = line.record, line.trainings
         figures = {record.metric: [training.score for training in trainings]}
         figures |= {name: [training.further[name] for training in trainings] for name in names}
-        images = record.training.get("total_images", record.training.get("images"))
+        images = gradient_images(record)
+        estimates = {record.metric: line.estimate} | {name: line.figure(name) for name in names}
+        known = {name: one for name, one in estimates.items() if one}
         kind = line.title, record.nfe, record.own_plan, record.student
-        made.append(Pool(*kind, images, figures, line.ratio))
+        made.append(Pool(*kind, images, figures, line.ratio, line.interval, line.mark, known))
     return made
 
 
@@ -101,15 +109,16 @@ class Ranking:
     tau: float
     """Kendall's, 1 for the same order."""
     swapped: list[tuple[str, str]]
-    """Pairs (better by the first distance, better by this one) further apart than their spreads
-    over training seeds, of which both have several."""
+    """Pairs (better by the first distance, better by this one), neither of them a tie."""
 
 
 def rankings(pooled: list[Pool]) -> list[Ranking]:
     """One for each number of calls that several methods share, and each other distance."""
 
     def below(a: Pool, b: Pool, name: str) -> bool:
-        return a.mean(name) + a.spread(name) < b.mean(name) - b.spread(name)
+        if name not in a.estimates or name not in b.estimates:
+            return False
+        return a.estimates[name].less(b.estimates[name]).interval()[1] < 0
 
     made = []
     for nfe in sorted({pool.nfe for pool in pooled}):
@@ -117,12 +126,11 @@ def rankings(pooled: list[Pool]) -> list[Ranking]:
         if len(rivals) < 2:
             continue
         first, *others = rivals[0].figures
-        several = [pool for pool in rivals if len(pool.figures[first]) > 1]
         for other in others:
             ours, theirs = ([pool.mean(name) for pool in rivals] for name in (first, other))
             swapped = [
                 (a.method, b.method)
-                for pair in combinations(several, 2)
+                for pair in combinations(rivals, 2)
                 for a, b in (pair, pair[::-1])
                 if below(a, b, first) and below(b, a, other)
             ]
@@ -138,7 +146,11 @@ def in_words(ranked: list[Ranking]) -> list[str]:
         counts = [ranking for ranking in ranked if ranking.distance == name]
         taus = ", ".join(f"{r.tau:.2f} at {r.nfe}" for r in counts)
         pairs = [f"{b} before {a} at {r.nfe}" for r in counts for a, b in r.swapped]
-        swaps = f"it puts {', '.join(pairs)}" if pairs else "no pair beyond its spreads swaps"
+        swaps = (
+            f"it puts {', '.join(pairs)}"
+            if pairs
+            else "no two that both distances part swap places"
+        )
         words.append(f"{name} orders the methods with Kendall's tau {taus} calls; {swaps}")
     return words
 
@@ -174,16 +186,17 @@ def summarise(options: Options) -> list[Pool]:
     first, ranked = together.fullest(records), rankings([pool for pool in pooled if pool.student])
     notes = [
         f"{first.metric} of {first.num_images} images (lower is better), the mean of noise seeds "
-        f"{', '.join(map(str, first.seeds))}; mean ± spread over up to {seeds} training seeds; in "
-        "brackets the ratio to the larger of the teacher's and the floor, "
-        f"{mean(first.floor):.3g}. "
+        f"{', '.join(map(str, first.seeds))} and of up to {seeds} training seeds; in brackets 95 % "
+        "intervals over the images drawn, the noise seeds and, where there are several, the "
+        "trainings; ×: the ratio to the teacher's; *: best at its number of calls; ≈: the best "
+        f"there, and what ties with it. Floor: {mean(first.floor):.3g}. "
         "Images: those that the student, and the students it goes on from, took gradients of.",
         *in_words(ranked),
     ]
     folder, (heads, body), name = options.results[0].parent, matrix(pooled), first.metric
     text = "\n\n".join([markdown_table(heads, body).rstrip(), *map(literal, notes)]) + "\n"
-    figures = {"pools": [asdict(p) for p in pooled], "rankings": [asdict(r) for r in ranked]}
-    points = [Point(p.method, not p.own_plan, p.nfe, p.mean(name), p.spread(name)) for p in pooled]
+    figures = {"pools": [p.plain() for p in pooled], "rankings": [asdict(r) for r in ranked]}
+    points = [Point(p.method, not p.own_plan, p.nfe, p.mean(name), p.interval) for p in pooled]
     write_atomic(folder / "methods.md", text)
     write_atomic(folder / "methods.json", json.dumps(figures, indent=1) + "\n")
     write_atomic(folder / "methods.png", chart(points, first, CALLS).file("png"))

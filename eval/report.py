@@ -22,7 +22,7 @@ from eval.show.pictures import CALLS, MILLISECONDS, Picture
 
 @dataclass(frozen=True)
 class Options:
-    """Write one web page of a comparison: the tables, the charts, the samples, and which student to
+    """Write one web page of a comparison: the tables, the charts, the samples, and which row to
     take."""
 
     paths: tyro.conf.Positional[tuple[Path, ...]] = (Path("runs/digits/compare"),)
@@ -132,6 +132,7 @@ def html(options: Options) -> tuple[str, list[Line]]:
         title=f"{Path(records[0].data['name']).name}: what fewer network calls cost",
         verdict=verdict.sentences(rows),
         best=verdict.best_by_calls(rows),
+        budgets=verdict.budgets(rows),
         ship=ship,
         charts=[chart for chart in charts if chart],
         tables=table.tables(compared),
@@ -147,7 +148,7 @@ def html(options: Options) -> tuple[str, list[Line]]:
 
 
 def write(options: Options) -> Path:
-    """Write the page, say where it is and which student to take."""
+    """Write the page, say where it is and which row to take."""
     first = options.paths[0]
     path = options.out or (first if first.is_dir() else first.parent) / "report.html"
     text, rows = html(options)

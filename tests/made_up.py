@@ -1,8 +1,9 @@
 """Records that nothing measured."""
 
 import hashlib
+from dataclasses import replace
 
-from eval.results.records import Record, Timing
+from eval.results.records import Record, Timing, Uncertainty
 
 # of scikit-learn's digits, the training images: a report shows those that are the measured ones
 DIGITS = "7e4a10b8ab64bd5e1e08f8815901758e7896368a221c648e7744cd1a16e4637a"
@@ -33,3 +34,11 @@ def record(method="teacher", nfe=8, score=4.0, seconds=0.1, **changes) -> Record
         "conditions": {"date": "2025-01-02T03:04:05+00:00", "clock_mhz": 1234},
     }  # fmt: skip
     return Record(**settings | changes)
+
+
+def sure(made: Record, variance: float, sign: float = 1.0) -> Record:
+    """The record with that variance for each seed's figure, all of it of the noise that rows
+    share: with the other sign, they move against each other."""
+    blocks = [sign * (variance * 49 / 50) ** 0.5 * (-1) ** i for i in range(50)]
+    known = Uncertainty(bias=0.1, first=variance, second=0.0, growth=0.1, influence=blocks)
+    return replace(made, uncertainty=[known] * len(made.seeds), floor_error=0.01)

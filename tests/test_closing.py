@@ -30,7 +30,7 @@ def test_the_student_to_take_comes_with_what_it_costs_and_its_command():
 
 
 @pytest.mark.parametrize(
-    ("free", "said"),
+    ("free", "taken"),
     [
         (solver(4, 4.4), True),  # as good at as many calls
         (solver(2, 3.0), True),  # better at fewer
@@ -38,24 +38,21 @@ def test_the_student_to_take_comes_with_what_it_costs_and_its_command():
         (solver(5, 3.0), False),  # at more calls
     ],
 )
-def test_a_solver_that_is_as_good_at_no_more_calls_is_named(free, said):
+def test_a_solver_that_is_as_good_at_no_more_calls_is_taken_in_a_students_place(free, taken):
     text = closing.take(lines([TEACHER, free, FOUR]))
-    words = f"but teacher, unipc at {free.nfe} calls needs no training and is as good"
-    assert (words in text) == said
-    assert text.startswith("take progressive")
+    words = f"take teacher, unipc at {free.nfe} calls, which needs no training"
+    assert text.startswith(words if taken else "take progressive at 4 calls")
 
 
-def test_two_rows_at_the_floor_are_as_good_as_one_another():
-    floor = {"floor": [5.0, 5.0]}
-    rows = [replace(row, **floor) for row in (TEACHER, solver(4, 4.9), FOUR)]
-    assert "needs no training" in closing.take(lines(rows))
-    rows[1] = replace(rows[1], quality=[5.5, 5.5])
-    assert "needs no training" not in closing.take(lines(rows))
+def test_the_command_of_a_solvers_row_asks_for_its_network_calls():
+    heun = record("teacher", 7, 4.0, own_plan=False, sampler="heun", steps=4, run="runs/t")
+    (line,) = lines([heun])
+    assert "runs/t --sampler heun --steps 7 --num 64" in closing.generate(line)
 
 
 def test_a_student_far_from_its_teacher_is_taken_with_a_warning():
     far = replace(FOUR, quality=[20.0, 20.0])
-    assert "no student is within 2 times: train longer" in closing.take(lines([TEACHER, far]))
+    assert "no row is within 2 times: train longer" in closing.take(lines([TEACHER, far]))
     assert "train longer" not in closing.take(lines([TEACHER, FOUR]))
 
 

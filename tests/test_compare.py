@@ -7,6 +7,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from made_up import record
 from PIL import Image
 
 from diffusion import data
@@ -475,3 +476,15 @@ def test_a_handful_of_images_is_compared_to_the_end(tmp_path, train_tiny, quick,
     assert "no images are held out" in words
     page = report.write(report.Options((tmp_path / "runs" / "compare",)))
     assert "no images are held out" in page.read_text()
+
+
+@pytest.mark.parametrize(("seconds", "images"), [(0.01, 10_000), (0.4, 5_000), (50.0, 1_000)])
+def test_a_row_is_of_as_many_images_as_a_minute_makes(monkeypatch, tmp_path, seconds, images):
+    """A batch of 256 in one call takes so many seconds; the rows make 6 calls in the mean."""
+    planned = [Mock(calls=calls, long=False) for calls in (1, 2, 15)] + [Mock(long=True)]
+    monkeypatch.setattr(compare, "timed", lambda call, device: (None, seconds))
+    store = Mock(records={})
+    assert compare.affordable(Options(), planned, store) == images
+    earlier = record(num_images=321)
+    store.records = {earlier.key: earlier}
+    assert compare.affordable(Options(), planned, store) == 321

@@ -139,19 +139,28 @@ def test_a_judge_who_always_prefers_the_bright_ones_is_read_back_as_such(
     assert (tally.wins, tally.losses, tally.neither) == (11, 0, 1)
 
 
+PRESS = """
+const press = (key) => dispatchEvent(new KeyboardEvent("keydown", { key }));
+["ArrowLeft", "ArrowRight", "ArrowDown"].forEach(press);
+const again = document.createElement("iframe");
+again.srcdoc = PAGE;
+document.body.append(again);
+"""
+SHOW = """
+const side = (who, i) => ((pairs[i].a === "left") === (who === "a") ? "left" : "right");
+const sides = session.answers.map((who, i) => (who === "neither" ? who : side(who, i)));
+parent.document.title = $("count").textContent + " " + sides;
+"""
+
+
 def test_a_page_that_is_opened_again_goes_on_where_the_judge_left_it(two_sets, browse, tmp_path):
     path = tmp_path / "human.html"
-    path.write_text(human.html(Make(*two_sets, pairs=12)))
-    keys = "['ArrowLeft', 'ArrowRight', 'ArrowDown'].forEach((key) => press(key));"
-    press = "const press = (key) => dispatchEvent(new KeyboardEvent('keydown', { key }));"
-    show = "const sides = () => session.answers.map((who, i) => who === 'neither' ? who :"
-    show += " pairs[i].a === 'left' === (who === 'a') ? 'left' : 'right');"
-    show += "document.title = $('count').textContent + ' ' + sides();"
-    # reloaded, not started twice: a browser writes its storage to disk when it likes
-    once = "sessionStorage.setItem('left', 1); location.reload();"
-    opened = browse(
-        path, f"if (sessionStorage.getItem('left')) {{ {show} }} else {{ {press + keys + once} }}"
-    )
+    page = human.html(Make(*two_sets, pairs=12))
+    path.write_text(page)
+    # opened again in a frame, for which the outer page's loading waits: a browser writes its
+    # storage to disk when it likes, and dumps a page without waiting for one that replaces it
+    again = page.replace("</body>", f"<script>{SHOW}</script></body>")
+    opened = browse(path, PRESS.replace("PAGE", json.dumps(again).replace("</", "<\\/")))
     assert opened.console == []
     assert "<title>4 of 12 left,right,neither</title>" in opened.dom
 

@@ -2,11 +2,12 @@
 
 import json
 from dataclasses import replace
-from statistics import mean, stdev
+from statistics import mean
 
 import pytest
 
 from diffusion.console import UserError
+from eval.measure.intervals import Estimate, of_trainings
 from eval.methods import Options, Pool, in_words, pools, rankings, summarise
 from eval.results import jsonl
 from tests.made_up import record, sha256
@@ -26,18 +27,11 @@ def students(method: str, scores: list[float], nfe: int = 2, **changes) -> list:
     ]  # fmt: skip
 
 
-def test_students_that_differ_in_their_seed_alone_are_one_figure_with_its_spread():
+def test_students_that_differ_in_their_seed_alone_are_one_figure():
     _, pool = pools([TEACHER, *students("cd", [3.0, 4.0, 8.0])])
     assert pool.figures[TEACHER.metric] == pytest.approx([3, 4, 8])
     assert pool.mean(TEACHER.metric) == pytest.approx(5)
-    assert pool.spread(TEACHER.metric) == pytest.approx(stdev([3, 4, 8]))
     assert pool.ratio == pytest.approx(mean([3, 4, 8]) / 2)
-
-
-def test_a_teacher_below_the_floor_is_not_what_a_ratio_is_to():
-    floor = {"floor": [5.0, 5.0]}
-    pool = pools([record(nfe=1000, score=2.0, **floor), *students("cd", [10.0], **floor)])[1]
-    assert pool.ratio == pytest.approx(2)
 
 
 @pytest.mark.parametrize(
@@ -85,12 +79,15 @@ def test_rows_measured_otherwise_than_the_last_are_left_out_by_name(tmp_path, ca
 
 
 def ranked(first: dict[str, list[float]], other: dict[str, list[float]]):
-    return rankings(
-        [
-            Pool(name, 2, True, True, 10, {"fd": first[name], RANDOM: other[name]}, None)
-            for name in first
-        ]
-    )
+    pooled = []
+    for name in first:
+        figures = {"fd": first[name], RANDOM: other[name]}
+        estimates = {
+            distance: of_trainings([Estimate(value, 0.1, []) for value in values])
+            for distance, values in figures.items()
+        }
+        pooled.append(Pool(name, 2, True, True, 10, figures, None, estimates=estimates))
+    return rankings(pooled)
 
 
 def test_another_distance_of_the_same_order_swaps_nothing():
@@ -98,21 +95,23 @@ def test_another_distance_of_the_same_order_swaps_nothing():
     assert (ranking.tau, ranking.swapped) == (1, [])
 
 
-def test_pairs_that_another_distance_orders_otherwise_beyond_the_spreads_are_named():
-    (ranking,) = ranked({"a": [1, 2], "b": [5, 6]}, {"a": [30, 31], "b": [10, 11]})
+def test_pairs_that_another_distance_orders_otherwise_beyond_their_intervals_are_named():
+    (ranking,) = ranked({"a": [1, 1.1], "b": [5, 5.1]}, {"a": [30, 30.1], "b": [10, 10.1]})
     assert (ranking.tau, ranking.swapped) == (-1, [("a", "b")])
     (words,) = in_words([ranking])
     assert f"{RANDOM} orders" in words
     assert "b before a at 2" in words
 
 
-def test_pairs_within_their_spreads_are_not_called_swapped():
+def test_pairs_within_their_intervals_are_not_called_swapped():
     (ranking,) = ranked({"a": [1, 2], "b": [5, 6]}, {"a": [10, 30], "b": [9, 28]})
     assert (ranking.tau, ranking.swapped) == (-1, [])
 
 
-def test_of_one_training_seed_no_pair_is_called_swapped():
+def test_single_trainings_are_parted_by_the_intervals_of_their_images():
     (ranking,) = ranked({"a": [1], "b": [5]}, {"a": [30], "b": [10]})
+    assert (ranking.tau, ranking.swapped) == (-1, [("a", "b")])
+    (ranking,) = ranked({"a": [1], "b": [5]}, {"a": [10.1], "b": [10]})
     assert (ranking.tau, ranking.swapped) == (-1, [])
 
 
@@ -121,7 +120,7 @@ def test_the_command_leaves_a_table_figures_and_a_plot(tmp_path, capsys):
     jsonl.write(tmp_path / "results.jsonl", rows)
     summarise(Options(results=(tmp_path / "results.jsonl",), table="markdown"))
     text = (tmp_path / "methods.md").read_text()
-    assert "| cd | 276,544 | 4 ± 1.4 (2.00×) | 3 ± 1.4 (1.50×) | - |" in text
+    assert "| cd | 276,544 | 4, 2.00× | 3, 1.50× | - |" in text
     assert text in capsys.readouterr().out
     figures = json.loads((tmp_path / "methods.json").read_text())
     assert [pool["nfe"] for pool in figures["pools"]] == [1000, 2, 4]

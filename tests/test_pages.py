@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from browser import Opened, browser
-from made_up import record
+from made_up import record, sure
 from PIL import Image
 
 from diffusion import data, named_data
@@ -61,7 +61,7 @@ def cells_of(dom: str, name: str = "quality", part: str = "tbody") -> list[list[
 
 
 def without_pill(rows: list[list[str]]) -> list[list[str]]:
-    return [[cell.removesuffix("ship") for cell in row] for row in rows]
+    return [[cell.removesuffix("take") for cell in row] for row in rows]
 
 
 def test_the_console_is_seen_where_a_page_errs(browse, tmp_path):
@@ -116,7 +116,7 @@ def test_every_table_sorts_by_every_column_and_what_is_missing_stays_last(browse
     rows[3] = replace(rows[3], others={}, timings=[])
     path = write_report(tmp_path, rows)
     tables = {made.name: made for made in table.tables(comparison(rows))}
-    assert [*tables] == ["quality", "speed", "further"]
+    assert [*tables] == ["quality", "speed", "training", "further"]
     opened = browse(path, SORT)
     assert opened.console == []
     sorted_rows = json.loads(
@@ -144,7 +144,7 @@ def test_the_report_has_every_row_of_the_records_with_the_tables_cells(tmp_path)
     page = write_report(tmp_path, rows).read_text()
     expected = table.tables(comparison(rows))
     assert [each.title for each in expected] == [
-        "Quality and cost", "Speed", "Likelihood", "Further figures",
+        "Quality and cost", "Speed", "Training", "Likelihood", "Further figures",
     ]  # fmt: skip
     for each in expected:
         name = each.title.split()[0].lower()
@@ -230,7 +230,7 @@ def ships(rows: list[Record]) -> Record | None:
     return line and line.record
 
 
-def test_the_student_to_ship_is_the_cheapest_within_the_nearest_limit_that_any_keeps():
+def test_the_row_to_take_is_the_cheapest_within_the_nearest_limit_that_any_keeps():
     def student(nfe: int, ratio: float) -> Record:
         return record("student", nfe, 4.0 * ratio, parent=TEACHER.sha256)
 
@@ -241,12 +241,13 @@ def test_the_student_to_ship_is_the_cheapest_within_the_nearest_limit_that_any_k
     assert ships([TEACHER, one, two, four, eight]) is four
     assert ships([TEACHER, one, two]) is two
     assert ships([TEACHER, one, student(2, 3.0)]).nfe == 2
-    assert ships([TEACHER, SOLVER]) is None
+    assert ships([TEACHER]) is None
+    assert ships([TEACHER, SOLVER]) is SOLVER
     text = words(TEACHER, one, two, four, eight)
-    assert "Ship student at 4 calls: the cheapest student within 1.2×" in text
+    assert "Take student at 4 calls: the cheapest within 1.2×" in text
     assert "If 2× will do: student at 2 calls" in text
     assert "none is within 1.2×" in words(TEACHER, one, two)
-    assert "though no student is within 2×" in words(TEACHER, one)
+    assert "though none is within 2×" in words(TEACHER, one)
     assert "not among these rows" in words(four)
 
 
@@ -263,13 +264,45 @@ def test_a_student_with_a_warning_does_not_ship_while_another_is_sound(tmp_path)
     assert "Further figures" not in write_report(tmp_path, ROWS).read_text()
 
 
-def test_a_student_that_gains_nothing_over_a_solver_is_said_to():
-    def words(score: float) -> str:
-        free = record("teacher", 4, score, own_plan=False, sampler="unipc", sha256=TEACHER.sha256)
-        return " ".join(verdict.sentences(lines([TEACHER, free, ROWS[2]])))
+def unipc(score: float, sign: float = 1.0) -> Record:
+    row = record("teacher", 4, score, own_plan=False, sampler="unipc", sha256=TEACHER.sha256)
+    return sure(row, 0.1, sign)
 
-    assert "unipc at 4 calls needs no training and is as good" in words(4.4)
-    assert "needs no training" not in words(4.5)
+
+@pytest.mark.parametrize(
+    ("score", "taken", "words"),
+    [
+        (3.0, "teacher, unipc", "The best student of no more calls, progressive at 4 calls"),
+        (4.5, "teacher, unipc", "is a tie with it"),  # so its training gains nothing
+        (6.0, "progressive", "The best row without training of no more calls, teacher, unipc"),
+    ],
+)
+def test_a_student_is_taken_where_it_beats_the_solvers_of_no_more_calls(score, taken, words):
+    rows = [sure(TEACHER, 0.1), unipc(score, -1), sure(ROWS[2], 0.1)]
+    made = lines(rows)
+    assert verdict.choice(made).title == taken
+    assert words in " ".join(verdict.sentences(made))
+
+
+def test_the_pages_slider_shows_the_verdict_of_its_budget_alone(browse, tmp_path):
+    path = write_report(tmp_path, ROWS)
+    expected = verdict.budgets(lines(ROWS))
+    assert [budget.line.title for budget in expected] == [
+        "progressive", "consistency <b>&amp;", "progressive"
+    ]  # fmt: skip
+    move = "const s = document.getElementById('budget'); s.value = 0;"
+    move += "s.dispatchEvent(new Event('input'));"
+    count = "document.title = [...document.querySelectorAll('.budget li')].map((x) => !x.hidden);"
+    for script, shown in (("", "false,false,true"), (move, "true,false,false")):
+        opened = browse(path, script + count)
+        assert opened.console == []
+        assert f"<title>{shown}</title>" in opened.dom
+
+
+def test_a_dearer_row_that_ties_with_a_cheaper_one_is_no_budgets_verdict():
+    two = sure(record("teacher", 2, 4.5, own_plan=False, sha256=TEACHER.sha256), 0.1)
+    made = verdict.budgets(lines([sure(TEACHER, 0.1), two, unipc(4.4, -1)]))
+    assert [budget.line.record.nfe for budget in made] == [2]
 
 
 def test_a_long_plan_on_fewer_images_is_no_part_of_the_front_nor_of_the_floor(monkeypatch):
@@ -281,7 +314,7 @@ def test_a_long_plan_on_fewer_images_is_no_part_of_the_front_nor_of_the_floor(mo
     assert sorted(points) == sorted((row.nfe, row.score) for row in ROWS[1:])
     assert sum(map(len, points_of(made).values())) == len(ROWS)
     assert points_of(made)["teacher (50 images)"] == [(1000, 0.5)]
-    assert "progressive at 4 calls is the best" in verdict.sentences(rows)[0]
+    assert verdict.choice(rows).title != "teacher (50 images)"
 
 
 def test_the_pareto_front_holds_just_the_points_that_none_dominates():

@@ -120,10 +120,10 @@ def test_copies_of_a_handful_of_images_are_marked_though_nothing_is_held_out(dig
 
 def test_the_floor_is_what_as_many_real_images_give(judge, digits):
     which = torch.randperm(359, generator=torch.Generator().manual_seed(0))[:200]
-    (floor,) = judge.floor(200, 1)
+    (floor,), _ = judge.floor(200, 1)
     seen = judge.see_images(digits.test[which])
     assert floor == pytest.approx(judge.distance(seen), rel=1e-6)
-    more = judge.floor(1000, 4)  # more than are held out: training images, with replacement
+    more, _ = judge.floor(1000, 4)  # more than are held out: training images, with replacement
     assert len({*more}) == 4
     assert max(more) < floor
 

@@ -166,7 +166,7 @@ def test_a_line_that_is_no_record_at_all_is_a_users_mistake(tmp_path, text):
 
 
 @pytest.mark.parametrize(
-    ("version", "words"), [(1, "format 1, expected 3: measure again"), (4, "format 4")]
+    ("version", "words"), [(1, "format 1, expected 4: measure again"), (5, "format 5")]
 )
 def test_another_version_of_the_format_says_so(tmp_path, version, words):
     path = tmp_path / "results.jsonl"

@@ -14,7 +14,6 @@ from diffusion import data
 from diffusion.console import UserError
 from eval.measure import sets
 from eval.measure.features import random_network
-from eval.measure.metrics import Moments, frechet_distance
 from eval.measure.real import Real
 
 
@@ -34,40 +33,6 @@ def normal(count: int, dim: int, seed: int = 0) -> Tensor:
 
 def prdc(real: Tensor, fake: Tensor, k: int = 5) -> list[float]:
     return list(sets.precision_recall_density_coverage(real, fake, k).values())
-
-
-# Fréchet distance extrapolated
-
-
-def test_the_line_in_one_over_n_is_followed_to_its_end(monkeypatch):
-    seen = []
-
-    def on_a_line(a: Moments, b: Moments) -> float:
-        seen.append(a.count)
-        return 3 + 7 / a.count
-
-    monkeypatch.setattr(sets, "frechet_distance", on_a_line)
-    x = normal(1000, 4)
-    assert sets.frechet_infinity(x, Moments.of(x), seeded()) == pytest.approx(3, rel=1e-9)
-    assert (seen[0], seen[-1], len(set(seen))) == (100, 1000, 15)
-
-
-@pytest.mark.parametrize("std", [1, 1.1])
-def test_extrapolation_takes_the_bias_of_few_images_away(std):
-    dim = 16
-    truth = dim * (std - 1) ** 2
-    reference = Moments(10**6, torch.zeros(dim).double(), torch.eye(dim).double() * (10**6 - 1))
-    samples = [normal(600, dim, seed) * std for seed in range(80)]
-    plain = np.mean([frechet_distance(Moments.of(x), reference) for x in samples]) - truth
-    straight = [sets.frechet_infinity(x, reference, seeded(1)) for x in samples]
-    assert plain > 0.1
-    assert abs(np.mean(straight) - truth) < plain / 5
-
-
-def test_too_few_images_to_extrapolate_are_refused():
-    x = normal(63, 16)
-    with pytest.raises(UserError, match="from 64 images on, got 63"):
-        sets.frechet_infinity(x, Moments.of(x), seeded())
 
 
 # Kernel distance
@@ -283,7 +248,6 @@ def test_the_size_of_the_tiles_changes_nothing(monkeypatch, digits):
 
     def everything() -> list[float]:
         return [
-            sets.frechet_infinity(a, Moments.of(b), seeded()),
             sets.kid(a, b),
             *prdc(a, b),
             sets.sliced_wasserstein(a, b, 20, seeded()),
@@ -337,11 +301,10 @@ def ladders(request, digits) -> dict[str, list[Tensor]]:
 @pytest.mark.parametrize(
     "distance",
     [
-        lambda real, fake: sets.frechet_infinity(fake, Moments.of(real), seeded()),
         sets.kid,
         lambda real, fake: sets.sliced_wasserstein(real, fake, 64, seeded()),
     ],
-    ids=["frechet_infinity", "kid", "sliced_wasserstein"],
+    ids=["kid", "sliced_wasserstein"],
 )
 def test_every_distance_grows_at_each_step_of_blur_noise_and_collapse(ladders, distance, worse):
     real = ladders["real"][0]

@@ -23,7 +23,7 @@ from eval.measure.plans import Row
 from eval.measure.quality import SHOWN, Judge
 from eval.measure.race import Lap, race, sweep
 from eval.measure.timing import InPassing, Timing
-from eval.results.records import Head, Record, Training
+from eval.results.records import Extractor, Head, Record, Training, Uncertainty
 from eval.results.store import Store
 
 REPEATS = 0.5  # seconds of repeats for each row and batch size; the least number always
@@ -45,8 +45,8 @@ class Bench:
     sweep: bool
     likelihood: int
     """Held-out images, at most, on which likelihoods are measured."""
-    floors: dict[int, list[float]]
-    """Number of images -> the metric of as many real ones, for each draw."""
+    floors: dict[int, tuple[list[float], float]]
+    """Number of images -> the metric of as many real ones, for each draw; its mean's error."""
     held_out: dict[int, dict[str, float]]
     """Number of images -> the further figures of as many held-out ones."""
 
@@ -64,13 +64,17 @@ def template(bench: Bench, row: Row | Outside) -> Record:
     """The record of a row before it is measured."""
     num_images = bench.long_images if row.long else bench.num_images
     judge, extractor = bench.judge, bench.judge.extractor
+    used: Extractor = {"sha256": extractor.sha256, "accuracy": extractor.accuracy}
+    if judge.more:
+        used["further"] = [other.extractor.name for other in judge.more]
     shared = Head(
         data=judge.data,
         metric=extractor.name,
-        extractor={"sha256": extractor.sha256, "accuracy": extractor.accuracy},
+        extractor=used,
         num_images=num_images,
         seeds=list(bench.seeds),
-        floor=bench.floors[num_images],
+        floor=bench.floors[num_images][0],
+        floor_error=bench.floors[num_images][1],
         held_out=bench.held_out[num_images],
         batch_size=bench.batch_size,
         environment=machine.environment(judge.device, bench.precision, bench.compile),
@@ -187,7 +191,13 @@ def judge_rows(
                 break
             done += costs[row]
             if PartialState().is_main_process:
-                record = with_seed(record, judge.distance(seen), judge.others(seen))
+                record = with_seed(
+                    record,
+                    judge.distance(seen),
+                    judge.others(seen),
+                    judge.uncertainty(seen),
+                    judge.errors(seen),
+                )
                 records[row] = record = with_timing(record, watch.result)
                 first = len(record.quality) == 1
                 first_images = {record.tag: seen.rows("pixels")[:SHOWN].cpu()}
@@ -230,13 +240,28 @@ def with_timing(record: Record, timing: Timing | None) -> Record:
     return replace(record, timings=[*others, timing])
 
 
-def with_seed(record: Record, quality: float, others: dict[str, float]) -> Record:
+def with_seed(
+    record: Record,
+    quality: float,
+    others: dict[str, float],
+    uncertainty: Uncertainty,
+    errors: dict[str, float],
+) -> Record:
     """The record with one more seed's figures. One that is not finite for every seed, such as a
     ratio to nothing, is left out."""
-    finite = {name: value for name, value in others.items() if isfinite(value)}
-    before = record.others if record.quality else {name: [] for name in finite}
-    figures = {name: [*before[name], finite[name]] for name in finite if name in before}
-    return replace(record, quality=[*record.quality, quality], others=figures)
+
+    def longer(before: dict[str, list[float]], new: dict[str, float]) -> dict[str, list[float]]:
+        before = before if record.quality else {name: [] for name in new}
+        finite = {name: value for name, value in new.items() if isfinite(value) and name in before}
+        return {name: [*before[name], value] for name, value in finite.items()}
+
+    return replace(
+        record,
+        quality=[*record.quality, quality],
+        others=longer(record.others, others),
+        uncertainty=[*record.uncertainty, uncertainty],
+        errors=longer(record.errors, errors),
+    )
 
 
 def likelihood_of(bench: Bench, row: Row, record: Record) -> Record:

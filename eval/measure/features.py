@@ -19,7 +19,7 @@ from diffusion.checkpoint import weights_sha256
 from diffusion.console import UserError, say, track
 from diffusion.machine import CACHE
 from diffusion.owner import cached
-from eval.measure import custom, efficientnet
+from eval.measure import custom, efficientnet, pretrained
 from eval.measure import inception as clean_fid
 from eval.measure.machine import full_float32
 from eval.measure.real import Real
@@ -51,8 +51,8 @@ def extractor(
     cache: Path = CACHE,
     trust: bool = False,
 ) -> Extractor:
-    """classifier, random, inception, efficientnet-lite0, or a network of one's own: its file, or
-    module:place:name.
+    """classifier, random, inception, efficientnet-lite0, dinov2:folder, clip:folder, or a network
+    of one's own: its file, or module:place:name.
 
     inception: the file of clean-fid's weights, or its folder; None to find or download it. trust:
     whether a file of one's own may run code.
@@ -81,10 +81,13 @@ def _extractor(
     if choice == "efficientnet-lite0":
         network, sha256 = efficientnet.network(dataset.spec.size, device)
         return Extractor(f"fd-{choice}-{sha256[:8]}", sha256, efficientnet.DIM, network)
+    if pretrained.is_named(choice):
+        network, dim, sha256 = pretrained.network(choice, device)
+        return Extractor(f"fd-{choice.partition(':')[0]}-{sha256[:8]}", sha256, dim, network)
     raise UserError(
-        "--features takes classifier, random, inception, efficientnet-lite0, the path of an .onnx, "
-        ".pt (TorchScript) or .pt2 (torch.export) file, or module:PACKAGE.MODULE:FUNCTION, "
-        f"got {choice!r}"
+        "--features takes classifier, random, inception, efficientnet-lite0, dinov2:FOLDER, "
+        "clip:FOLDER, the path of an .onnx, .pt (TorchScript) or .pt2 (torch.export) file, or "
+        f"module:PACKAGE.MODULE:FUNCTION, got {choice!r}"
     )
 
 
@@ -250,7 +253,10 @@ def random_network(dataset: Real, device: torch.device) -> Extractor:
 def users_network(choice: str, dataset: Real, device: torch.device, trust: bool) -> Extractor:
     """The network of one's own: see custom.load."""
     network, sha256 = custom.load(choice, device, trust)
-    dim = custom.probe(choice, network, dataset.train[:3].to(device))
+    images = dataset.train[:3]
+    if len(images) < 3:
+        images = torch.zeros(3, *dataset.spec.shape, dtype=torch.uint8)
+    dim = custom.probe(choice, network, images.to(device))
     stem = choice.rpartition(":")[2] if choice.startswith(custom.MODULE) else Path(choice).stem
     name = f"fd-{_slug(stem)}-{_slug(dataset.spec.name)}-{sha256[:8]}"
     return Extractor(name, sha256, dim, network)

@@ -1,14 +1,21 @@
 """The Fréchet distance between sets of features, from moments that merge."""
 
+import zipfile
 from dataclasses import dataclass
 from functools import cached_property
+from io import BytesIO
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from diffusion.console import UserError
+from diffusion.files import write_atomic
 
 EPS = torch.finfo(torch.float64).eps
+STATISTICS = ("mu", "sigma")  # names in an .npz, as in clean-fid's, EDM's and pytorch-fid's
+MANY = 2**31  # images of statistics that do not say of how many they are: the moments are exact
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +36,43 @@ class Moments:
         mean = x.mean(0)
         x -= mean
         return Moments(len(x), mean, x.T @ x)
+
+    @staticmethod
+    def saved(path: Path, dim: int, extractor: str) -> "Moments":
+        """Statistics of real images that clean-fid, EDM, pytorch-fid or `save` wrote: an .npz of
+        the mean `mu` (D,) and the covariance `sigma` (D, D).
+
+        UserError where it holds no such, of other than dim features, or by another extractor, whose
+        sha256 `save` alone writes.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                mean, covariance = (torch.from_numpy(file[name]).double() for name in STATISTICS)
+                known = str(file["extractor"]) if "extractor" in file else extractor
+                count = int(file["num_images"]) if "num_images" in file else MANY
+        except (OSError, ValueError, LookupError, EOFError, TypeError, zipfile.BadZipFile) as error:
+            raise UserError(
+                f"{path}: expected an .npz of statistics, with mu and sigma ({error!s:.200})"
+            ) from error
+        if mean.shape != (dim,) or covariance.shape != (dim, dim) or known != extractor:
+            by = f" by extractor {known[:8]}" if known != extractor else ""
+            raise UserError(
+                f"{path} holds statistics of {mean.numel()} features{by}, and these are {dim} by "
+                f"extractor {extractor[:8]}: choose by --features those of the statistics"
+            )
+        moments = Moments(count, mean, covariance * (count - 1))
+        moments.refuse()
+        return moments
+
+    def save(self, path: Path, extractor: str) -> None:
+        """Write what `saved` reads."""
+        mu, sigma = (x.cpu().numpy() for x in (self.mean, self.covariance))
+        buffer = BytesIO()
+        np.savez(buffer, mu=mu, sigma=sigma, num_images=self.count, extractor=extractor)
+        write_atomic(path, buffer.getvalue())
+
+    def to(self, device: torch.device) -> "Moments":
+        return Moments(self.count, self.mean.to(device), self.scatter.to(device))
 
     def __add__(self, other: "Moments") -> "Moments":
         """Chan et al. 1979, eq. 2.1."""

@@ -31,6 +31,12 @@ class Row:
         return self.own_plan and many and teacher and bool(self.model.solvers)
 
     @property
+    def calls(self) -> int:
+        """Network calls for each image."""
+        made = SOLVERS[self.plan.sampler].calls(self.plan.num_steps)
+        return made * self.model.calls_per_step(self.plan)
+
+    @property
     def title(self) -> str:
         """As the table has it, with its number of steps."""
         plan = self.plan

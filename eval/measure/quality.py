@@ -1,5 +1,6 @@
 """A set of images measured against real ones: distances, fidelity and diversity, copies."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, reduce
 from math import isfinite
@@ -16,9 +17,12 @@ from diffusion.machine import CACHE
 from diffusion.owner import cached
 from eval.measure import sets
 from eval.measure.features import Extractor
+from eval.measure.inception import file_sha256
+from eval.measure.intervals import jackknife, uncertainty
 from eval.measure.metrics import Moments, frechet_distance
 from eval.measure.real import Real, fingerprint
-from eval.results.records import Data
+from eval.measure.several import Representation, ratio, ratio_error
+from eval.results.records import Data, Uncertainty
 
 SLICES = 64
 NEIGHBOURS = 5  # in the balls of precision, recall, density and coverage
@@ -26,7 +30,10 @@ PORTION = 1000  # images through an extractor at a time
 # Of how many images, the first ones, a row each is kept: the rest are in the moments alone.
 KEPT = {"features": 1024, "pixels": 256}
 SHOWN = 16  # of the pixels, on pictures
+RATIO = "fd-ratio-"  # and the number of extractors that it is over: the name of a figure
 FAR = 128.0  # grey levels beyond black or white
+SHARE = "share-of-class-"  # and its number: the name of a figure
+CLASSES = 100  # at most, whose shares are reported
 COPIED = 0.05  # of the images; more than so many copies are marked where no image is held out
 
 
@@ -114,10 +121,21 @@ class Judge:
     """(M, 2): sets.two_nearest of held-out images."""
     data: Data
     """The real images' name, split, number and sha256."""
+    more: tuple[Representation, ...] = ()
+    """Further extractors, whose distances are further figures."""
     known_balls: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     @staticmethod
-    def of(dataset: Real, extractor: Extractor, cross: Extractor, device: torch.device) -> "Judge":
+    def of(
+        dataset: Real,
+        extractor: Extractor,
+        cross: Extractor,
+        device: torch.device,
+        more: Sequence[Extractor] = (),
+        statistics: Path | None = None,
+    ) -> "Judge":
+        """more: further extractors. statistics: a file of saved ones, in place of those of the
+        training images; where the dataset is empty they are all that is known."""
         train = reference(dataset.train, extractor, device)
         crossed = reference(dataset.train, cross, device)
         test = reference(dataset.test, extractor, device)
@@ -130,11 +148,21 @@ class Judge:
             "images": len(train),
             "sha256": fingerprint(dataset.train),
         }
+        if statistics:
+            saved = Moments.saved(statistics, extractor.dim, extractor.sha256)
+            real["own"], data["statistics"] = saved.to(device), file_sha256(statistics)
+        further = []
+        for other in more:
+            features = (reference(x, other, device) for x in (dataset.train, dataset.test))
+            known, held_out = features
+            further.append(Representation(other, known, held_out, Moments.of(known)))
         if dataset.of > len(train):
             data["of"] = dataset.of
         if dataset.spec.background not in ("", Form.background):
             data["background"] = dataset.spec.background
-        return Judge(dataset, extractor, cross, device, train, test, real, bank, near, data)
+        return Judge(
+            dataset, extractor, cross, device, train, test, real, bank, near, data, tuple(further)
+        )
 
     @cached_property
     def some(self) -> Tensor:
@@ -179,6 +207,10 @@ class Judge:
         rows = {"features": ours[: left["features"]], "pixels": images[: left["pixels"]]}
         rows["cross"] = self.cross.extract(images[: left["features"]])
         moments = {"own": Moments.of(ours)}
+        for i, space in enumerate(self.more):
+            features = space.extractor.extract(images)
+            moments[f"more{i}"] = Moments.of(features)
+            rows[f"more{i}"] = features[: left["features"]]
         odd = torch.zeros(4, dtype=torch.float64, device=images.device)
         return Seen(moments, odd, {start: rows})
 
@@ -186,44 +218,122 @@ class Judge:
         """The main figure: the Fréchet distance to the training images."""
         return frechet_distance(seen.moments["own"], self.real["own"])
 
+    def uncertainty(self, seen: Seen) -> Uncertainty:
+        """How uncertain that distance is."""
+        return uncertainty(seen.rows("features"), seen.moments["own"], self.real["own"])
+
     def others(self, seen: Seen) -> dict[str, float]:
-        """The further figures, by name."""
-        fake, slices = seen.rows("features"), torch.Generator().manual_seed(0)
-        cross = frechet_distance(Moments.of(seen.rows("cross")), self.real["cross"])
-        figures = {self.cross.name: cross, "kid": sets.kid(fake, self.some, self.kernel_mean)}
+        """The further figures, by name; of images compared with statistics alone there are none."""
+        if not len(self.train):
+            return {}
+        features, cross, near = self._rows(seen)
+        figures = self._of_features(features, cross) | self._of_pixels(near) | self.several(seen)
+        if seen.moments["own"].count >= 4 * self.extractor.dim:  # else the bias is no small one
+            figures["infinity"] = self.distance(seen) - self.uncertainty(seen).bias
+        return figures
+
+    def errors(self, seen: Seen) -> dict[str, float]:
+        """Standard errors of the further figures, by name."""
+        if not len(self.train):
+            return {}
+        features, cross, near = self._rows(seen)
+
+        def of_features(which: Tensor) -> dict[str, float]:
+            which = which.to(features.device)
+            return self._of_features(features[which], cross[which])
+
+        errors = jackknife(of_features, len(features))
+        errors |= jackknife(lambda which: self._of_pixels(near[which.to(near.device)]), len(near))
+        for name in ("memorisation-p_value", "memorisation-copied_floor"):  # no model's figures
+            errors.pop(name, None)
+        errors["infinity"] = self.uncertainty(seen).variance ** 0.5
+        return errors | self.several_errors(seen)
+
+    def _rows(self, seen: Seen) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the images that are kept: both features, and distances to the training images."""
+        near = sets.two_nearest(seen.rows("pixels"), self.bank)
+        return seen.rows("features"), seen.rows("cross"), near
+
+    def _of_features(self, fake: Tensor, cross: Tensor) -> dict[str, float]:
+        slices = torch.Generator().manual_seed(0)
+        distance = frechet_distance(Moments.of(cross), self.real["cross"])
+        figures = {self.cross.name: distance, "kid": sets.kid(fake, self.some, self.kernel_mean)}
         figures["sliced-wasserstein"] = sets.sliced_wasserstein(fake, self.some, SLICES, slices)
         if min(len(fake), len(self.some)) > NEIGHBOURS:
             some, radius = self.balls(len(fake))
             figures |= sets.precision_recall_density_coverage(some, fake, NEIGHBOURS, radius)
         if self.extractor.probabilities:
-            figures["classifier-score"] = sets.inception_score(self.extractor.probabilities(fake))
-        if len(fake) >= 4 * self.extractor.dim:
-            thinned = torch.Generator().manual_seed(0)
-            figures["infinity"] = sets.frechet_infinity(fake, self.real["own"], thinned)
-        ours = sets.two_nearest(seen.rows("pixels"), self.bank)
-        if len(self.held_out_nearest):
-            near = sets.memorisation(ours, self.held_out_nearest)
-            figures |= {f"memorisation-{name}": value for name, value in near.items()}
-        else:
-            figures["memorisation-copied"] = sets.copied(ours)
+            probabilities = self.extractor.probabilities(fake)
+            figures["classifier-score"] = sets.inception_score(probabilities)
+            classes = probabilities.shape[1]
+            if classes <= CLASSES:
+                counts = probabilities.argmax(1).bincount(minlength=classes)
+                figures |= {f"{SHARE}{i}": int(n) / len(fake) for i, n in enumerate(counts)}
         return figures
 
-    def floor(self, num_images: int, draws: int) -> list[float]:
-        """The main figure of as many real images, drawn anew each time.
+    def _of_pixels(self, near: Tensor) -> dict[str, float]:
+        if not len(self.held_out_nearest):
+            return {"memorisation-copied": sets.copied(near)}
+        figures = sets.memorisation(near, self.held_out_nearest)
+        return {f"memorisation-{name}": value for name, value in figures.items()}
 
-        Held-out images where they are enough, else training images with replacement, which as
-        distances go is the stricter floor.
+    @cached_property
+    def spaces(self) -> dict[str, Representation]:
+        """All extractors by the names of what Seen keeps of them: the table's own, and the further
+        ones."""
+        main = Representation(self.extractor, self.train, self.test, self.real["own"])
+        return {"own": main} | {f"more{i}": space for i, space in enumerate(self.more)}
+
+    def several(self, seen: Seen) -> dict[str, float]:
+        """The distances by the further extractors, and the ratio over all, where there are any."""
+        if not self.more:
+            return {}
+        distances, count = self._distances(seen), seen.moments["own"].count
+        floors = {key: space.floor(count) for key, space in self.spaces.items()}
+        return self._named(distances, ratio(distances, floors))
+
+    def several_errors(self, seen: Seen) -> dict[str, float]:
+        """Their standard errors."""
+        if not self.more:
+            return {}
+        known = {
+            key: uncertainty(
+                seen.rows("features" if key == "own" else key), seen.moments[key], space.real
+            )
+            for key, space in self.spaces.items()
+        }
+        distances, over = self._distances(seen), self.several(seen)[self._ratio]
+        errors = {key: each.variance**0.5 for key, each in known.items()}
+        return self._named(errors, over * ratio_error(distances, known))
+
+    def _distances(self, seen: Seen) -> dict[str, float]:
+        return {
+            k: frechet_distance(seen.moments[k], space.real) for k, space in self.spaces.items()
+        }
+
+    @property
+    def _ratio(self) -> str:
+        return f"{RATIO}{len(self.spaces)}"
+
+    def _named(self, values: dict[str, float], over: float) -> dict[str, float]:
+        """What is known by the further extractors and over all, by the figures' names."""
+        named = {self.spaces[key].extractor.name: value for key, value in values.items()}
+        del named[self.extractor.name]
+        return named | {self._ratio: over}
+
+    def floor(self, num_images: int, draws: int) -> tuple[list[float], float]:
+        """The main figure of as many real images, drawn anew each time, and its mean's standard
+        error.
+
+        The held-out images are themselves a sample: how far another one would move the mean is in
+        the error.
         """
-        held_out, distances = len(self.test) >= num_images, []
-        for seed in range(draws):
-            random = torch.Generator().manual_seed(seed)
-            if held_out:
-                which = torch.randperm(len(self.test), generator=random)[:num_images]
-            else:
-                which = torch.randint(len(self.train), (num_images,), generator=random)
-            features = (self.test if held_out else self.train)[which.to(self.device)]
-            distances.append(frechet_distance(Moments.of(features), self.real["own"]))
-        return distances
+        distances = self.spaces["own"].floors(num_images, draws)
+        error = torch.tensor(distances, dtype=torch.float64).var() / draws if draws > 1 else 0
+        if len(self.test) >= num_images:
+            some = self.test[: KEPT["features"]]
+            error += uncertainty(some, Moments.of(self.test), self.real["own"]).variance
+        return distances, float(error) ** 0.5
 
     def held_out(self, num_images: int) -> dict[str, float]:
         """The further figures of up to that many held-out images; none where there are too few."""

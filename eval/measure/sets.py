@@ -8,44 +8,13 @@ are found in float32, whose rounding is far below a grey level, and their distan
 from collections.abc import Iterator
 from itertools import product
 
-import numpy as np
 import torch
 from scipy.stats import mannwhitneyu
 from torch import Generator, Tensor
 
 from diffusion.console import UserError
-from eval.measure.metrics import Moments, frechet_distance
 
 TILE = 4096  # rows of each set: 4096 x 4096 pairs are 64 MiB in float32
-
-
-def frechet_infinity(
-    features: Tensor, reference: Moments, generator: Generator, num_points: int = 15
-) -> float:
-    """The Fréchet distance that infinitely many images would have (Chong & Forsyth 2020, FID-inf).
-
-    The distance of N images is too high by c / N to first order, and c differs from model to
-    model. A line in 1 / N through the distances of num_points random subsets, their sizes evenly
-    spaced from N / 10 (but at least 2 D, below which the bias is no line) to N, ends at the
-    result. The reference's count stays as it is. The spread over seeds is wider than the plain
-    distance's, and near zero the result may be negative.
-
-    features: (N, D), N >= 4 D.
-    """
-    count, dim = features.shape
-    if count < 4 * dim:
-        raise UserError(
-            f"a Fréchet distance in {dim} dimensions can be extrapolated from {4 * dim} images "
-            f"on, got {count}: generate more, or use an extractor of fewer dimensions"
-        )
-    sizes = np.linspace(max(count // 10, 2 * dim), count, num_points).astype(int)
-    distances = []
-    for size in sizes:
-        which = torch.randperm(count, generator=generator)[:size].to(features.device)
-        parts = [Moments.of(features[part]) for part in which.split(TILE)]
-        distances.append(frechet_distance(sum(parts[1:], parts[0]), reference))
-    _, intercept = np.polyfit(1 / sizes, distances, 1)
-    return float(intercept)
 
 
 def kid(a: Tensor, b: Tensor, within_b: float | None = None) -> float:

@@ -30,11 +30,11 @@ def read(path: Path) -> list[Record]:
             head = checked(HEAD, shared, place)
             records.append(_record(head, row, place))
         elif version is not None:
-            if version != FORMAT:
+            if version not in (3, FORMAT):
                 raise UserError(
                     f"{place}: format {version!r:.40}, expected {FORMAT}: measure again"
                 )
-            head = checked(HEAD, values, place)
+            head = checked(HEAD, values | {"format": FORMAT}, place)  # 3 has no uncertainties
         elif head is None:
             raise UserError(f'{place}: expected a head line, with "format": {FORMAT}, before rows')
         else:
@@ -99,7 +99,8 @@ def _record(head: Head, values: dict, place: str) -> Record:
     if bool(row.nfe) != bool(row.steps):
         known = "at least 1" if row.steps else "0, for its steps are not known"
         raise UserError(f"{place}: nfe: expected {known}, got {row.nfe}")
-    for name, figures in {"quality": row.quality, **row.others}.items():
+    each = {"quality": row.quality, "uncertainty": row.uncertainty, **row.others, **row.errors}
+    for name, figures in each.items():
         if len(figures) > len(head.seeds):
             raise UserError(f"{place}: {name}: expected one a seed, got {len(figures)}")
     return Record(**vars(head), **vars(row))

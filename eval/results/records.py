@@ -8,7 +8,7 @@ in its `Row`; the file has a head once and the rows that it holds for below it (
 import hashlib
 import json
 from dataclasses import dataclass, field
-from statistics import mean, median, quantiles, stdev
+from statistics import mean, median, quantiles
 from typing import Annotated, Literal, NotRequired
 
 from pydantic import AfterValidator, Field, TypeAdapter, with_config
@@ -18,9 +18,10 @@ from diffusion.files import CHECKSUM
 from diffusion.plan import MOST_STEPS, Angle, Weight, ascending
 from diffusion.typed import CLOSED, OPEN, Amount, Count, Positive, Sha256, Text
 
-FORMAT = 3
+FORMAT = 4
 LONG = 100  # steps; a teacher's own plan of more may be judged on fewer images than other rows
 ENOUGH = 16  # steps; a teacher's row of as many can then stand in for that plan
+BLOCKS = 50  # of images, whose influences are kept with a row
 FOR_P90 = 29  # as many samples have one beyond the 90th percentile with 95 %: 0.9^29 < 0.05
 
 
@@ -70,8 +71,10 @@ class Data(TypedDict):
     """The dataset's name, or its folder."""
     split: Text
     """Which part of it, e.g. train."""
-    images: Positive
-    """How many they are."""
+    images: Count
+    """How many they are; 0 where saved statistics alone are known of them."""
+    statistics: NotRequired[Sha256]
+    """Identity of the file of saved statistics that the metric is a distance to."""
     sha256: NotRequired[Sha256]
     """Identity of their uint8 pixels."""
     background: NotRequired[str]
@@ -88,6 +91,8 @@ class Extractor(TypedDict):
     """Identity of its weights."""
     accuracy: NotRequired[Share | None]
     """A classifier's share of held-out images that it names rightly."""
+    further: NotRequired[list[Text]]
+    """Metrics of further extractors, which are among the further figures."""
 
 
 @with_config(OPEN)
@@ -198,11 +203,34 @@ class Timing:
 
 
 @with_config(CLOSED)
+@dataclass(frozen=True)
+class Uncertainty:
+    """How uncertain the Fréchet distance of one seed's images is (eval/measure/intervals.py)."""
+
+    bias: Figure
+    """By which so many images have a larger distance than infinitely many, in expectation."""
+    first: Amount
+    """Variance by the influence of each image, at the measured moments."""
+    second: Amount
+    """Variance that is left where the distance itself is zero."""
+    growth: Amount
+    """Most by which the variance grows with the distance, whatever the direction."""
+    influence: Annotated[list[Figure], Field(min_length=1, max_length=BLOCKS)]
+    """Influences of successive blocks of images, of mean 0 and of the distance's variance: rows of
+    one noise are compared by their products."""
+
+    @property
+    def variance(self) -> float:
+        """Near zero the first order counts the second twice."""
+        return max(self.first - self.second, self.second)
+
+
+@with_config(CLOSED)
 @dataclass(frozen=True, kw_only=True)
 class Head:
     """What rows share: what they are measured on, against what, and where."""
 
-    format: Literal[3] = FORMAT
+    format: Literal[4] = FORMAT
     """The version of this schema."""
     data: Data
     metric: Text
@@ -214,6 +242,8 @@ class Head:
     """Seeds of the noise."""
     floor: Annotated[list[Figure], Field(min_length=1)]
     """The metric of as many real images, over repeated draws."""
+    floor_error: Amount = 0.0
+    """Standard error of the floor's mean; 0 in files of formats before 4."""
     held_out: dict[str, Figure] = field(default_factory=dict)
     """The further figures of held-out real images: what a good model should come near to."""
     batch_size: Positive
@@ -257,6 +287,10 @@ class Row:
     """The metric of each seed's images; of fewer seeds while the row is being measured."""
     others: dict[str, Annotated[list[Figure], Field(min_length=1)]] = field(default_factory=dict)
     """Further figures by name, each of each seed."""
+    uncertainty: list[Uncertainty] = field(default_factory=list)
+    """Of each seed's metric; none in files of formats before 4."""
+    errors: dict[str, Annotated[list[Amount], Field(min_length=1)]] = field(default_factory=dict)
+    """Standard errors of the further figures, each of each seed."""
     likelihood: Likelihood = field(default_factory=Likelihood)
     """A teacher's bits per dimension of held-out images."""
     timings: list[Timing] = field(default_factory=list)
@@ -283,7 +317,8 @@ class Record(Row, Head):
         plan = (self.sha256, self.sampler, tuple(self.angles), self.metric, self.num_images)
         # an unguided row keeps the key, and so the tag, that it had before rows knew of guidance
         guided = () if self.guidance in (None, 1) else (self.guidance,)
-        return *plan, tuple(self.seeds), self.batch_size, place, *guided
+        further = tuple(self.extractor.get("further", ()))
+        return *plan, tuple(self.seeds), self.batch_size, place, *guided, *further
 
     @property
     def tag(self) -> str:
@@ -323,10 +358,6 @@ class Record(Row, Head):
     @property
     def score(self) -> float:
         return mean(self.quality)
-
-    @property
-    def spread(self) -> float:
-        return stdev(self.quality) if len(self.quality) > 1 else 0.0
 
     def timing(self, batch_size: int) -> Timing | None:
         """The repeats at that batch size, where there are any."""

@@ -14,7 +14,8 @@ def setting(record: Record, times: bool = True, most: int = 0) -> dict[str, str]
     """
     images = max(record.num_images, most) if record.long else record.num_images
     extractor, real = record.extractor["sha256"][:8], record.data
-    pixels = f" {real['sha256'][:8]}" if "sha256" in real else ""
+    identities = (real.get(name, "")[:8] for name in ("sha256", "statistics"))
+    pixels = "".join(f" {identity}" for identity in identities if identity)
     common = {
         "metric": record.metric if extractor in record.metric else f"{record.metric} {extractor}",
         "real images": f"{real['images']} of {Path(real['name']).name} {real['split']}{pixels}",

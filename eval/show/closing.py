@@ -1,4 +1,4 @@
-"""The last lines of a comparison: which student to take, and the command to see what was made."""
+"""The last lines of a comparison: which row to take, and the command to see what was made."""
 
 import shlex
 import shutil
@@ -6,41 +6,45 @@ import subprocess
 import sys
 from pathlib import Path
 
+from diffusion.samplers import SOLVERS
 from eval.show.columns import short
 from eval.show.lines import Line
-from eval.show.verdict import LIMITS, choice, rival
+from eval.show.verdict import LIMITS, choice, ratio
+
+NO_STUDENT = (
+    "no student is among these rows: make one with distill.progressive or distill.consistency, and "
+    "compare again"
+)
 
 
 def take(lines: list[Line]) -> str:
-    """The student to take, what speaks against it, and the command that makes images with it."""
+    """The row to take, what it costs, and the command that makes images with it."""
     line = choice(lines)
     if line is None:
-        return (
-            "no student is among these rows: make one with distill.progressive or "
-            "distill.consistency, and compare again"
-        )
+        return NO_STUDENT
     words = [f"take {line.name} at {line.calls}"]
+    if line.free:
+        words.append("which needs no training")
     if line.ratio is not None:
-        words.append(f"{line.ratio:.2f} times its teacher's distance")
+        words.append(f"{ratio(line)} times its teacher's distance")
     if line.speed_up is not None:
         words.append(f"{short(line.speed_up)} times as fast")
-    against = []
     if line.ratio is not None and line.ratio > LIMITS[-1]:
-        against.append(f"no student is within {LIMITS[-1]:g} times: train longer")
-    if free := rival(lines, line):
-        against.append(
-            f"{free.title} at {free.calls} needs no training and is as good"
-            + (f" ({free.ratio:.2f} times)" if free.ratio is not None else "")
-        )
-    return f"{', '.join(words)}{'; but '.join(['', *against])}: {generate(line)}"
+        words.append(f"though no row is within {LIMITS[-1]:g} times: train longer")
+    lack = "" if any(x.record.student for x in lines) else f"\n{NO_STUDENT}"
+    return f"{', '.join(words)}: {generate(line)}{lack}"
 
 
 def generate(line: Line) -> str:
-    """The command that makes a grid of images with a student's own plan."""
+    """The command that makes a grid of images as the row's were made."""
     path, record = Path(line.record.run), line.record
     run = path.parent if path.name == "model.safetensors" else path
     plan = ["--steps", str(record.steps)]
-    if record.note == "searched":  # angles that the checkpoint does not know
+    if line.free:
+        calls = SOLVERS[record.sampler].calls(record.steps)
+        plan = ["--sampler", record.sampler, "--steps", str(calls)]
+        plan += ["--shift", record.note.split()[1]] if record.note else []
+    elif record.note == "searched":  # angles that the checkpoint does not know
         plan = ["--angles", *(f"{angle:.6g}" for angle in reversed(record.angles[1:]))]
     if record.guidance is not None:
         plan += ["--guidance", f"{record.guidance:g}"]

@@ -2,9 +2,12 @@
 
 from collections.abc import Callable
 from functools import partial
+from math import floor, log10
 from statistics import mean
 from typing import NamedTuple
 
+from eval.measure.intervals import Interval
+from eval.measure.quality import SHARE
 from eval.results.records import Record, Timing
 from eval.show.lines import Line
 
@@ -89,8 +92,29 @@ def _megabytes(line: Line) -> Cell:
     return cell(None if batch is None or batch.allocated is None else batch.allocated / 1e6)
 
 
-def _spread(record: Record) -> float | None:
-    return record.spread if len(record.quality) > 1 else None
+def between(interval: Interval | None) -> str:
+    """The interval's ends in brackets, rounded to a third of its width or less; or nothing."""
+    if interval is None:
+        return ""
+    width = interval[1] - interval[0]
+    digits = max(0, -floor(log10(width / 3))) if width > 0 else 2
+    low, high = (f"{end:,.{digits}f}" for end in interval)
+    return f" ({low}–{high})" if interval[0] >= 0 else f" ({low} to {high})"
+
+
+def _quality(line: Line) -> Cell:
+    text = f"{line.record.score:.3g}{between(line.interval)}"
+    return Cell(f"{text} {line.mark}".strip(), line.record.score)
+
+
+def _ratio(value: float | None, interval: Interval | None) -> Cell:
+    return cell(value, lambda ratio: f"{ratio:.2f}{between(interval)}")
+
+
+def _figure(name: str, line: Line) -> Cell:
+    value, known = line.record.further.get(name), line.figure(name)
+    interval = known.interval() if known else None
+    return cell(value, lambda number: f"{number:.3g}{between(interval)}")
 
 
 def _within(error: float | None, digits: str = ".3g") -> Callable[[float], str]:
@@ -103,7 +127,17 @@ def _bits(name: str, line: Line) -> Cell:
     return cell(likelihood.get(name), _within(likelihood.get(f"{name}-error"), ".4g"))
 
 
-TRAININGS = "trainings"
+def gradient_images(record: Record) -> int | None:
+    """Images that the training, and those that it goes on from, took gradients of."""
+    return record.training.get("total_images", record.training.get("images"))
+
+
+def _minutes(record: Record) -> float | None:
+    seconds = record.training.get("seconds")
+    return None if seconds is None else seconds / 60
+
+
+TRAININGS, ABOVE = "trainings", "above floor"
 TIMES = ("ms @1", "images/s", "speed-up")
 NAMES: Columns = {
     "method": lambda line: Cell(line.name, line.name),
@@ -112,8 +146,9 @@ NAMES: Columns = {
 QUALITY: Columns = NAMES | {
     "NFE": lambda line: cell(line.record.nfe or None, str),
     TRAININGS: lambda line: cell(len(line.trainings), str),
-    "quality": lambda line: cell(line.record.score, _within(_spread(line.record))),
-    "× teacher": lambda line: cell(line.ratio, "{:.2f}".format),
+    "quality": _quality,
+    "× teacher": lambda line: _ratio(line.ratio, line.ratio_interval),
+    ABOVE: lambda line: _ratio(line.above, line.above_interval),
     "ms @1": lambda line: cell(line.milliseconds),
     "images/s": lambda line: cell(line.images_per_second),
     "speed-up": lambda line: cell(line.speed_up, lambda times: f"{short(times)}×"),
@@ -128,6 +163,11 @@ SPEED: Columns = NAMES | {
     "50,000 images": _fifty_thousand,
     "peak MB": _megabytes,
 }
+TRAINING: Columns = NAMES | {
+    "images": lambda line: cell(gradient_images(line.record), "{:,}".format),
+    "iterations": lambda line: cell(line.record.training.get("iterations"), "{:,}".format),
+    "minutes": lambda line: cell(_minutes(line.record)),
+}
 LIKELIHOOD: Columns = NAMES | {
     "bits/dim ≤": partial(_bits, "variational-bound"),
     "bits/dim": partial(_bits, "probability-flow"),
@@ -135,11 +175,25 @@ LIKELIHOOD: Columns = NAMES | {
 
 
 def further(records: list[Record]) -> Columns:
-    """The further figures that any row has."""
-    columns = dict(NAMES)
-    for name in dict.fromkeys(name for record in records for name in record.others):
-        columns[name] = lambda line, name=name: cell(line.record.further.get(name), "{:.3g}".format)
-    return columns
+    """The further figures that any row has, shares of classes apart."""
+    names = dict.fromkeys(name for record in records for name in record.others)
+    return NAMES | {name: partial(_figure, name) for name in names if not name.startswith(SHARE)}
+
+
+def classes(records: list[Record]) -> Columns:
+    """The shares of the classes, in percent."""
+    names = dict.fromkeys(name for record in records for name in record.others)
+    return NAMES | {
+        f"class {name.removeprefix(SHARE)}": lambda line, name=name: share(
+            line.record.further.get(name)
+        )
+        for name in names
+        if name.startswith(SHARE)
+    }
+
+
+def share(value: float | None) -> Cell:
+    return cell(value, "{:.1%}".format)
 
 
 def plain(line: Line, columns: Columns, times: bool) -> dict[str, object]:
@@ -148,7 +202,13 @@ def plain(line: Line, columns: Columns, times: bool) -> dict[str, object]:
     values = {head: column(line).value for head, column in columns.items()}
     values |= {"method": line.title, "warnings": " ".join(line.warnings), "sampler": record.sampler}
     values |= {"own": record.own_plan, "guidance": record.guidance}
-    values |= {"spread": _spread(record), "floor": mean(record.floor)}
+    for head, interval in (
+        ("quality", line.interval),
+        ("× teacher", line.ratio_interval),
+        (ABOVE, line.above_interval),
+    ):
+        values |= dict(zip((f"{head} low", f"{head} high"), interval or (None, None), strict=True))
+    values |= {"mark": line.mark, "floor": mean(record.floor)}
     if times:
         for head, timing in (("ms @1", record.single), ("images/s", record.batch)):
             quartiles = _quartiles(timing, head == "ms @1")[1:] if timing else (None, None)

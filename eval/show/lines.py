@@ -1,12 +1,17 @@
 """What tables, pictures and pages show: a line for the records that differ in their seed alone."""
 
 from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import groupby
 from statistics import mean
 
 from diffusion.console import UserError
-from eval.measure import quality
+from eval.measure import intervals, quality
+from eval.measure.intervals import Estimate, Interval
 from eval.results.records import ENOUGH, Record, Timing
 from eval.results.together import most_images, require_comparable, setting, titles
+
+BEST, TIE = "*", "≈"
 
 
 @dataclass(frozen=True)
@@ -25,6 +30,8 @@ class Line:
     """Whether it is judged on fewer images than other rows, with another bias in its figure."""
     warnings: tuple[str, ...] = ()
     """What a reader must not miss: collapsed, copies."""
+    mark: str = ""
+    """BEST or TIE among the rows of as many calls; nothing where none is known to be either."""
 
     @property
     def name(self) -> str:
@@ -45,14 +52,70 @@ class Line:
     def floor(self) -> float:
         return mean(self.record.floor)
 
+    @cached_property
+    def estimate(self) -> Estimate | None:
+        """Its quality with its variance; None where files of older formats lack it."""
+        each = [estimate(record) for record in self.trainings]
+        some = [one for one in each if one]
+        return intervals.of_trainings(some) if len(some) == len(each) else None
+
+    @property
+    def interval(self) -> Interval | None:
+        """95 %, of its quality; of several trainings, of what such a training has."""
+        if self.estimate is None:
+            return None
+        if len(self.trainings) > 1:
+            return self.estimate.interval()
+        return intervals.distance_interval(
+            self.record.score, intervals.pooled(self.record.uncertainty)
+        )
+
+    def figure(self, name: str) -> Estimate | None:
+        """A further figure; with a variance where all its trainings have one."""
+        if name not in self.record.others:
+            return None
+        each = []
+        for record in self.trainings:
+            errors, count = record.errors.get(name), len(record.quality)
+            if not errors:
+                return None
+            variance = sum(error**2 for error in errors) / count**2
+            each.append(Estimate(mean(record.others[name]), variance, [], intervals.GROUPS - 1))
+        return intervals.of_trainings(each)
+
     @property
     def ratio(self) -> float | None:
-        """Its figure over the larger of the yardstick's and the floor; None where neither is above
-        0, and for a row on fewer images."""
-        if self.yardstick is None or self.fewer:
+        """Its figure over the yardstick's; None where that is not above 0, and for a row on fewer
+        images."""
+        if self.yardstick is None or self.fewer or self.yardstick.score <= 0:
             return None
-        least = max(self.yardstick.score, self.floor)
-        return self.record.score / least if least > 0 else None
+        return self.record.score / self.yardstick.score
+
+    @property
+    def ratio_interval(self) -> Interval | None:
+        """95 %, of the ratio; None of the yardstick's to itself, and where it has no bounds."""
+        return self._ratio_interval(None)
+
+    @property
+    def above(self) -> float | None:
+        """The ratio above the floor, (quality - floor) / (yardstick - floor); None where the
+        yardstick is not known to be above the floor, and for the yardstick itself."""
+        if self.yardstick is None or self.above_interval is None:
+            return None
+        return (self.record.score - self.floor) / (self.yardstick.score - self.floor)
+
+    @property
+    def above_interval(self) -> Interval | None:
+        """95 %, of that."""
+        return self._ratio_interval(Estimate(self.floor, self.record.floor_error**2, []))
+
+    def _ratio_interval(self, floor: Estimate | None) -> Interval | None:
+        if self.yardstick is None or self.ratio is None or self.yardstick.key == self.record.key:
+            return None
+        stick = estimate(self.yardstick)
+        if stick is None or self.estimate is None:
+            return None
+        return intervals.ratio_interval(self.estimate, stick, floor)
 
     @property
     def milliseconds(self) -> float | None:
@@ -112,7 +175,41 @@ def lines(records: list[Record]) -> list[Line]:
         title += f" ({record.num_images:,} images)" if fewer else ""
         warnings = tuple(quality.warnings(record.further, record.held_out))
         made.append(Line(record, title, teacher, tuple(trainings), yardstick, fewer, warnings))
-    return made
+    return marked(made)
+
+
+def estimate(record: Record) -> Estimate | None:
+    """The record's quality; None where it has no uncertainty. Its blocks are of its seeds' images,
+    so that rows of as many images and seeds can be compared image by image."""
+    if not record.uncertainty:
+        return None
+    known = intervals.pooled(record.uncertainty)
+    blocks = [] if record.outside else known.influence  # others' images come from other noise
+    return Estimate(record.score, known.variance, blocks)
+
+
+def tied(a: Line, b: Line) -> bool:
+    """Whether the difference of two rows is within its 95 % interval; so is a row with itself."""
+    if a.estimate is None or b.estimate is None:
+        return a is b
+    return a is b or intervals.tied(a.estimate, b.estimate)
+
+
+def marked(made: list[Line]) -> list[Line]:
+    """The lines, marked at each number of calls: the best alone, or the best and its ties."""
+    marks: dict[int, str] = {}
+
+    def calls(line: Line) -> int:
+        return line.record.nfe
+
+    compared = [x for x in made if x.estimate and x.record.nfe and not x.fewer]
+    for _, group in groupby(sorted(compared, key=calls), calls):
+        rivals = [*group]
+        first = min(rivals, key=lambda line: line.record.score)
+        ties = [line for line in rivals if tied(line, first)]
+        if len(rivals) > 1:
+            marks |= {id(line): BEST if len(ties) == 1 else TIE for line in ties}
+    return [replace(line, mark=marks.get(id(line), "")) for line in made]
 
 
 def _kind(record: Record, teacher: Record | None) -> tuple:
@@ -179,10 +276,8 @@ def teacher_of(records: list[Record]) -> Record | None:
 
 
 def yardstick_of(rows: list[Record], most: int) -> Record | None:
-    """The row of one teacher's to compare quality with: its longest own plan where that is judged
-    on as many images as the others (most); else the best of those of 16 steps or more."""
-    longest = teacher_of(rows)
-    if longest and longest.num_images >= most:
-        return longest
-    enough = [row for row in rows if row.num_images >= most and row.steps >= ENOUGH]
-    return min(enough, key=lambda row: row.score, default=None)
+    """The row of one teacher's to compare quality with: the best of those of 16 steps or more that
+    are judged on as many images as the others (most); where none has as many, of the most steps."""
+    whole = [row for row in rows if row.num_images >= most]
+    steps = min(ENOUGH, max((row.steps for row in whole), default=0))
+    return min((row for row in whole if row.steps >= steps), key=lambda x: x.score, default=None)

@@ -17,6 +17,7 @@ from torch import Tensor
 from diffusion.console import printable
 from diffusion.pictures import grid
 from eval.measure import sets
+from eval.measure.intervals import Interval
 from eval.results.records import Record
 from eval.results.together import fullest
 from eval.show.lines import Line
@@ -59,7 +60,8 @@ class Point(NamedTuple):
     """Whether it is a solver's row, which needs no training."""
     cost: float
     score: float
-    spread: float
+    interval: Interval | None
+    """95 %; None where it is not known."""
     alone: bool = False
     """Whether its score, on fewer images, is not compared with the others'."""
 
@@ -77,8 +79,7 @@ def cost_chart(
     """Quality against a cost of the rows that have it; None where none has."""
     costs = [(line, value) for line in lines if (value := cost(line)) is not None]
     points = [
-        Point(x.title, x.free, value, x.record.score, x.record.spread, x.fewer)
-        for x, value in costs
+        Point(x.title, x.free, value, x.record.score, x.interval, x.fewer) for x, value in costs
     ]
     return chart(points, fullest([x.record for x, _ in costs]), label) if costs else None
 
@@ -100,7 +101,7 @@ def chart(points: Sequence[Point], first: Record, label: str) -> Picture:
         axes.errorbar(
             [point.cost for point in row],
             [point.score for point in row],
-            [min(point.spread, 0.99 * point.score) for point in row],
+            [*zip(*(_bars(point, bottom) for point in row), strict=True)],
             label=_literal(title),
             color=colour,
             marker=next(markers),
@@ -124,6 +125,12 @@ def chart(points: Sequence[Point], first: Record, label: str) -> Picture:
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0)
     titles = ", ".join(dict.fromkeys(point.title for point in points))
     return Picture(figure, f"{first.metric} against {label}, both logarithmic, of {titles}")
+
+
+def _bars(point: Point, bottom: float) -> tuple[float, float]:
+    """How far its error bar reaches down and up; not below the chart."""
+    low, high = point.interval or (point.score, point.score)
+    return max(0.0, point.score - max(low, bottom)), max(0.0, high - point.score)
 
 
 def front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -27,7 +27,8 @@ def facts(lines: list[Line], rows: list[Record], left_out: list[str]) -> dict[st
         "extractor": f"sha256 {extractor['sha256']}"
         + (f", {accuracy:.2%} of held-out images classified rightly" if accuracy else ""),
         "real images": f"{real['images']:,} of {Path(real['name']).name}, {real['split']}"
-        + (f", sha256 {real['sha256']}" if "sha256" in real else ""),
+        + (f", sha256 {real['sha256']}" if "sha256" in real else "")
+        + (f"; saved statistics {real['statistics']}" if "statistics" in real else ""),
         "floor": f"{mean(floor):.3g}: the same metric of {first.num_images:,} real images"
         f"{drawn(first)}, mean of {len(floor)} draws between {min(floor):.3g} and {max(floor):.3g}",
         "NFE": "network calls per image, counted by a wrapper of the network, in a pass of its own",

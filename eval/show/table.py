@@ -14,13 +14,14 @@ from rich.text import Text
 
 from diffusion.console import out, printable, write
 from eval.measure import quality
+from eval.measure.quality import SHARE
 from eval.results import jsonl, together
 from eval.results.records import Record
 from eval.show import columns
-from eval.show.columns import TIMES, TRAININGS, Cell, Columns, cell
+from eval.show.columns import ABOVE, TIMES, TRAININGS, Cell, Columns, cell
 from eval.show.lines import Comparison, Line
 
-FURTHER = "Further figures"  # so many columns that a terminal does without them
+FURTHER, CLASSES = "Further figures", "Classes"  # too many columns for a terminal
 SPEED_NOTES = {  # columns that need a word
     "first call, s": "first call: with compilation and warm-up",
     "ms @1": "ms @1: per image at batch 1, median and quartiles of the repeats",
@@ -62,6 +63,7 @@ def tables(comparison: Comparison) -> list[Table]:
     rows, times = comparison.lines, comparison.times
     idle = () if times else TIMES
     idle += (TRAININGS,) * (max(len(line.trainings) for line in rows) == 1)
+    idle += (ABOVE,) * all(line.above is None for line in rows)
     made = [_table("Quality and cost", columns.QUALITY, rows, caption(rows, times), leave_out=idle)]
     if times:
         first = comparison.records[0]
@@ -69,6 +71,10 @@ def tables(comparison: Comparison) -> list[Table]:
         notes = [f"noise to uint8 on {machine(first)}, synchronised"]
         notes += [note for head, note in SPEED_NOTES.items() if head in speed.heads]
         made.append(replace(speed, caption="; ".join(notes).format(batch_size=first.batch_size)))
+    if trained := [line for line in rows if line.record.own_plan and line.record.training]:
+        words = "images: that the network took gradients of, each as often as it did, and those of "
+        words += "the students that it goes on from; iterations and minutes: of its own training"
+        made.append(_table("Training", columns.TRAINING, trained, words, only_filled=True))
     if likely := [line for line in rows if line.record.likelihood]:
         images = likely[0].record.likelihood.get("images", "the")
         words = f"of {images} held-out images: the variational bound, and by the probability flow"
@@ -82,8 +88,15 @@ def tables(comparison: Comparison) -> list[Table]:
         foot = (Cell("held-out images"), Cell(""), *figures) if real else ()
         words = "a good model comes near to the held-out images"
         words = words if real else "no images are held out to compare with"
-        further = _table(FURTHER, others, rows, f"means over the seeds; {words}")
+        note = "in brackets 95 % intervals, by a jackknife over the images"
+        further = _table(FURTHER, others, rows, f"means over the seeds; {note}; {words}")
         made.append(replace(further, foot=foot))
+    shares = columns.classes(comparison.records)
+    if len(shares) > 2:
+        figures = [columns.share(real.get(head.replace("class ", SHARE))) for head in [*shares][2:]]
+        foot = (Cell("held-out images"), Cell(""), *figures) if real else ()
+        words = "share of the images that the classifier takes for each class"
+        made.append(replace(_table(CLASSES, shares, rows, words), foot=foot))
     return made
 
 
@@ -120,7 +133,16 @@ def caption(rows: list[Line], times: bool) -> str:
     ]
     if sticks:
         stick = sticks[0] if len(sticks) == 1 else f"that of its own teacher, {' or '.join(sticks)}"
-        parts.append(f"× teacher: over the larger of the floor and {stick}")
+        parts.append(f"× teacher: over {stick}")
+    if any(line.above is not None for line in rows):
+        parts.append(f"{ABOVE}: the same ratio of what both are above the floor")
+    if any(line.interval for line in rows):
+        parts.append(
+            "in brackets 95 % intervals, over the images drawn and the seeds of the noise"
+            + _trainings(rows)
+        )
+    if any(line.mark for line in rows):
+        parts.append("*: best at its number of calls; ≈: the best there, and what ties with it")
     parts += [
         f"{line.title}: of so few, with a floor of {line.floor:.3g} and another bias, "
         "so that it is not compared with the others"
@@ -130,6 +152,11 @@ def caption(rows: list[Line], times: bool) -> str:
     if times:
         batch = f"images/s at batch {first.batch_size} on {machine(first)}"
         parts += ["ms @1: per image at batch 1", batch]
+    if judged := [line.title for line in rows if line.record.method.endswith("-frechet")]:
+        parts.append(
+            f"{', '.join(dict.fromkeys(judged))}: trained on a Fréchet distance, which so cannot "
+            "judge it: see kid, precision, recall, density and coverage"
+        )
     if any("collapsed" in line.warnings for line in rows):
         parts.append("(collapsed): coverage is below half of the held-out images'")
     if any(quality.unheld(line.record.further) for line in rows):
@@ -141,6 +168,12 @@ def caption(rows: list[Line], times: bool) -> str:
     elif any("copies" in line.warnings for line in rows):
         parts.append("(copies): images too often lie on a training image")
     return "; ".join(parts)
+
+
+def _trainings(rows: list[Line]) -> str:
+    """Whether the intervals hold for other trainings too."""
+    several = max(len(line.trainings) for line in rows) > 1
+    return ", and over trainings where there are several" if several else " of this one training"
 
 
 def _sticks(rows: list[Line]) -> list[str]:
@@ -155,6 +188,8 @@ def _sticks(rows: list[Line]) -> list[str]:
 
 def drawn(record: Record) -> str:
     """How the floor's images are drawn, where they are more than the data has."""
+    if not record.data["images"]:
+        return ", drawn from a normal distribution of the saved statistics"
     if record.num_images <= record.data["images"]:
         return ""
     return f", drawn with replacement from {record.data['images']:,}"
@@ -164,10 +199,9 @@ def over(rows: list[Line]) -> str:
     """What the means are taken over."""
     seeds = together.fullest([line.record for line in rows]).seeds
     names = ", ".join(map(str, seeds))
-    noise = f"mean ± spread over seeds {names}" if len(seeds) > 1 else f"seed {names}"
-    if max(len(line.trainings) for line in rows) == 1:
-        return noise
-    return f"{noise}; of a row of several trainings, mean ± spread over these"
+    noise = f"mean over seeds {names}" if len(seeds) > 1 else f"seed {names}"
+    several = max(len(line.trainings) for line in rows) > 1
+    return f"{noise}; of a row of several trainings, their mean" if several else noise
 
 
 def machine(record: Record) -> str:
@@ -179,7 +213,7 @@ def terminal(comparison: Comparison) -> Group:
     """For rich; a table that is too wide goes on below, its rows named anew."""
     parts: list[RenderableType] = []
     for table in tables(comparison):
-        if table.title == FURTHER:
+        if table.title in (FURTHER, CLASSES):
             continue
         for some in _blocks(table, out.width):
             block = RichTable(
@@ -231,7 +265,7 @@ LATEX = str.maketrans(
     {c: f"\\{c}" for c in "&%$#_{}"}
     | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
     | {"<": r"\textless{}", ">": r"\textgreater{}", "[": "{[}", "–": "--"}
-    | {"×": r"$\times$", "±": r"$\pm$", "≤": r"$\le$"}
+    | {"×": r"$\times$", "±": r"$\pm$", "≤": r"$\le$", "≈": r"$\approx$"}
 )
 
 
@@ -259,7 +293,7 @@ def comma_separated(comparison: Comparison) -> str:
     times = comparison.times
     heads = {name: column for name, column in columns.QUALITY.items() if times or name not in TIMES}
     heads |= columns.SPEED if times else {}
-    heads |= columns.LIKELIHOOD | columns.further(comparison.records)
+    heads |= columns.TRAINING | columns.LIKELIHOOD | columns.further(comparison.records)
     rows = [columns.plain(line, heads, times) for line in comparison.lines]
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, rows[0], lineterminator="\n")

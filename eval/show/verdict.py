@@ -1,48 +1,53 @@
-"""Which student to take, in sentences."""
+"""Which row to take, a student or a solver that needs no training, in sentences."""
 
-from eval.show.columns import short
-from eval.show.lines import Line
+from typing import NamedTuple
 
-LIMITS = (1.2, 2.0)  # how much worse than the teacher a student that is taken may be
+from eval.show.columns import between, short
+from eval.show.lines import Line, tied
+
+LIMITS = (1.2, 2.0)  # how much worse than the teacher a row that is taken may be
 
 
-def students(lines: list[Line]) -> list[Line]:
-    return [line for line in lines if line.record.student]
+def candidates(lines: list[Line]) -> list[Line]:
+    """The students and solvers to choose from: those without a warning, or all if each has one."""
+    known = [line for line in lines if line.record.nfe and not line.fewer]
+    made = [line for line in known if line.free or line.record.student]
+    return [line for line in made if not line.warnings] or made
+
+
+def as_good(a: Line, b: Line) -> bool:
+    """Whether these images do not show that a is worse than b."""
+    return a.record.score <= b.record.score or tied(a, b)
+
+
+def pick(lines: list[Line]) -> Line | None:
+    """Of the best and what ties with it, the row of the fewest calls, then one without training."""
+    best = min(lines, key=lambda line: line.record.score, default=None)
+    ties = [line for line in lines if best and as_good(line, best)]
+    return min(
+        ties, key=lambda line: (line.record.nfe, not line.free, line.record.score), default=None
+    )
 
 
 def cheapest(lines: list[Line], limit: float) -> Line | None:
-    """The fewest network calls within `limit` times its teacher; of equals, the best. None of those
-    with a warning."""
-    sound = [line for line in lines if not line.warnings]
-    within = (line for line in sound if line.ratio is not None and line.ratio <= limit)
-    return min(within, key=lambda line: (line.record.nfe, line.record.score), default=None)
-
-
-def best(lines: list[Line]) -> Line | None:
-    """The least score of those without a warning, or where all have one, of all."""
-    return min(lines, key=lambda line: (bool(line.warnings), line.record.score), default=None)
+    """The pick of the fewest network calls within `limit` times the teacher."""
+    within = [line for line in lines if line.ratio is not None and line.ratio <= limit]
+    fewest = min((line.record.nfe for line in within), default=0)
+    return pick([line for line in within if line.record.nfe == fewest])
 
 
 def choice(lines: list[Line]) -> Line | None:
-    """The student to take: the cheapest within the first limit that any keeps, else the best."""
-    made = students(lines)
-    within = (cheapest(made, limit) for limit in LIMITS)
-    return next(filter(None, within), best(made))
-
-
-def rival(lines: list[Line], line: Line) -> Line | None:
-    """The best row without training, at no more calls and of the same teacher, where it is as good:
-    of a score no greater, or at the floor as the line is."""
-    same = (x for x in lines if x.yardstick is line.yardstick and x.record.nfe <= line.record.nfe)
-    free = best([x for x in same if x.free and not x.warnings])
-    if free is None:
-        return None
-    as_good = max(free.record.score, line.floor) <= max(line.record.score, line.floor)
-    return free if as_good else None
+    """The row to take: the cheapest within the first limit that any keeps, else the best."""
+    made = candidates(lines)
+    return next(filter(None, (cheapest(made, limit) for limit in LIMITS)), pick(made))
 
 
 def named(line: Line) -> str:
     return f"{line.name} at {line.calls}"
+
+
+def ratio(line: Line) -> str:
+    return "-" if line.ratio is None else f"{line.ratio:.2f}{between(line.ratio_interval)}"
 
 
 def figures(line: Line) -> str:
@@ -54,67 +59,95 @@ def figures(line: Line) -> str:
     return f"× teacher {ratio(line)}, {saved}"
 
 
+def against(lines: list[Line], line: Line) -> str:
+    """The row beside the best of the other sort at no more calls: what training gains, or not."""
+    others = [x for x in candidates(lines) if x.free != line.free]
+    other = pick([x for x in others if x.record.nfe <= line.record.nfe])
+    start = "It needs no training. " if line.free else ""
+    sort = "student" if line.free else "row without training"
+    if other is None:
+        return f"{start}No {sort} makes as few calls."
+    part = "is worse" if line.record.score < other.record.score else "is better"
+    if tied(other, line):
+        part = "is a tie with it"
+    elif line.estimate is None or other.estimate is None:
+        part += ", as far as can be told without intervals"
+    return f"{start}The best {sort} of no more calls, {named(other)} ({ratio(other)}), {part}."
+
+
 def sentences(lines: list[Line]) -> list[str]:
-    """Which student to ship, and what else a reader should know."""
-    made, ship = students(lines), choice(lines)
+    """Which row to take, why, and what else a reader should know."""
+    made, ship = candidates(lines), choice(lines)
     if ship is None:
-        return ["No student is among these rows, so there is none to ship."]
+        return ["Neither a student nor a solver is among these rows, so there is none to take."]
     if ship.ratio is None:
-        lack = "No row of the teacher's with steps enough to compare with is among these."
-        if ship.teacher is None:
-            lack = "The teacher is not among these rows."
-        return [f"{lack} Of the students, {named(ship)} is the best."]
+        return [f"The teacher is not among these rows. Of the others, {named(ship)} is the best."]
     near, far = (cheapest(made, limit) for limit in LIMITS)
-    more = []
+    more = [against(lines, ship)]
     if far is None:
-        sound = "sound student" if ship.warnings else "student"
-        reason = f"the best, though no {sound} is within {LIMITS[1]:g}× of the teacher"
+        reason = f"the best, though none is within {LIMITS[1]:g}× of the teacher"
     elif near is None:
-        reason = f"the cheapest student within {LIMITS[1]:g}× of the teacher; "
-        reason += f"none is within {LIMITS[0]:g}×"
+        reason = f"the cheapest within {LIMITS[1]:g}× of the teacher; none is within {LIMITS[0]:g}×"
     else:
-        reason = f"the cheapest student within {LIMITS[0]:g}× of the teacher"
+        reason = f"the cheapest within {LIMITS[0]:g}× of the teacher"
         if near is far:
             reason += f", and within {LIMITS[1]:g}×"
         else:
             more.append(f"If {LIMITS[1]:g}× will do: {named(far)} ({figures(far)}).")
-    free = cheapest([line for line in lines if line.free], LIMITS[0])
-    more.append(
-        f"Without any training, the cheapest within {LIMITS[0]:g}× is {named(free)}."
-        if free
-        else f"Without any training, nothing compared here is within {LIMITS[0]:g}×."
-    )
-    if as_good := rival(lines, ship):
-        ratio = f" (× teacher {as_good.ratio:.2f})"
+    real = [line for line in made if (line.interval or (line.record.score,))[0] <= line.floor]
+    if len(real) > 1:
         more.append(
-            f"{named(as_good)} needs no training and is as good{ratio}: "
-            "this student gains nothing over it."
+            f"{len(real)} rows are not told from the floor ({ship.floor:.3g}), which is that of "
+            "real images: their order among themselves says little."
         )
-    tied = sum(line.record.score <= ship.floor for line in lines if not line.fewer)
-    if tied > 1:
-        more.append(
-            f"{tied} rows are at or below the floor ({ship.floor:.3g}), where "
-            f"{ship.record.num_images:,} images do not tell them from real ones: "
-            "their order among themselves says little."
-        )
-    return [f"Ship {named(ship)}: {reason} ({figures(ship)}).", *more]
+    return [f"Take {named(ship)}: {reason} ({figures(ship)}).", *more]
 
 
-def best_by_calls(lines: list[Line]) -> list[tuple[Line, str, str]]:
-    """The best student of each number of calls with its ratio, and the best of the rows without
-    training that make no more. Empty where no student has a teacher to be compared with."""
-    ship = choice(lines)
-    if ship is None or ship.ratio is None:
-        return []
+class Budget(NamedTuple):
+    """What to take for at most so much."""
+
+    most: str
+    line: Line
+    why: str
+
+
+def budgets(lines: list[Line]) -> list[Budget]:
+    """The pick for each budget at which it changes, ascending: of milliseconds for an image alone
+    where all rows have times, else of network calls."""
+    made = candidates(lines)
+    timed = all(line.milliseconds is not None for line in made)
+    found: list[Budget] = []
+
+    def cost(line: Line) -> float:
+        return line.milliseconds or 0.0 if timed else line.record.nfe
+
+    for most in sorted({cost(line) for line in made}):
+        line = pick([x for x in made if cost(x) <= most])
+        if line is None or (found and found[-1].line is line):
+            continue
+        words = f"{short(most)} ms an image" if timed else f"{short(most)} calls"
+        rivals = [x for x in made if cost(x) <= most and x is not line and tied(x, line)]
+        ties = f" A tie with it: {', '.join(map(named, rivals))}." if rivals else ""
+        interval = between(line.interval)
+        quality = f"quality {line.record.score:.3g}{interval}, × teacher {ratio(line)}."
+        found.append(Budget(words, line, f"{quality} {against(lines, line)}{ties}"))
+    return found
+
+
+def best_by_calls(lines: list[Line]) -> list[tuple[Line, str, str, str]]:
+    """The best student of each number of calls with its ratio, the best of the rows without
+    training that make no more, and which of the two is better."""
     made = []
-    for nfe in sorted({line.record.nfe for line in students(lines)}):
-        first = best([line for line in students(lines) if line.record.nfe == nfe]) or ship
-        free = best([line for line in lines if line.free and line.record.nfe <= nfe])
-        made.append(
-            (first, ratio(first), f"{ratio(free)} by {free.record.sampler}" if free else "-")
-        )
+    some = candidates(lines)
+    for nfe in sorted({line.record.nfe for line in some if line.record.student}):
+        first = pick([x for x in some if x.record.student and x.record.nfe == nfe])
+        free = pick([x for x in some if x.free and x.record.nfe <= nfe])
+        if first is None or first.ratio is None:
+            continue
+        if free is None:
+            made.append((first, ratio(first), "-", "-"))
+            continue
+        better = "student" if first.record.score < free.record.score else "untrained"
+        words = f"{ratio(free)} by {free.record.sampler}, {free.calls}"
+        made.append((first, ratio(first), words, "tie" if tied(first, free) else better))
     return made
-
-
-def ratio(line: Line) -> str:
-    return "-" if line.ratio is None else f"{line.ratio:.2f}"

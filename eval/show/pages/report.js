@@ -19,3 +19,12 @@ for (const table of document.querySelectorAll("table.sortable")) {
     head.firstElementChild.addEventListener("click", () => sortBy(table, column)),
   );
 }
+// Of the budgets' verdicts the one that the slider names; all of them without this script.
+const slider = document.getElementById("budget");
+if (slider) {
+  const verdicts = [...slider.parentElement.querySelectorAll("li")];
+  const show = () => verdicts.forEach((each, i) => (each.hidden = i !== Number(slider.value)));
+  slider.hidden = false;
+  slider.addEventListener("input", show);
+  show();
+}

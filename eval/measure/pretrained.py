@@ -1,0 +1,99 @@
+"""Vision transformers as feature extractors, from folders that transformers' save_pretrained wrote.
+
+DINOv2 makes FD-DINOv2 as dgm-eval (Stein et al. 2023) and EDM2 (Karras et al. 2024) have it: the
+class token after the last norm, of images resized to 224 x 224 as Pillow's bicubic does. CLIP makes
+what dgm-eval takes of it: the class token after the last norm, before the projection.
+"""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from diffusion.checkpoint import weights_sha256
+from diffusion.console import UserError
+
+BATCH = 32
+
+
+class Kind(NamedTuple):
+    """A family of networks."""
+
+    architecture: str
+    """The class in transformers."""
+    size: int | None
+    """Pixels a side that images are resized to; None for those of the network's config."""
+    mean: tuple[float, float, float]
+    """Of white = 1, by which each colour was normalised in training."""
+    std: tuple[float, float, float]
+
+
+KINDS = {
+    "dinov2": Kind("Dinov2Model", 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "clip": Kind(
+        "CLIPVisionModel",
+        None,
+        (0.48145466, 0.4578275, 0.40821073),
+        (0.26862954, 0.26130258, 0.27577711),
+    ),
+}
+
+
+def is_named(choice: str) -> bool:
+    """Whether it names one of them: dinov2:FOLDER or clip:FOLDER."""
+    return choice.partition(":")[0] in KINDS and ":" in choice
+
+
+def network(choice: str, device: torch.device) -> tuple[Callable[[Tensor], Tensor], int, str]:
+    """uint8 (B, C, H, W) of 0..255, C 1 or 3 -> float32 (B, D); D; and the sha256 of what makes
+    them: the weights and the size that images are resized to."""
+    name, _, folder = choice.partition(":")
+    kind = KINDS[name]
+    model = _load(kind, Path(folder)).to(device).eval().requires_grad_(False)
+    size = kind.size or model.config.image_size
+    mean, std = (255 * torch.tensor(x, device=device).view(3, 1, 1) for x in (kind.mean, kind.std))
+
+    def features(images: Tensor) -> Tensor:
+        x = F.interpolate(images.float(), (size, size), mode="bicubic", antialias=True)
+        x = x.round().clamp(0, 255)  # as Pillow's, whose pixels are whole
+        return model(pixel_values=(x - mean) / std).pooler_output.float()
+
+    def extract(images: Tensor) -> Tensor:
+        return torch.cat([features(part) for part in images.split(BATCH)])
+
+    identity = f"{weights_sha256(model.state_dict())} {size}"
+    sha256 = hashlib.sha256(identity.encode()).hexdigest()
+    return torch.no_grad()(extract), model.config.hidden_size, sha256
+
+
+def _load(kind: Kind, folder: Path) -> Any:
+    """The network in a folder, from safetensors alone. UserError where it is none or not whole."""
+    try:
+        import transformers
+    except ImportError:
+        raise UserError(
+            "features of a folder need transformers, which is not here: pip install transformers"
+        ) from None
+    expected = f"expected a {kind.architecture} as save_pretrained writes it, with safetensors"
+    if not (folder / "config.json").is_file():
+        raise UserError(f"there is no {folder / 'config.json'}: {expected}")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        model, report = getattr(transformers, kind.architecture).from_pretrained(
+            folder,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+            dtype=torch.float32,
+        )
+    except Exception as error:  # a wrong file fails in as many ways as there are files
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(f"{folder} does not load: {expected} ({reason:.200})") from error
+    if lacking := sorted(report["missing_keys"]):  # which transformers would leave at random
+        raise UserError(f"{folder} lacks weights such as {lacking[0]}: {expected}")
+    return model
