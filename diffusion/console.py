@@ -16,7 +16,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 T = TypeVar("T")
 Limits = Mapping[str, tuple[str, Callable[[Any], bool]]]  # an option -> its limit in words, a test
 DEBUG = "--debug"  # with it, what escapes as an error of the system shows its traceback
-ALLOCATION = re.compile("out of memory|allocate memory|CUBLAS_STATUS_ALLOC_FAILED", re.IGNORECASE)
+ALLOCATION = re.compile(  # how torch, CUDA, oneDNN and threads say that memory is short
+    "out of memory|allocate memory|CUBLAS_STATUS_ALLOC_FAILED|create a primitive|start new thread",
+    re.IGNORECASE,
+)
 
 
 class Output(Console):

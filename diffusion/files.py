@@ -9,6 +9,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import stat
 import zlib
 from collections.abc import Generator
@@ -20,13 +21,17 @@ from pathlib import Path
 import safetensors
 import safetensors.torch
 import torch
+import xxhash
 from torch import Tensor
 
 from diffusion.console import UserError
 
 LOCK = ".fewstep.lock"  # in a folder: who writes there
 NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP}
-CHECKSUM = "crc32"  # the field of it, in a JSON object and in a safetensors file's metadata
+CHECKSUM = "crc32"  # the field of it in a JSON object
+# By its field in a safetensors file's metadata, what is taken of a tensor's bytes: the first is
+# written, at the speed of memory; the other is of earlier files.
+DIGESTS = {"xxh3": xxhash.xxh3_64_intdigest, "crc32": zlib.crc32}
 
 
 held: set[Path] = set()  # the folders that this process owns: see diffusion.owner
@@ -42,22 +47,25 @@ class Unwritable(UserError):
 
 @contextmanager
 def atomic_path(path: Path) -> Generator[Path]:
-    """A path beside `path` to write to; renamed to it on success, removed on failure.
+    """A path to write to; renamed to `path` on success, removed on failure.
 
-    A link is written through. Unwritable where the disk refuses; then what was there stays.
+    It lies in a folder of its own beside `path`: safetensors writes to a file of another name
+    first, and a kill would leave that. A link is written through. Unwritable where the disk
+    refuses; then what was there stays.
     """
-    path = target(path)
     try:
+        Path(os.path.realpath(path)).parent.mkdir(parents=True, exist_ok=True)
+        path = target(path)  # after that: a folder that was deleted is not half made again
         remove_parts(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f".{path.name}.{os.getpid()}.part")
+        part.mkdir(exist_ok=True)
         try:
-            yield part
-            with open(part, "rb") as file:
+            yield part / "content"
+            with open(part / "content", "rb") as file:
                 os.fsync(file.fileno())
-            os.replace(part, path)
+            os.replace(part / "content", path)
         finally:
-            part.unlink(missing_ok=True)
+            _delete(part)
     except (OSError, safetensors.SafetensorError) as error:
         raise unwritable(path, error) from error
 
@@ -116,7 +124,15 @@ def remove_parts(path: Path) -> None:
     """Delete what writers of this file, killed before this command, left beside it."""
     for part in _parts(path.parent).pop(path.name, []):
         if not _alive(part.name.split(".")[-2]):
-            part.unlink(missing_ok=True)
+            _delete(part)
+
+
+def _delete(part: Path) -> None:
+    """Delete a writer's folder, or the file that one of an earlier version left."""
+    if part.is_dir():
+        shutil.rmtree(part, ignore_errors=True)
+    else:
+        part.unlink(missing_ok=True)
 
 
 @cache  # a folder of many pictures is listed once
@@ -130,7 +146,7 @@ def _parts(folder: Path) -> dict[str, list[Path]]:
 
 
 def is_part(name: str) -> bool:
-    """Whether a writer that was killed leaves a file of such a name."""
+    """Whether a writer that was killed leaves a folder or a file of such a name."""
     return re.fullmatch(r"\..+\.\d+\.part", name, re.DOTALL) is not None
 
 
@@ -149,7 +165,8 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str
     """A safetensors file with a checksum; metadata that holds a sha256 has its own."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     if "sha256" not in metadata:
-        metadata = metadata | {CHECKSUM: _tensors_checksum(tensors, metadata)}
+        kind = next(iter(DIGESTS))
+        metadata = metadata | {kind: _tensors_checksum(tensors, metadata, kind)}
     with atomic_path(path) as part:
         part.touch()
         mode = stat.S_IMODE(part.stat().st_mode)  # as the user's files are; safetensors' are 0600
@@ -169,9 +186,10 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             metadata = file.metadata() or {}
     except (safetensors.SafetensorError, ValueError) as error:
         raise Damaged(f"{path} is not a whole safetensors file ({error})") from error
-    checksum = metadata.pop(CHECKSUM, None)
-    if checksum is not None and checksum != _tensors_checksum(tensors, metadata):
-        raise _damaged(path)
+    checksums = {kind: metadata.pop(kind) for kind in DIGESTS if kind in metadata}
+    for kind, checksum in checksums.items():
+        if checksum != _tensors_checksum(tensors, metadata, kind):
+            raise _damaged(path)
     return tensors, metadata
 
 
@@ -187,14 +205,14 @@ def metadata(path: Path) -> dict[str, str]:
         return {}
 
 
-def _tensors_checksum(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
-    """crc32 over each tensor's name, type, shape and the crc32 of its bytes, and the metadata."""
+def _tensors_checksum(tensors: dict[str, Tensor], metadata: dict[str, str], kind: str) -> str:
+    """crc32 over each tensor's name, type, shape and its bytes' digest, and the metadata."""
 
     def described(name: str) -> list:
         tensor = tensors[name]
-        return [name, str(tensor.dtype), list(tensor.shape), zlib.crc32(bytes_of(tensor))]
+        return [name, str(tensor.dtype), list(tensor.shape), DIGESTS[kind](bytes_of(tensor))]
 
-    with ThreadPoolExecutor() as pool:  # crc32 lets other threads run
+    with ThreadPoolExecutor() as pool:  # a digest lets other threads run
         every = [*pool.map(described, sorted(tensors))]
     return _json_checksum({"tensors": every, "metadata": metadata})
 

@@ -88,6 +88,9 @@ def _train(
     if finished.exists():
         model = load(run, config.precision)
         require_same(run, model.card.training.get("settings", {}), settings)
+        if processes.is_main_process:
+            with suppress(OSError):  # it may lie where one cannot write
+                tidy(run)  # a kill may have come between the model and this
         say(f"{run}  finished before: {finished}")
         return model
     state = run / "state" / "state.safetensors"

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import torch
 from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin
+from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 from diffusion import older
@@ -24,7 +25,8 @@ from diffusion.config import FitConfig, check, learning_rate
 from diffusion.console import Interrupted, UserError
 from diffusion.data import Dataset
 from diffusion.denoiser import Denoiser
-from diffusion.files import Damaged, load_tensors, save_tensors, sealed
+from diffusion.files import load_tensors, save_tensors, sealed
+from diffusion.typed import Amount, Positive, checked, parse
 
 Nets = Mapping[str, nn.Module]  # a method's players by name
 
@@ -155,13 +157,16 @@ def one_network(student: nn.Module, objective: Objective) -> Method:
 class Progress(NamedTuple):
     """One log line; loss and gradient norm are means since the last."""
 
-    iteration: int
-    iterations: int
+    iteration: Positive
+    iterations: Positive
     loss: float
     gradient_norm: float
-    learning_rate: float
-    images_per_second: float
-    seconds: float
+    learning_rate: Amount
+    images_per_second: Amount
+    seconds: Amount
+
+
+LINE = TypeAdapter(Progress)
 
 
 # The mend for a state that cannot be read, and what it costs.
@@ -403,10 +408,10 @@ def _restore(
         return None
     try:
         return _restored(path, nets, followers, optimizers)
-    except (Damaged, LookupError, RuntimeError, TypeError, ValueError) as error:
+    except (UserError, LookupError, RuntimeError, TypeError, ValueError) as error:
         if isinstance(error, RuntimeError) and "state_dict" not in str(error):  # out of memory
             raise
-        reason = str(error) if isinstance(error, Damaged) else f"{path} is of another training"
+        reason = str(error) if isinstance(error, UserError) else f"{path} is of another training"
         raise UserError(f"{reason}: {DELETE}") from error
 
 
@@ -433,4 +438,4 @@ def _restored(path: Path, nets: Nets, followers: Followers, optimizers: Optimize
             slots.setdefault(int(i), {})[slot] = value
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": slots, "param_groups": groups})
-    return Progress(**json.loads(metadata["line"]))
+    return checked(LINE, parse(metadata["line"]), f"{path}: its line")

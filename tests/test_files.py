@@ -87,6 +87,37 @@ def test_files_of_before_there_were_checksums_are_read(tmp_path):
     assert load_tensors(path)[1] == {"line": "text"}
 
 
+def test_tensors_sealed_by_the_earlier_digest_are_read_and_verified(tmp_path):
+    import safetensors.torch
+
+    path, said = tmp_path / "earlier", {"line": "text"}
+    seal = files._tensors_checksum(TENSORS, said, "crc32")
+    path.write_bytes(safetensors.torch.save(TENSORS, said | {"crc32": seal}))
+    assert load_tensors(path)[1] == said
+    path.write_bytes(safetensors.torch.save(TENSORS | {"b": ~TENSORS["b"]}, said | {"crc32": seal}))
+    with pytest.raises(UserError, match="is damaged"):
+        load_tensors(path)
+
+
+def test_a_writer_killed_within_safetensors_leaves_nothing_that_the_next_does_not_sweep(tmp_path):
+    path = tmp_path / "state.safetensors"
+
+    def killed() -> None:
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+        save_tensors(path, {"x": torch.zeros(10_000)}, {})
+
+    pid = os.fork()
+    if pid == 0:
+        killed()
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGXFSZ
+    assert len(names(tmp_path)) == 1
+    save_tensors(path, TENSORS, {})
+    assert names(tmp_path) == [path.name]
+
+
 def test_a_saved_file_has_the_rights_of_the_users_other_files(tmp_path):
     save_tensors(tmp_path / "one", TENSORS, {})
     (tmp_path / "two").write_text("")

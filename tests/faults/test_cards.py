@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections.abc import Iterator
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.changes import ABSENT, FREE, VALUES, changed, places
 from diffusion import checkpoint, model
 from diffusion.checkpoint import Card
 from diffusion.console import UserError
@@ -49,48 +49,10 @@ BEFORE = {
     "data": NOW["data"] | {"mean": 78.0, "std": 96.0, "num_classes": 3},
     "format": 1,
 }  # fmt: skip
-WRONG = [
-    None, True, 5, -1, 2.5, 10**9, 10**30, 1e308, math.nan, math.inf, "", "text", [], [[]], {},
-    {"a": 1}, [0.0] * 20_000,
-]  # fmt: skip
-ABSENT = object()
-# Places whose values are free, or may be left out: what is put there is another card, no fault.
-FREE = {
-    "method", "abilities", "abilities.0", "training", "training.settings", "training.iterations",
-    "training.images", "training.seconds", "training.settings.seed", "parent", "origin", "shift",
-    "shifted", "guidance", "data.name", "data.background", "data.sha256", "data.num_classes",
-    "codec.mean", "codec.std", "data.mean", "data.std", "denoiser.bounds", "denoiser.bounds.0",
-    "denoiser.bounds.1", "net.bounds", "denoiser.prediction", "net.prediction", "denoiser",
-    "denoiser.learned_variance", "net.learned_variance", "net.dropout", "net.attention", "sampler",
-    "solvers", "solvers.0", "condition.guidance.low", "condition.guidance.high",
-    "net.guidance.0", "net.guidance.1",
-}  # fmt: skip
-
-
-def places(node: object, path: tuple = ()) -> Iterator[tuple]:
-    if path:
-        yield path
-    if isinstance(node, dict | list):
-        for key, value in node.items() if isinstance(node, dict) else enumerate(node):
-            yield from places(value, (*path, key))
-
-
-def changed(card: dict, path: tuple, value: object) -> dict:
-    card = json.loads(json.dumps(card))
-    *above, last = path
-    node = card
-    for key in above:
-        node = node[key]
-    if value is ABSENT:
-        del node[last]
-    else:
-        node[last] = value
-    return card
 
 
 CARDS = {"now": NOW, "before": BEFORE}
 PLACES = [(version, path) for version, card in CARDS.items() for path in places(card)]
-VALUES = (*WRONG, ABSENT)
 
 
 @pytest.fixture(scope="module")

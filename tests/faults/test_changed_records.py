@@ -1,7 +1,6 @@
 """Records changed by rule: each is refused in one line that names the field, or makes a table."""
 
 import json
-import math
 from contextlib import suppress
 
 import pytest
@@ -9,12 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_up import record
 
+from benchmarks.changes import VALUES, changed, places
 from diffusion.console import UserError
 from diffusion.files import CHECKSUM
 from eval.results import jsonl
 from eval.show import closing, provenance, table, verdict
 from eval.show.lines import comparison
-from tests.faults.test_cards import ABSENT, JSON, changed, places
+from tests.faults.test_cards import JSON
 
 ROWS = [
     record("teacher", 8, others={"kid": [0.5, 0.1]}, held_out={"kid": 0.1},
@@ -25,10 +25,6 @@ HEAD, TEACHER, STUDENT = (
     {name: value for name, value in json.loads(line).items() if name != CHECKSUM}
     for line in jsonl.lines(ROWS).splitlines()
 )  # without a checksum, as a program of someone else's writes them
-WRONG = [
-    None, True, 5, -1, 0, 2.5, 10**9, 10**30, 1e30, 1e-300, 1e308, math.nan, -math.inf, "", "text",
-    [], [[]], {}, {"a": 1}, "\x1b[31m|<b>$x$",
-]  # fmt: skip
 PLACES = [("head", path) for path in places(HEAD)] + [("row", path) for path in places(STUDENT)]
 
 
@@ -56,7 +52,7 @@ def text_of(which: str, path: tuple, value: object) -> str:
 
 
 def test_there_are_more_than_a_thousand_changes(tmp_path):
-    assert len(PLACES) * (len(WRONG) + 1) > 1000
+    assert len(PLACES) * len(VALUES) > 1000
     show(text_of("head", ("num_images",), 100), tmp_path / "r.jsonl")
 
 
@@ -65,7 +61,7 @@ def test_there_are_more_than_a_thousand_changes(tmp_path):
 )
 def test_a_changed_record_is_refused_in_one_line_or_makes_a_table(tmp_path, which, path):
     file = tmp_path / "r.jsonl"
-    for value in (*WRONG, ABSENT):
+    for value in VALUES:
         message = ""
         try:
             show(text_of(which, path, value), file)
