@@ -70,7 +70,7 @@ MISTAKES = [
     (ddpm, "--weight-decay 1e308", ["--weight-decay", "at most"]),
     (ddpm, "--shift 1e308", ["--shift", "at most"]),
     (ddpm, "--clip nan", ["--clip", "nan"]),
-    (ddpm, "--data pictures --num-classes 3", ["--num-classes 3", "no", "labels", "leave it out"]),
+    (ddpm, "--data pictures --num-classes 3", ["none of its folders", "leave --num-classes out"]),
     (ddpm, "--multipliers 0", ["multipliers", "0"]),
     (ddpm, "--blocks -1", ["--blocks", "-1"]),
     (ddpm, "--attention 16", ["--attention 16", "8"]),
