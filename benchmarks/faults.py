@@ -338,7 +338,7 @@ def damaged(stop: int | None, seed: float, scene: Scene, name: str, home: Path) 
 def _reads(scene: Scene, name: str, where: str) -> bool:
     """Whether the command has to do with the file: it made it, or its words name its folder."""
     made = where not in figures(scene.before(name))
-    return made or any(where.startswith(word) for word in COMMANDS[name].split())
+    return made or any(f"{where}/".startswith(f"{word}/") for word in COMMANDS[name].split())
 
 
 def _pictures(scene: Scene, name: str) -> list[str]:

@@ -16,8 +16,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 T = TypeVar("T")
 Limits = Mapping[str, tuple[str, Callable[[Any], bool]]]  # an option -> its limit in words, a test
 DEBUG = "--debug"  # with it, what escapes as an error of the system shows its traceback
-ALLOCATION = re.compile(  # how torch, CUDA, oneDNN and threads say that memory is short
-    "out of memory|allocate memory|CUBLAS_STATUS_ALLOC_FAILED|create a primitive|start new thread",
+ALLOCATION = re.compile(  # how torch, CUDA, oneDNN, threads and imports say that memory is short
+    "out of memory|allocate memory|CUBLAS_STATUS_ALLOC_FAILED|create a primitive|start new thread"
+    "|failed to map segment",
     re.IGNORECASE,
 )
 
@@ -164,7 +165,7 @@ def run(main: Callable[[], None]) -> None:
     except BrokenPipeError:
         unheard(sys.stdout)
         sys.exit(0)
-    except (OSError, MemoryError, RuntimeError) as error:
+    except (OSError, MemoryError, RuntimeError, ImportError) as error:
         words = system_error(error)
         if debug or not words:
             raise
@@ -176,7 +177,7 @@ def run(main: Callable[[], None]) -> None:
             unheard(sys.stdout)
 
 
-def system_error(error: OSError | MemoryError | RuntimeError) -> str:
+def system_error(error: Exception) -> str:
     """What the system refused, and by `doing` what was being done; "" for a fault of the code."""
     if isinstance(error, OSError):
         reason = error.strerror or str(error) or type(error).__name__
