@@ -54,8 +54,9 @@ def atomic_path(path: Path) -> Generator[Path]:
     refuses; then what was there stays.
     """
     try:
-        Path(os.path.realpath(path)).parent.mkdir(parents=True, exist_ok=True)
-        path = target(path)  # after that: a folder that was deleted is not half made again
+        path = target(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path = target(path)  # again: the folder may have been deleted in between
         remove_parts(path)
         part = path.with_name(f".{path.name}.{os.getpid()}.part")
         part.mkdir(exist_ok=True)
