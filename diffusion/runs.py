@@ -12,10 +12,11 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from pydantic import TypeAdapter
 from torch import nn
 
 from diffusion import checkpoint, machine, older
-from diffusion.checkpoint import Card
+from diffusion.checkpoint import Card, Settings
 from diffusion.config import FitConfig, check, settings_of
 from diffusion.console import UserError, doing, say, silence, track
 from diffusion.data import Dataset
@@ -38,6 +39,9 @@ from diffusion.owner import owned
 from diffusion.pace import in_minutes, with_warning
 from diffusion.pictures import save_grid
 from diffusion.training import DELETE, Method, Progress, fit
+from diffusion.typed import checked
+
+SETTINGS = TypeAdapter(Settings)
 
 
 def train_model(
@@ -185,9 +189,11 @@ def settings_before(run: Path) -> dict:
         return {}
     try:
         if described.exists() and "settings" not in metadata(state):
-            return read_json(described)  # of a version that kept them beside the state
-        return read_object(metadata(state).get("settings", ""), state)
-    except Damaged as error:
+            settings = read_json(described)  # of a version that kept them beside the state
+        else:
+            settings = read_object(metadata(state).get("settings", ""), state)
+        return dict(checked(SETTINGS, settings, f"{state}: its settings"))
+    except UserError as error:
         raise UserError(f"{error}: {DELETE}") from error
 
 

@@ -318,6 +318,29 @@ def test_a_bit_flipped_in_a_state_is_refused_with_the_mend_or_changes_nothing(
             assert state.read_bytes() == bytes(flipped)
 
 
+@pytest.mark.parametrize(
+    ("name", "changes", "words"),
+    [
+        ("settings", {"images": "text"}, 'its settings: images: .*got "text"'),
+        ("settings", {"iterations": -1}, "its settings: iterations: .*got -1"),
+        ("line", {"loss": None}, "its line: loss: .*got null"),
+        ("line", {"iteration": "2"}, 'its line: iteration: .*got "2"'),
+    ],
+)
+def test_a_state_whose_settings_or_line_are_of_another_type_is_refused_with_the_mend(
+    tmp_path, train_tiny, quick, stop_at_save, name, changes, words
+):
+    run = tmp_path / "run"
+    stop_at_save(lambda: train_tiny(run, replace(quick, save_every=0.0)))
+    state = run / "state" / "state.safetensors"
+    tensors, said = load_tensors(state)
+    values = {k: v for k, v in json.loads(said[name]).items() if k != files.CHECKSUM}
+    said[name] = json.dumps(values | changes)
+    save_tensors(state, tensors, said)
+    with pytest.raises(UserError, match=f"{words}.*: delete it, and the training begins anew"):
+        train_tiny(run, replace(quick, save_every=0.0))
+
+
 def test_a_start_of_other_settings_neither_replaces_nor_resumes_a_state(
     tmp_path, train_tiny, quick, monkeypatch, stop_at_save
 ):
