@@ -317,6 +317,8 @@ def damaged(stop: int | None, seed: float, scene: Scene, name: str, home: Path) 
             return f"the line names no file that is damaged: {ended.words} {words}"
         kept = scene.before(name) / where
         path.unlink(missing_ok=True)
+        if path.name == "raw.safetensors":  # the run says that it is to be trained again
+            shutil.rmtree(path.parent)
         if kept.exists():
             shutil.copy(kept, path)
         but = () if path.name != "samples.safetensors" else _pictures(scene, name)
