@@ -342,9 +342,8 @@ def test_folders_that_cannot_be_listed_are_named(tmp_path, capsys, monkeypatch):
     scandir = os.scandir
 
     def refuse(place: Path | int):  # or an open folder, as shutil's rmtree gives it
-        if (
-            not isinstance(place, int) and Path(place).name == "private"
-        ):  # root may read what others may not
+        if not isinstance(place, int) and Path(place).name == "private":
+            # raised here, since root may read what others may not
             raise PermissionError(13, "Permission denied", str(place))
         return scandir(place)
 
