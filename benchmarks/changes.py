@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 ABSENT = object()
@@ -32,7 +32,7 @@ def places(node: object, path: tuple = ()) -> Iterator[tuple]:
             yield from places(value, (*path, key))
 
 
-def changed(values: dict, path: tuple, value: object) -> dict:
+def changed(values: dict, path: Sequence, value: object) -> dict:
     """A copy with another value at that place, or without it."""
     values = json.loads(json.dumps(values))
     *above, last = path

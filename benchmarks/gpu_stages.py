@@ -38,9 +38,10 @@ from diffusion.training import Average, fit, one_network
 from distill.frechet import Frechet, sums
 from distill.scm import derivative
 from eval.measure import features, sets
+from eval.measure.judge import Judge
 from eval.measure.machine import full_float32
 from eval.measure.metrics import Moments, frechet_distance
-from eval.measure.quality import Judge
+from eval.measure.quality import Measured
 from eval.measure.real import Real
 from eval.measure.stream import look
 from eval.results.store import Store
@@ -487,7 +488,7 @@ def images(sheet: Sheet) -> None:
         ddim, begun = plan("ddim", even(model.schedule, num_steps)), time.monotonic()
         with TemporaryDirectory() as folder:
             *_, (_, seen) = look(judge, model, ddim, 0, count, size, Path(folder, "part"))
-        cells = {f"{judging.name}, {judging.dim} dims": judge.distance(seen)}
+        cells = {f"{judging.name}, {judging.dim} dims": Measured(judge, seen).distance}
         seconds = time.monotonic() - begun
         sheet.row("images", calls=num_steps, images=count, **cells, seconds=seconds)
 

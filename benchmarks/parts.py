@@ -24,8 +24,9 @@ from diffusion.model import Model, load
 from diffusion.plan import Plan
 from distill.scm import derivative
 from eval.measure.features import extractor
+from eval.measure.judge import Judge
 from eval.measure.metrics import Moments, frechet_distance
-from eval.measure.quality import Judge, Seen
+from eval.measure.quality import Measured
 from eval.measure.real import Real
 from eval.measure.stream import indices, look
 
@@ -133,15 +134,18 @@ class Evaluation(TimingOptions):
                 end = min(start + self.batch_size, self.num_images)
                 features.extract(model.sample(plan, 0, indices(model, start, end)))
 
-        def distance(plan: Plan) -> Seen:
+        def measured(plan: Plan) -> Measured:
             with TemporaryDirectory() as folder:
                 part = Path(folder, "part")
                 *_, (_, seen) = look(judge, model, plan, 0, self.num_images, self.batch_size, part)
-            judge.distance(seen)
-            return seen
+            return Measured(judge, seen)
 
-        def every_figure(plan: Plan) -> None:
-            judge.others(distance(plan))
+        def distance(plan: Plan) -> float:
+            return measured(plan).distance
+
+        def every_figure(plan: Plan) -> tuple:
+            one = measured(plan)
+            return one.distance, one.uncertainty, one.others, one.errors
 
         for steps in self.steps:
             plan = model.plan(steps)

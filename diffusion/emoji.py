@@ -11,7 +11,7 @@ import tarfile
 from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pooch
@@ -131,10 +131,10 @@ def _download(name: str, file: Path) -> None:
     url = f"{registry()}/{name}/-/{file.name}"
     say(f"downloading {url} to {file}")
     pooch.get_logger().setLevel("ERROR")  # that line is enough
-    ask = pooch.HTTPDownloader(timeout=PATIENCE)
+    # pooch's protocol of a downloader names the arguments otherwise than its own class does
+    ask: Any = pooch.HTTPDownloader(timeout=PATIENCE)
     try:
-        # pooch's protocol of a downloader names the arguments otherwise than its own class does
-        pooch.retrieve(url, f"sha512:{VENDORS[name][1]}", file.name, file.parent, downloader=ask)  # ty: ignore
+        pooch.retrieve(url, f"sha512:{VENDORS[name][1]}", file.name, file.parent, downloader=ask)
     except (OSError, ValueError) as error:
         reason = (str(error) or repr(error)).splitlines()[0]
         raise UserError(f"{name} could not be downloaded: {_mend()} ({reason})") from error

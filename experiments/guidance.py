@@ -24,9 +24,9 @@ from diffusion.model import Model
 from diffusion.plan import Plan
 from distill import guidance, progressive
 from eval.measure.features import extractor
+from eval.measure.judge import reference
 from eval.measure.metrics import Moments, frechet_distance
 from eval.measure.nfe import count_calls
-from eval.measure.quality import reference
 from eval.measure.real import Real
 from teachers import ddpm
 

@@ -300,6 +300,7 @@ def test_a_long_plan_is_judged_on_whole_batches_of_as_few_images_as_the_features
     made = Extractor("fd", "0" * 64, dim, extract=None)
     monkeypatch.setattr(compare, "extractor", lambda *asked, **trust: made)
     monkeypatch.setattr(compare.Judge, "of", lambda *given: Mock())
+    monkeypatch.setattr(compare, "held_out", lambda *given: {})
     bench = compare.prepare(Options(batch_size=batch_size), load(teacher).spec, [])
     assert (bench.num_images, bench.long_images) == (10_000, long_images)
 

@@ -8,8 +8,8 @@ from diffusion import data
 from eval.measure import features, intervals
 from eval.measure.intervals import Estimate, distance_interval, pooled, uncertainty
 from eval.measure.metrics import Moments, frechet_distance
-from eval.measure.quality import KEPT
 from eval.measure.real import Real
+from eval.measure.seen import KEPT
 from eval.results.records import Uncertainty
 
 CPU = torch.device("cpu")

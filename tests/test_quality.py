@@ -12,9 +12,12 @@ from torchvision.transforms.v2.functional import gaussian_blur
 
 from diffusion import data
 from eval.measure import features, quality
+from eval.measure import judge as judges
+from eval.measure.judge import Judge
 from eval.measure.metrics import Moments, frechet_distance
-from eval.measure.quality import Judge, Seen
+from eval.measure.quality import Measured
 from eval.measure.real import Real
+from eval.measure.seen import KEPT, Seen
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +42,8 @@ def judge(digits, tmp_path_factory) -> Judge:
 
 def figures(judge: Judge, images: Tensor) -> dict[str, float]:
     seen = judge.see_images(images)
-    others = judge.others(seen)
-    return others | {"own": judge.distance(seen), "cross": others[judge.cross.name]}
+    others = Measured(judge, seen).others
+    return others | {"own": Measured(judge, seen).distance, "cross": others[judge.cross.name]}
 
 
 @pytest.fixture(scope="module")
@@ -91,8 +94,8 @@ def test_blur_and_noise_cost_coverage(ladders):
 
 
 def test_a_copied_training_set_and_a_lost_diversity_are_warned_of(judge, digits, ladders):
-    held_out = judge.held_out(len(digits.test))
-    copies = judge.others(judge.see_images(digits.train[:359]))
+    held_out = quality.held_out(judge, len(digits.test))
+    copies = Measured(judge, judge.see_images(digits.train[:359])).others
     assert quality.warnings(copies, held_out) == ["copies"]
     assert quality.warnings(ladders["collapse"][-1], held_out) == ["collapsed"]
     assert quality.warnings(held_out, held_out) == []
@@ -102,14 +105,14 @@ def test_copies_of_a_handful_of_images_are_marked_though_nothing_is_held_out(dig
     few = replace(digits, train=digits.train[:12], test=digits.test[:0], test_condition={})
     own = features.extractor("random", few, CPU)
     judge = Judge.of(few, own, own, CPU)
-    held_out, fresh = judge.held_out(100), digits.test[:100]
+    held_out, fresh = quality.held_out(judge, 100), digits.test[:100]
     assert held_out == {}
 
     def figures_of(copies: int) -> dict[str, float]:
         """The figures of fresh images with so many noisy copies in a hundred."""
         noisy = few.train[torch.arange(copies) % 12].int() + torch.arange(64).view(8, 8) % 3
         images = torch.cat([noisy.clamp(0, 255).byte(), fresh[copies:]])
-        return judge.others(judge.see_images(images))
+        return Measured(judge, judge.see_images(images)).others
 
     assert figures_of(47)["memorisation-copied"] == pytest.approx(0.47, abs=0.02)
     assert quality.warnings(figures_of(47), held_out) == ["copies"]
@@ -122,7 +125,7 @@ def test_the_floor_is_what_as_many_real_images_give(judge, digits):
     which = torch.randperm(359, generator=torch.Generator().manual_seed(0))[:200]
     (floor,), _ = judge.floor(200, 1)
     seen = judge.see_images(digits.test[which])
-    assert floor == pytest.approx(judge.distance(seen), rel=1e-6)
+    assert floor == pytest.approx(Measured(judge, seen).distance, rel=1e-6)
     more, _ = judge.floor(1000, 4)  # more than are held out: training images, with replacement
     assert len({*more}) == 4
     assert max(more) < floor
@@ -135,33 +138,35 @@ def test_moments_and_rows_of_parts_are_those_of_the_whole_in_any_order(judge, di
     for order in (parts, parts[::-1]):
         merged = reduce(add, order, Seen())
         assert merged.rows("features").equal(torch.cat([part.rows("features") for part in parts]))
-        assert merged.rows("pixels").equal(images[: quality.KEPT["pixels"]])
-        assert judge.distance(merged) == pytest.approx(judge.distance(whole), rel=1e-5)
+        assert merged.rows("pixels").equal(images[: KEPT["pixels"]])
+        assert Measured(judge, merged).distance == pytest.approx(
+            Measured(judge, whole).distance, rel=1e-5
+        )
         again = Seen.of(merged.tensors(), CPU)
-        assert judge.distance(again) == judge.distance(merged)
-        assert judge.others(again) == judge.others(merged)
+        assert Measured(judge, again).distance == Measured(judge, merged).distance
+        assert Measured(judge, again).others == Measured(judge, merged).others
 
 
 def test_what_is_kept_of_many_images_is_bounded(judge, digits, monkeypatch):
-    monkeypatch.setattr(quality, "KEPT", {"features": 100, "pixels": 50})
+    monkeypatch.setattr(judges, "KEPT", {"features": 100, "pixels": 50})
     seen = reduce(add, (judge.see_images(digits.test[i : i + 60], i) for i in range(0, 300, 60)))
     assert [len(seen.rows(name)) for name in ("features", "cross", "pixels")] == [100, 100, 50]
     features = judge.extractor.extract(digits.test[:300])
     expected = frechet_distance(Moments.of(features), judge.real["own"])
-    assert judge.distance(seen) == pytest.approx(expected, rel=1e-5)
+    assert Measured(judge, seen).distance == pytest.approx(expected, rel=1e-5)
 
 
 def test_real_features_are_read_from_the_cache_where_they_are_in_it(judge, digits, tmp_path):
-    first = quality.reference(digits.test, judge.cross, CPU, tmp_path)
+    first = judges.reference(digits.test, judge.cross, CPU, tmp_path)
     (path,) = (tmp_path / "reference").iterdir()
     before = path.read_bytes()
-    assert quality.reference(digits.test, judge.cross, CPU, tmp_path).equal(first)
+    assert judges.reference(digits.test, judge.cross, CPU, tmp_path).equal(first)
     assert path.read_bytes() == before
-    quality.reference(digits.test[1:], judge.cross, CPU, tmp_path)  # other images, another file
+    judges.reference(digits.test[1:], judge.cross, CPU, tmp_path)  # other images, another file
     assert len([*(tmp_path / "reference").iterdir()]) == 2
 
 
 def test_the_features_of_no_images_are_none(judge, digits, tmp_path):
     unable = replace(judge.extractor, extract=None)  # some networks take no empty batch
-    features = quality.reference(digits.test[:0], unable, CPU, tmp_path)
+    features = judges.reference(digits.test[:0], unable, CPU, tmp_path)
     assert features.shape == (0, judge.extractor.dim)

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_up import record, sha256
 
+from benchmarks.changes import ABSENT, changed
 from diffusion.console import UserError
 from diffusion.files import load_tensors
 from eval.results import jsonl, records, together
@@ -75,18 +76,11 @@ def two_lines(record: Record) -> list[dict]:
     return [json.loads(line) for line in jsonl.lines([record]).splitlines()]
 
 
-def changed(place: list, value: object) -> tuple[str, int]:
+def with_change(place: list, value: object) -> tuple[str, int]:
     """FULL's two lines with one field changed, and the number of the line that it is in."""
     written = two_lines(FULL)
     number = 0 if place[0] in jsonl.SHARED else 1
-    *path, last = place
-    inside = written[number]
-    for key in path:
-        inside = inside[key]
-    if value is None:
-        del inside[last]
-    else:
-        inside[last] = value
+    written[number] = changed(written[number], place, ABSENT if value is None else value)
     return "".join(json.dumps(line) + "\n" for line in written), number + 1
 
 
@@ -143,7 +137,7 @@ def test_a_line_that_is_wrong_is_refused_with_its_number_and_the_field(
     tmp_path, place, value, named
 ):
     path = tmp_path / "results.jsonl"
-    text, number = changed(place, value)
+    text, number = with_change(place, value)
     path.write_text(text)
     with pytest.raises(UserError) as error:
         jsonl.read(path)

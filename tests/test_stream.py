@@ -17,8 +17,10 @@ from diffusion.noise import Noise
 from eval import compare
 from eval.compare import Options
 from eval.measure import features, stream
-from eval.measure.quality import Judge, Seen
+from eval.measure.judge import Judge
+from eval.measure.quality import Measured
 from eval.measure.real import Real
+from eval.measure.seen import Seen
 from eval.results import jsonl
 from eval.results.records import Record
 from tests.test_processes import ENVIRONMENT, LAUNCH_TWO
@@ -69,8 +71,10 @@ def require_same(a: Seen, b: Seen) -> None:
 def test_what_is_seen_does_not_depend_on_the_batch_size(judge, model, whole, tmp_path, batch_size):
     seen = looked(judge, model, tmp_path / "part", batch_size)
     require_same(seen, whole)
-    assert judge.distance(seen) == pytest.approx(judge.distance(whole), rel=1e-4)
-    others, expected = judge.others(seen), judge.others(whole)
+    assert Measured(judge, seen).distance == pytest.approx(
+        Measured(judge, whole).distance, rel=1e-4
+    )
+    others, expected = Measured(judge, seen).others, Measured(judge, whole).others
     assert others == pytest.approx(expected, rel=1e-3, abs=1e-5)
 
 
@@ -163,9 +167,9 @@ SCRIPT = """
 import os, sys, time
 open("pid" + os.environ["RANK"], "w").write(str(os.getpid()))
 from eval import compare
-from eval.measure import quality, stream
-stream.SAVE_EVERY, pause, see = 0.0, float(sys.argv.pop(1)), quality.Judge.see
-quality.Judge.see = lambda *arguments: time.sleep(pause) or see(*arguments)
+from eval.measure import judge, stream
+stream.SAVE_EVERY, pause, see = 0.0, float(sys.argv.pop(1)), judge.Judge.see
+judge.Judge.see = lambda *arguments: time.sleep(pause) or see(*arguments)
 compare.main()
 """
 ARGUMENTS = "--no-times --precision fp32 --features random --seeds 0 1 --steps 4 --num-images 300"

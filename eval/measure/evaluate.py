@@ -18,12 +18,14 @@ from torch import Tensor
 from diffusion.console import UserError, printable, say, track
 from diffusion.samplers import SOLVERS
 from eval.measure import likelihood, machine, nfe, stream
+from eval.measure.judge import Judge
 from eval.measure.outside import Outside
 from eval.measure.plans import Row
-from eval.measure.quality import SHOWN, Judge
+from eval.measure.quality import Measured
 from eval.measure.race import Lap, race, sweep
+from eval.measure.seen import SHOWN
 from eval.measure.timing import InPassing, Timing
-from eval.results.records import Extractor, Head, Record, Training, Uncertainty
+from eval.results.records import Extractor, Head, Record, Training
 from eval.results.store import Store
 
 REPEATS = 0.5  # seconds of repeats for each row and batch size; the least number always
@@ -191,13 +193,7 @@ def judge_rows(
                 break
             done += costs[row]
             if PartialState().is_main_process:
-                record = with_seed(
-                    record,
-                    judge.distance(seen),
-                    judge.others(seen),
-                    judge.uncertainty(seen),
-                    judge.errors(seen),
-                )
+                record = with_seed(record, Measured(judge, seen))
                 records[row] = record = with_timing(record, watch.result)
                 first = len(record.quality) == 1
                 first_images = {record.tag: seen.rows("pixels")[:SHOWN].cpu()}
@@ -240,13 +236,7 @@ def with_timing(record: Record, timing: Timing | None) -> Record:
     return replace(record, timings=[*others, timing])
 
 
-def with_seed(
-    record: Record,
-    quality: float,
-    others: dict[str, float],
-    uncertainty: Uncertainty,
-    errors: dict[str, float],
-) -> Record:
+def with_seed(record: Record, measured: Measured) -> Record:
     """The record with one more seed's figures. One that is not finite for every seed, such as a
     ratio to nothing, is left out."""
 
@@ -257,10 +247,10 @@ def with_seed(
 
     return replace(
         record,
-        quality=[*record.quality, quality],
-        others=longer(record.others, others),
-        uncertainty=[*record.uncertainty, uncertainty],
-        errors=longer(record.errors, errors),
+        quality=[*record.quality, measured.distance],
+        others=longer(record.others, measured.others),
+        uncertainty=[*record.uncertainty, measured.uncertainty],
+        errors=longer(record.errors, measured.errors),
     )
 
 

@@ -1,6 +1,5 @@
 """The Fréchet distance between sets of features, from moments that merge."""
 
-import zipfile
 from dataclasses import dataclass
 from functools import cached_property
 from io import BytesIO
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from diffusion.console import UserError
 from diffusion.files import write_atomic
+from eval.measure.npz import read_npz
 
 EPS = torch.finfo(torch.float64).eps
 STATISTICS = ("mu", "sigma")  # names in an .npz, as in clean-fid's, EDM's and pytorch-fid's
@@ -45,15 +45,16 @@ class Moments:
         UserError where it holds no such, of other than dim features, or by another extractor, whose
         sha256 `save` alone writes.
         """
+        expected = "an .npz of statistics, with mu and sigma"
+        arrays = read_npz(path, (*STATISTICS, "extractor", "num_images"), expected)
         try:
-            with np.load(path, allow_pickle=False) as file:
-                mean, covariance = (torch.from_numpy(file[name]).double() for name in STATISTICS)
-                known = str(file["extractor"]) if "extractor" in file else extractor
-                count = int(file["num_images"]) if "num_images" in file else MANY
-        except (OSError, ValueError, LookupError, EOFError, TypeError, zipfile.BadZipFile) as error:
-            raise UserError(
-                f"{path}: expected an .npz of statistics, with mu and sigma ({error!s:.200})"
-            ) from error
+            mean, covariance = (torch.from_numpy(arrays[name]).double() for name in STATISTICS)
+            known, count = (
+                str(arrays.get("extractor", extractor)),
+                int(arrays.get("num_images", MANY)),
+            )
+        except (LookupError, TypeError, ValueError) as error:
+            raise UserError(f"{path}: expected {expected} ({error!s:.200})") from error
         if mean.shape != (dim,) or covariance.shape != (dim, dim) or known != extractor:
             by = f" by extractor {known[:8]}" if known != extractor else ""
             raise UserError(

@@ -1,7 +1,5 @@
 """Images that others made: a folder, an .npz, or an ONNX file that makes them from noise."""
 
-import zipfile
-import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,10 +15,10 @@ from diffusion.codec import Scale
 from diffusion.console import UserError, printable
 from diffusion.data import ImageSpec
 from diffusion.image_file import Form, kinds, read, reason, unlimited
-from diffusion.machine import free_memory, in_bytes
 from diffusion.noise import Noise
 from eval.measure import custom
 from eval.measure.inception import file_sha256
+from eval.measure.npz import read_npz
 from eval.measure.real import fingerprint
 
 ARRAYS = ("images", "arr_0")  # names of an .npz's images; the second is numpy's own
@@ -91,8 +89,7 @@ def row(
     """The images of that place as a row. UserError where they are too few or of another shape.
 
     Of a file or a folder, in a random order that is always the same, each seed has the next
-    num_images. limits: what an ONNX generator's
-    floats have for black and for white.
+    num_images. limits: what an ONNX generator's floats have for black and for white.
     """
     if path.suffix == ".onnx":
         make, sha256, codec = _from_noise(path, spec, limits)
@@ -122,19 +119,8 @@ def row(
 
 def npz(path: Path) -> Tensor:
     """(N, C, H, W) uint8 of an .npz that holds N x H x W x C, as `images` or `arr_0`."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            size = max((info.file_size for info in archive.infolist()), default=0)
-        if 2 * size > free_memory():
-            raise UserError(f"{path}: unpacked it has {in_bytes(size)}, for which memory is short")
-        with np.load(path, allow_pickle=False) as arrays:
-            images = arrays[next(name for name in ARRAYS if name in arrays)]
-    except (
-        OSError, ValueError, LookupError, EOFError, MemoryError, NotImplementedError, RuntimeError,
-        SyntaxError, StopIteration, zipfile.BadZipFile, zlib.error,
-    ) as error:  # fmt: skip
-        expected = "expected an .npz file with `images` or `arr_0`"
-        raise UserError(f"{path}: {expected} ({error or type(error).__name__})") from error
+    arrays = read_npz(path, ARRAYS, "an .npz file with `images` or `arr_0`")
+    images = next(iter(arrays.values()))
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
         raise UserError(
             f"{path}: expected uint8 images, N x H x W x 1 or 3, got {images.dtype} {images.shape}"

@@ -9,8 +9,8 @@ from diffusion.console import say, track
 from diffusion.model import Model
 from diffusion.plan import plan
 from diffusion.schedules import even
+from eval.measure.judge import Judge
 from eval.measure.metrics import Moments, frechet_distance
-from eval.measure.quality import Judge
 from eval.measure.stream import indices
 
 SEED = 1_000_003  # its noise alone: the figures in the table are of other seeds

@@ -16,7 +16,8 @@ from diffusion.codec import Codec
 from diffusion.console import UserError, say
 from diffusion.files import Damaged, load_tensors, remove, save_tensors
 from diffusion.plan import Plan
-from eval.measure.quality import Judge, Seen
+from eval.measure.judge import Judge
+from eval.measure.seen import Seen
 from eval.measure.timing import out_of_memory
 
 SAVE_EVERY = 30.0  # seconds
