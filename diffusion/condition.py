@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from diffusion import registry
+from diffusion import registry, typed
 from diffusion.registry import Entry
 
 Condition = Mapping[str, Tensor]
@@ -63,7 +63,37 @@ class Guidance:
         return torch.ones(indices.shape, device=indices.device)
 
 
-KINDS: dict[str, type[Kind]] = {"label": Label, "guidance": Guidance}
+@dataclass(frozen=True)
+class Text:
+    """A text as its tokens' embeddings, (B, L, D) float32.
+
+    A row of zeros is padding (`is_token` tells), and a text of padding alone says nothing: a
+    network puts its own null in the place of such a text.
+    """
+
+    tokens: Annotated[int, Field(ge=1, le=65536)]
+    """L: a longer text is cut, a shorter one padded."""
+    width: Annotated[int, Field(ge=1, le=65536)]
+    """D."""
+    encoder: typed.Text
+    """The name of the text encoder."""
+    sha256: typed.Sha256
+    """The encoder's identity: what it makes of a text depends on nothing else."""
+
+    def null(self, rows: Tensor) -> Tensor:
+        return torch.zeros_like(rows)
+
+    def rows(self, indices: Tensor) -> Tensor:
+        """Texts that say nothing."""
+        return torch.zeros(len(indices), self.tokens, self.width, device=indices.device)
+
+
+def is_token(text: Tensor) -> Tensor:
+    """(B, L) bool, which rows of texts (B, L, D) are tokens, not padding."""
+    return text.ne(0).any(-1)
+
+
+KINDS: dict[str, type[Kind]] = {"label": Label, "guidance": Guidance, "text": Text}
 Kinds = Mapping[str, Kind]  # a condition's names -> their kinds
 
 
