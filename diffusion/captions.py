@@ -90,8 +90,9 @@ class EncoderPlace:
     """Its identity, where it is known: then what it made before is found without it."""
 
 
-def captioned(source: Source, place: EncoderPlace, name: str, cache: Path) -> Source:
-    """The source with its captions as the condition "text". One line says how many there are.
+def captioned(source: Source, place: EncoderPlace, name: str, cache: Path) -> tuple[Source, Text]:
+    """The source with its captions as the condition "text", and the kind of that. One line says how
+    many there are.
 
     name: of the images. cache: a folder; texts that were encoded before are not encoded again.
     UserError where no image has a caption, or the encoder is another than place.sha256.
@@ -117,7 +118,7 @@ def captioned(source: Source, place: EncoderPlace, name: str, cache: Path) -> So
         return Captioned(images, Texts(table, which, sha256))
 
     train, test = told(source.train, parts[0]), told(source.test, parts[1])
-    return Source(train, test, {**source.kinds, "text": kind}, parts)
+    return Source(train, test, {**source.kinds, "text": kind}, parts), kind
 
 
 def _encoded(texts: list[str], place: EncoderPlace, cache: Path) -> tuple[Tensor, Text]:

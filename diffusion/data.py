@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from itertools import compress
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -180,8 +181,7 @@ def _folder(
     source = Source(train, test, kinds)
     if encoder:
         every = captions.of_folder(folder, names)
-        told = tuple([every[i] for i in part.nonzero()[:, 0].tolist()] for part in sides)
-        source = source._replace(captions=told)
+        source = source._replace(captions=[list(compress(every, part)) for part in sides])
     dataset = _dataset(str(folder.resolve()), source, codec, encoder)
     spec = replace(dataset.spec, background=form.background, classes=classes)
     return replace(dataset, spec=spec)
@@ -212,10 +212,10 @@ def _dataset(name: str, source: Source, codec: str, encoder: EncoderPlace | None
     images = some(train).images
     if images.min() == images.max():
         raise UserError(f"every pixel of {name} has the same value: expected images that differ")
-    known = {}
+    spec = ImageSpec(name, channels, height)
     if encoder:
-        source = captions.captioned(source, encoder, name, CACHE / "texts")
-        folder, sha256 = str(encoder.folder.resolve()), source.kinds["text"].sha256
-        known = {"text_encoder": folder, "text_sha256": sha256}
-    spec = ImageSpec(name, channels, height, sha256=source.train.fingerprint(), **known)
+        source, text = captions.captioned(source, encoder, name, CACHE / "texts")
+        folder = str(encoder.folder.resolve())
+        spec = replace(spec, text_encoder=folder, text_sha256=text.sha256)
+    spec = replace(spec, sha256=source.train.fingerprint())
     return Dataset(spec, source.train, source.test, CODECS[codec].fitted(images), source.kinds)

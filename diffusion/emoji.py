@@ -10,6 +10,7 @@ import os
 import tarfile
 from collections.abc import Iterator
 from io import BytesIO
+from itertools import compress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -81,7 +82,7 @@ def load(data_dir: Path | None, cache: Path, download: bool, form: Form) -> Sour
     images, labels, names, held_out = drawings(packages(data_dir, cache, download), form.size)
     sides = ~held_out, held_out
     train, test = (InMemory(images[part], {"label": labels[part]}) for part in sides)
-    captions = tuple([names[i] for i in part.nonzero()[:, 0].tolist()] for part in sides)
+    captions = [list(compress(names, part)) for part in sides]
     return Source(train, test, {"label": Label(len(CATEGORIES))}, captions)
 
 

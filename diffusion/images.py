@@ -27,7 +27,7 @@ class Source(NamedTuple):
     train: "Images"
     test: "Images"
     kinds: Kinds
-    captions: tuple[Sequence[str], Sequence[str]] = ((), ())
+    captions: Sequence[Sequence[str]] = ((), ())
     """Of each image of either, "" for none; empty where nobody looked for any."""
 
 

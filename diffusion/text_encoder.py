@@ -19,6 +19,14 @@ from diffusion.machine import this_device
 MOST_TOKENS = 77  # of a text, as CLIP has them: what is longer is cut
 BATCH = 64
 PURPOSE = "texts"
+VOCABULARIES = (
+    "tokenizer.json",
+    "vocab.txt",
+    "vocab.json",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tokenizer.model",
+)  # one of which is in a tokenizer's folder
 POOLER = "pooler"  # a part that many encoders have, some lack, and nothing here reads
 
 
@@ -104,17 +112,8 @@ def load(folder: Path) -> TextEncoder:
     architecture = "AutoModelForTextEncoding" if family in encoders else "AutoModel"
     architecture = "CLIPTextModel" if family == "clip" else architecture
     network = pretrained.network(folder, architecture, PURPOSE, unused=POOLER)
-    beside = folder.parent / "tokenizer"
-    place = beside if not _has_tokenizer(folder) and _has_tokenizer(beside) else folder
-    try:
-        tokenizer = library.AutoTokenizer.from_pretrained(place, **pretrained.SAFE)
-        vocabulary = sorted(tokenizer.get_vocab().items())
-    except Exception as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UserError(
-            f"{place} holds no tokenizer: expected one as save_pretrained writes it, beside the "
-            f"network's config.json ({reason:.200})"
-        ) from error
+    tokenizer = _tokenizer(folder, library)
+    vocabulary = sorted(tokenizer.get_vocab().items())
     if tokenizer.pad_token is None:  # masked out in any case
         tokenizer.pad_token = tokenizer.eos_token or vocabulary[0][0]
     tokenizer.padding_side = "right"
@@ -129,8 +128,19 @@ def load(folder: Path) -> TextEncoder:
     return TextEncoder(name, sha256, width, most, tokenizer, network.to(this_device()))
 
 
-def _has_tokenizer(folder: Path) -> bool:
-    return any(
-        (folder / name).is_file()
-        for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "spiece.model")
-    )
+def _tokenizer(folder: Path, library: Any) -> Any:
+    places = [
+        place
+        for place in (folder, folder.parent / "tokenizer")
+        if any((place / name).is_file() for name in VOCABULARIES)
+    ]
+    expected = "expected one as save_pretrained writes it, beside the network's config.json"
+    if not places:  # of which transformers would make an empty one
+        raise UserError(f"{folder} holds no tokenizer: {expected}")
+    try:
+        return library.AutoTokenizer.from_pretrained(places[0], **pretrained.SAFE)
+    except Exception as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(
+            f"the tokenizer in {places[0]} does not load: {expected} ({reason:.200})"
+        ) from error

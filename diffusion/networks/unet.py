@@ -5,15 +5,16 @@ the network of Dhariwal & Nichol 2021 with the order of layers of Ho et al. 2020
 """
 
 from dataclasses import dataclass, replace
-from typing import Annotated, NamedTuple
+from typing import Annotated, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from diffusion.condition import Condition, Guidance, Kinds, Label, Text
+from diffusion.condition import Condition, Kind, Kinds, Text
 from diffusion.console import UserError, check_limits
+from diffusion.networks.conditioned import Conditioned, zero
 from diffusion.networks.text import CrossAttention, TextInput, Tokens, heads_of
 
 Multipliers = Annotated[
@@ -110,37 +111,11 @@ LIMITS = {
 }
 
 
-def _zero(module: nn.Module) -> nn.Module:
-    for parameter in module.parameters():
-        nn.init.zeros_(parameter)
-    return module
-
-
 def _norm(channels: int) -> nn.GroupNorm:
     """Up to 32 groups of at least 8 channels."""
     return nn.GroupNorm(
         max(g for g in range(1, 33) if channels % g == 0 and channels >= 8 * g), channels
     )
-
-
-class AngleEmbedding(nn.Module):
-    """Sines and cosines of t at frequencies 0.5 to 64, then a small MLP: (B,) -> (B, width).
-
-    The frequencies stay low enough for a smooth d/dt (Lu & Song 2024, section 4.1).
-    """
-
-    frequencies: Tensor
-
-    def __init__(self, width: int):
-        super().__init__()
-        half = width // 4
-        octaves = torch.linspace(-1, 6, half)
-        self.register_buffer("frequencies", 2**octaves, persistent=False)
-        self.mlp = nn.Sequential(nn.Linear(2 * half, width), nn.SiLU(), nn.Linear(width, width))
-
-    def forward(self, t: Tensor) -> Tensor:
-        phase = t[:, None] * self.frequencies
-        return self.mlp(torch.cat([phase.sin(), phase.cos()], dim=1))
 
 
 class ResidualBlock(nn.Module):
@@ -152,7 +127,7 @@ class ResidualBlock(nn.Module):
         self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
         self.modulation = nn.Linear(embedding, 2 * channels_out)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = _zero(nn.Conv2d(channels_out, channels_out, 3, padding=1))
+        self.conv2 = zero(nn.Conv2d(channels_out, channels_out, 3, padding=1))
         same = channels_in == channels_out
         self.skip = nn.Identity() if same else nn.Conv2d(channels_in, channels_out, 1)
 
@@ -171,7 +146,7 @@ class Attention(nn.Module):
         self.heads = heads_of(channels)
         self.norm = _norm(channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
-        self.out = _zero(nn.Conv2d(channels, channels, 1))
+        self.out = zero(nn.Conv2d(channels, channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         b, c, height, width = x.shape
@@ -206,29 +181,21 @@ class Told(NamedTuple):
     """Of the text, if it takes one."""
 
 
-class UNet(nn.Module):
+class UNet(Conditioned):
     """(x_t (B, C, H, W), t (B,) radians, condition or None) -> prediction (B, outputs, H, W).
 
-    The output layer starts at zero: an untrained network predicts 0. It takes a label, which is
-    unknown by default, and a guidance weight, which is 1 by default; that is embedded as the angle
-    atan(w), and its embedding starts at zero too, so that it changes nothing before it is trained.
-    A text's tokens are asked by every pixel, where there is self-attention and at the coarsest
-    level, and their mean is embedded as a class is.
+    The output layer starts at zero: an untrained network predicts 0. A text's tokens are asked by
+    every pixel, where there is self-attention and at the coarsest level, and their mean is embedded
+    as a class is.
     """
 
+    TAKES: ClassVar[dict[str, type[Kind]]] = {**Conditioned.TAKES, "text": Text}
+
     def __init__(self, config: UNetConfig, outputs: int | None = None, kinds: Kinds | None = None):
-        super().__init__()
-        self.config = config
-        embedding = 4 * config.width
-        self.angle = AngleEmbedding(embedding)
-        label, guidance, text = _kinds_taken(kinds or {})
-        self.unknown = label.num_classes if label else None
-        if label:
-            self.classes = nn.Embedding(label.num_classes + 1, embedding)
-        self.guidance = AngleEmbedding(embedding) if guidance else None
-        if self.guidance:
-            _zero(self.guidance.mlp[-1])
-        self.text = TextInput(text, embedding) if text else None
+        embedding, kinds = 4 * config.width, kinds or {}
+        super().__init__(embedding, kinds)
+        self.config, text = config, kinds.get("text")
+        self.text = TextInput(text, embedding) if isinstance(text, Text) else None
         widths = [config.width * m for m in config.multipliers]
         coarsest = config.size // config.patch // 2 ** (len(widths) - 1)
 
@@ -236,7 +203,7 @@ class UNet(nn.Module):
             layers = [ResidualBlock(channels_in, channels_out, embedding, config.dropout)]
             if size in config.attention:
                 layers.append(Attention(channels_out))
-            if text and size in (*config.attention, coarsest):
+            if self.text and size in (*config.attention, coarsest):
                 layers.append(Reading(channels_out, embedding))
             return nn.ModuleList(layers)
 
@@ -265,7 +232,7 @@ class UNet(nn.Module):
                 size *= 2
         self.norm = _norm(channels)
         outputs = config.patch**2 * (outputs or config.channels)
-        self.head = _zero(nn.Conv2d(channels, outputs, 3, padding=1))
+        self.head = zero(nn.Conv2d(channels, outputs, 3, padding=1))
 
     def forward(
         self,
@@ -289,15 +256,8 @@ class UNet(nn.Module):
     ) -> tuple[Tensor, list[Tensor], Told]:
         """The way down: the middle's output (B, C', H', W'), what the way up takes over, and what
         its layers are told."""
-        condition, embedding = condition or {}, self.angle(t)
-        if self.unknown is not None:
-            label = condition.get("label")
-            if label is None:
-                label = torch.full(t.shape, self.unknown, device=t.device)
-            embedding = embedding + self.classes(label)
-        if self.guidance is not None:
-            weight = condition.get("guidance", torch.ones_like(t))
-            embedding = embedding + self.guidance(weight.atan())
+        condition = condition or {}
+        embedding = self.embedding(t, condition)
         tokens = self.text(condition.get("text"), len(x)) if self.text else None
         if tokens:
             embedding = embedding + tokens.mean()
@@ -308,25 +268,6 @@ class UNet(nn.Module):
             h = _apply(layer, h, told)
             skips.append(h)
         return _apply(self.middle, h, told), skips, told
-
-
-def _kinds_taken(kinds: Kinds) -> tuple[Label | None, Guidance | None, Text | None]:
-    """The label, the guidance and the text among the conditions. UserError for any other."""
-    label = guidance = text = None
-    for name, kind in kinds.items():
-        match name, kind:
-            case "label", Label():
-                label = kind
-            case "guidance", Guidance():
-                guidance = kind
-            case "text", Text():
-                text = kind
-            case _:
-                raise UserError(
-                    f"the network unet takes label, guidance and text, not {name}: choose another "
-                    "network"
-                )
-    return label, guidance, text
 
 
 def _apply(layers: nn.Module, h: Tensor, told: Told) -> Tensor:
