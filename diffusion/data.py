@@ -17,14 +17,15 @@ from diffusion.console import UserError, printable, say
 from diffusion.image_file import Form
 from diffusion.images import Images, InMemory, Source, some
 from diffusion.machine import CACHE
-from diffusion.typed import Sha256, Text
+from diffusion.typed import Sha256
 
 
 @dataclass(frozen=True)
 class ImageSpec:
     """What a model knows of its images: which they are, and their shape."""
 
-    name: Text
+    name: Annotated[str, Field(max_length=4096)]
+    """Empty in a model of another maker, who names none."""
     channels: Annotated[int, Field(ge=1, le=1024)]
     size: Annotated[int, Field(ge=1, le=65536)]
     background: str = ""
@@ -101,6 +102,11 @@ def reload(spec: ImageSpec, data: str | None = None, data_dir: Path | None = Non
 
     UserError where they are gone, are of another shape, or are others by their fingerprint.
     """
+    if not (data or spec.name):
+        raise UserError(
+            "the model's maker names no training images: name them with --data, as a dataset or as "
+            f"a folder of images, which are brought to {spec.size}x{spec.size}"
+        )
     dataset = load(data or at_hand(spec.name), data_dir, spec.form, classes=spec.classes)
     if dataset.spec.shape != spec.shape:
         raise UserError(
