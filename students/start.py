@@ -49,11 +49,18 @@ def parse(
 ) -> Options:
     """Options from the command line; those left out are the preset's for the teacher's data."""
     teacher = Path(ddpm.peek("--teacher", str(StudentOptions.teacher)))
+    chosen = preset_for(presets, teacher, ddpm.peek("--data", ""))
+    return ddpm.parse(chosen, prog, arguments, description)
+
+
+def preset_for(presets: Mapping[str, Options], teacher: Path, data: str = "") -> Options:
+    """The preset for the data of that teacher; for digits where it is not trained yet.
+
+    data: of another maker's teacher, which names none.
+    """
     if foreign.door(teacher):
-        data = ddpm.peek("--data", "")
-    else:
-        data = load(teacher).spec.name if _trained(teacher) else "digits"
-    return ddpm.parse(for_data(presets, data), prog, arguments, description)
+        return for_data(presets, data)
+    return for_data(presets, load(teacher).spec.name if _trained(teacher) else "digits")
 
 
 def begin(

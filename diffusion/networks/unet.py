@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from diffusion.condition import Condition, Guidance, Kinds, Label
+from diffusion.condition import Condition, Kinds
 from diffusion.console import UserError, check_limits
+from diffusion.networks.conditioned import Conditioned, zero
 
 Multipliers = Annotated[
     tuple[Annotated[int, Field(ge=1, le=1024)], ...], Field(min_length=1, max_length=16)
@@ -110,37 +111,11 @@ LIMITS = {
 }
 
 
-def _zero(module: nn.Module) -> nn.Module:
-    for parameter in module.parameters():
-        nn.init.zeros_(parameter)
-    return module
-
-
 def _norm(channels: int) -> nn.GroupNorm:
     """Up to 32 groups of at least 8 channels."""
     return nn.GroupNorm(
         max(g for g in range(1, 33) if channels % g == 0 and channels >= 8 * g), channels
     )
-
-
-class AngleEmbedding(nn.Module):
-    """Sines and cosines of t at frequencies 0.5 to 64, then a small MLP: (B,) -> (B, width).
-
-    The frequencies stay low enough for a smooth d/dt (Lu & Song 2024, section 4.1).
-    """
-
-    frequencies: Tensor
-
-    def __init__(self, width: int):
-        super().__init__()
-        half = width // 4
-        octaves = torch.linspace(-1, 6, half)
-        self.register_buffer("frequencies", 2**octaves, persistent=False)
-        self.mlp = nn.Sequential(nn.Linear(2 * half, width), nn.SiLU(), nn.Linear(width, width))
-
-    def forward(self, t: Tensor) -> Tensor:
-        phase = t[:, None] * self.frequencies
-        return self.mlp(torch.cat([phase.sin(), phase.cos()], dim=1))
 
 
 class ResidualBlock(nn.Module):
@@ -152,7 +127,7 @@ class ResidualBlock(nn.Module):
         self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
         self.modulation = nn.Linear(embedding, 2 * channels_out)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = _zero(nn.Conv2d(channels_out, channels_out, 3, padding=1))
+        self.conv2 = zero(nn.Conv2d(channels_out, channels_out, 3, padding=1))
         same = channels_in == channels_out
         self.skip = nn.Identity() if same else nn.Conv2d(channels_in, channels_out, 1)
 
@@ -173,7 +148,7 @@ class Attention(nn.Module):
         )
         self.norm = _norm(channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
-        self.out = _zero(nn.Conv2d(channels, channels, 1))
+        self.out = zero(nn.Conv2d(channels, channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         b, c, height, width = x.shape
@@ -186,26 +161,16 @@ class Attention(nn.Module):
         return x + self.out(mixed.transpose(-1, -2).reshape(b, c, height, width))
 
 
-class UNet(nn.Module):
+class UNet(Conditioned):
     """(x_t (B, C, H, W), t (B,) radians, condition or None) -> prediction (B, outputs, H, W).
 
-    The output layer starts at zero: an untrained network predicts 0. It takes a label, which is
-    unknown by default, and a guidance weight, which is 1 by default; that is embedded as the angle
-    atan(w), and its embedding starts at zero too, so that it changes nothing before it is trained.
+    The output layer starts at zero: an untrained network predicts 0.
     """
 
     def __init__(self, config: UNetConfig, outputs: int | None = None, kinds: Kinds | None = None):
-        super().__init__()
-        self.config = config
         embedding = 4 * config.width
-        self.angle = AngleEmbedding(embedding)
-        label, guidance = _kinds_taken(kinds or {})
-        self.unknown = label.num_classes if label else None
-        if label:
-            self.classes = nn.Embedding(label.num_classes + 1, embedding)
-        self.guidance = AngleEmbedding(embedding) if guidance else None
-        if self.guidance:
-            _zero(self.guidance.mlp[-1])
+        super().__init__(embedding, kinds or {})
+        self.config = config
         widths = [config.width * m for m in config.multipliers]
 
         def block(channels_in: int, channels_out: int, size: int) -> nn.ModuleList:
@@ -239,7 +204,7 @@ class UNet(nn.Module):
                 size *= 2
         self.norm = _norm(channels)
         outputs = config.patch**2 * (outputs or config.channels)
-        self.head = _zero(nn.Conv2d(channels, outputs, 3, padding=1))
+        self.head = zero(nn.Conv2d(channels, outputs, 3, padding=1))
 
     def forward(
         self,
@@ -263,38 +228,13 @@ class UNet(nn.Module):
     ) -> tuple[Tensor, list[Tensor], Tensor]:
         """The way down: the middle's output (B, C', H', W'), what the way up takes over, and the
         embedding."""
-        condition, embedding = condition or {}, self.angle(t)
-        if self.unknown is not None:
-            label = condition.get("label")
-            if label is None:
-                label = torch.full(t.shape, self.unknown, device=t.device)
-            embedding = embedding + self.classes(label)
-        if self.guidance is not None:
-            weight = condition.get("guidance", torch.ones_like(t))
-            embedding = embedding + self.guidance(weight.atan())
-        embedding = F.silu(embedding)
+        embedding = F.silu(self.embedding(t, condition or {}))
         h = self.stem(F.pixel_unshuffle(x, self.config.patch))
         skips = [h]
         for layer in self.down:
             h = _apply(layer, h, embedding)
             skips.append(h)
         return _apply(self.middle, h, embedding), skips, embedding
-
-
-def _kinds_taken(kinds: Kinds) -> tuple[Label | None, Guidance | None]:
-    """The label and the guidance among the conditions. UserError for any other."""
-    label = guidance = None
-    for name, kind in kinds.items():
-        match name, kind:
-            case "label", Label():
-                label = kind
-            case "guidance", Guidance():
-                guidance = kind
-            case _:
-                raise UserError(
-                    f"the network unet takes label and guidance, not {name}: choose another network"
-                )
-    return label, guidance
 
 
 def _apply(layers: nn.Module, h: Tensor, embedding: Tensor) -> Tensor:
