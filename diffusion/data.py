@@ -1,7 +1,7 @@
 """Images by name: where they are from, how they are scaled, what is known of each."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import compress
 from pathlib import Path
@@ -16,17 +16,19 @@ from diffusion.captions import EncoderPlace
 from diffusion.codec import CODECS, Codec
 from diffusion.condition import Kinds, Label, of_images
 from diffusion.console import UserError, printable, say
+from diffusion.decoding import decoded
 from diffusion.image_file import Form
-from diffusion.images import Images, InMemory, Source, some
+from diffusion.images import Images, Source, parts
 from diffusion.machine import CACHE
-from diffusion.typed import Sha256, Text
+from diffusion.typed import Sha256
 
 
 @dataclass(frozen=True)
 class ImageSpec:
     """What a model knows of its images: which they are, and their shape."""
 
-    name: Text
+    name: Annotated[str, Field(max_length=4096)]
+    """Empty in a model of another maker, who names none."""
     channels: Annotated[int, Field(ge=1, le=1024)]
     size: Annotated[int, Field(ge=1, le=65536)]
     background: str = ""
@@ -135,6 +137,11 @@ def reload(
 
     UserError where they are gone, are of another shape, or are others by their fingerprint.
     """
+    if not (data or spec.name):
+        raise UserError(
+            "the model's maker names no training images: name them with --data, as a dataset or as "
+            f"a folder of images, which are brought to {spec.size}x{spec.size}"
+        )
     encoder = spec.encoder(text_encoder)
     name = data or at_hand(spec.name)
     dataset = load(name, data_dir, spec.form, classes=spec.classes, encoder=encoder)
@@ -164,19 +171,20 @@ def _folder(
     folder: Path, form: Form, codec: str, classes: bool, encoder: EncoderPlace | None
 ) -> Dataset:
     """All images below it; every tenth is held out where there are at least 100."""
+    form.check()
     if printable(str(folder.resolve())) != str(folder.resolve()):
         raise UserError(
             f"the name of {folder} has characters that no card can hold: rename the folder"
         )
-    images, names = image_folder.read(folder, form, CACHE / "images")
+    images, names, *_ = decoded(image_folder.listing(folder), form, CACHE / "images")
     condition, kinds = {}, {}
     if classes:
         condition, kinds = _classes(folder, names)
     held_out = (torch.arange(len(images)) % 10 == 9) & (len(images) >= 100)
     sides = ~held_out, held_out
     train, test = (
-        InMemory(images[part], {name: rows[part] for name, rows in condition.items()})
-        for part in sides
+        images.only(part, {name: rows[part] for name, rows in condition.items()})
+        for part in (side.nonzero()[:, 0] for side in sides)
     )
     source = Source(train, test, kinds)
     if encoder:
@@ -209,13 +217,22 @@ def _dataset(name: str, source: Source, codec: str, encoder: EncoderPlace | None
     train, (channels, height, width) = source.train, source.train.shape
     if height != width:
         raise UserError(f"{name} has images of {height}x{width}, expected square ones")
-    images = some(train).images
-    if images.min() == images.max():
-        raise UserError(f"every pixel of {name} has the same value: expected images that differ")
+    fitted = CODECS[codec].fitted(_differing(name, parts(train)))
     spec = ImageSpec(name, channels, height)
     if encoder:
         source, text = captions.captioned(source, encoder, name, CACHE / "texts")
         folder = str(encoder.folder.resolve())
         spec = replace(spec, text_encoder=folder, text_sha256=text.sha256)
     spec = replace(spec, sha256=source.train.fingerprint())
-    return Dataset(spec, source.train, source.test, CODECS[codec].fitted(images), source.kinds)
+    return Dataset(spec, source.train, source.test, fitted, source.kinds)
+
+
+def _differing(name: str, parts: Iterator[Tensor]) -> Iterator[Tensor]:
+    """The parts of a dataset. UserError after the last where every pixel has the same value."""
+    level, differ = None, False
+    for part in parts:
+        level = part.flatten()[0] if level is None else level
+        differ = differ or bool((part != level).any())
+        yield part
+    if not differ:
+        raise UserError(f"every pixel of {name} has the same value: expected images that differ")
