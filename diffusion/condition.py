@@ -6,13 +6,13 @@ network takes. None says nothing. What a name means is its Kind, which a checkpo
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Protocol
+from typing import Annotated, ClassVar, Protocol
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from diffusion import registry
+from diffusion import registry, typed
 from diffusion.registry import Entry
 
 Condition = Mapping[str, Tensor]
@@ -63,7 +63,38 @@ class Guidance:
         return torch.ones(indices.shape, device=indices.device)
 
 
-KINDS: dict[str, type[Kind]] = {"label": Label, "guidance": Guidance}
+@dataclass(frozen=True)
+class Text:
+    """A text as its tokens' embeddings, (B, L, D) float32.
+
+    A row of zeros is padding (`is_token` tells), and a text of padding alone says nothing: a
+    network puts its own null in the place of such a text.
+    """
+
+    tokens: Annotated[int, Field(ge=1, le=65536)]
+    """L: a longer text is cut, a shorter one padded."""
+    width: Annotated[int, Field(ge=1, le=65536)]
+    """D."""
+    encoder: typed.Text
+    """The name of the text encoder."""
+    sha256: typed.Sha256
+    """Identity of the encoder's weights and vocabulary."""
+    from_images: ClassVar[bool] = True  # no text is usual: see of_images
+
+    def null(self, rows: Tensor) -> Tensor:
+        return torch.zeros_like(rows)
+
+    def rows(self, indices: Tensor) -> Tensor:
+        """Texts that say nothing."""
+        return torch.zeros(len(indices), self.tokens, self.width, device=indices.device)
+
+
+def is_token(text: Tensor) -> Tensor:
+    """(B, L) bool, which rows of texts (B, L, D) are tokens, not padding."""
+    return text.ne(0).any(-1)
+
+
+KINDS: dict[str, type[Kind]] = {"label": Label, "guidance": Guidance, "text": Text}
 Kinds = Mapping[str, Kind]  # a condition's names -> their kinds
 
 
@@ -79,6 +110,12 @@ def from_json(described: dict[str, dict]) -> dict[str, Kind]:
         name: registry.from_json(each, KINDS, f"condition.{name:.80}", says, "kind")
         for name, each in described.items()
     }
+
+
+def of_images(kinds: Kinds) -> list[str]:
+    """The names whose rows are an image's own, and none usual: images that shall resemble real
+    ones are told those of real ones. Their kinds have `from_images`."""
+    return [name for name, kind in kinds.items() if getattr(kind, "from_images", False)]
 
 
 def take(condition: Condition | None, index: Tensor | slice) -> Condition | None:

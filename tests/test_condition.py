@@ -8,7 +8,17 @@ import torch
 from torch import Tensor
 
 from diffusion import checkpoint, condition, networks
-from diffusion.condition import KINDS, Guidance, Label, from_json, take, to_json, with_null
+from diffusion.condition import (
+    KINDS,
+    Guidance,
+    Label,
+    Text,
+    from_json,
+    is_token,
+    take,
+    to_json,
+    with_null,
+)
 from diffusion.console import UserError
 from diffusion.denoiser import DenoiserConfig
 from diffusion.model import build, load, of_card
@@ -48,6 +58,22 @@ def test_a_condition_with_null_rows_is_itself_and_then_nothing():
         assert torch.equal(first, CONDITION[name])
         assert torch.equal(second, KNOWN[name].null(first))
     assert with_null({}, KNOWN) == {}
+
+
+def test_a_text_is_kept_by_json_and_says_nothing_by_default():
+    kind = Text(tokens=5, width=4, encoder="a small BERT", sha256="0" * 64)
+    assert from_json(json.loads(json.dumps(to_json({"text": kind})))) == {"text": kind}
+    rows = kind.rows(torch.arange(3))
+    assert (rows.shape, rows.dtype) == ((3, 5, 4), torch.float32)
+    assert not is_token(rows).any()
+    said = normal(0, 3, 5, 4)
+    assert torch.equal(kind.null(said), rows)
+
+
+def test_tokens_are_the_rows_that_are_not_all_zero():
+    text = torch.zeros(2, 3, 4)
+    text[0, 0, 1], text[1, 2, 3] = -0.5, 1e-9
+    assert is_token(text).tolist() == [[True, False, False], [False, False, True]]
 
 
 def test_taken_rows_are_those_of_every_name_and_none_of_none():
@@ -92,7 +118,9 @@ def test_the_order_of_names_in_a_condition_changes_nothing():
 
 @pytest.mark.parametrize("kinds", [{"colour": Label(7)}, {"label": Guidance(1, 2)}])
 def test_a_kind_that_the_unet_cannot_take_is_refused_by_name(kinds):
-    with pytest.raises(UserError, match=f"unet takes label and guidance, not {next(iter(kinds))}"):
+    with pytest.raises(
+        UserError, match=f"unet takes label and guidance and text, not {next(iter(kinds))}"
+    ):
         UNet(UNetConfig(), kinds=kinds)
 
 

@@ -4,17 +4,18 @@ Residual blocks with scale and shift from the noise level, attention at chosen r
 the network of Dhariwal & Nichol 2021 with the order of layers of Ho et al. 2020.
 """
 
-import math
 from dataclasses import dataclass, replace
-from typing import Annotated
+from typing import Annotated, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from diffusion.condition import Condition, Guidance, Kinds, Label
+from diffusion.condition import Condition, Kind, Kinds, Text
 from diffusion.console import UserError, check_limits
+from diffusion.networks.conditioned import Conditioned, zero
+from diffusion.networks.text import CrossAttention, TextInput, Tokens, heads_of
 
 Multipliers = Annotated[
     tuple[Annotated[int, Field(ge=1, le=1024)], ...], Field(min_length=1, max_length=16)
@@ -110,37 +111,11 @@ LIMITS = {
 }
 
 
-def _zero(module: nn.Module) -> nn.Module:
-    for parameter in module.parameters():
-        nn.init.zeros_(parameter)
-    return module
-
-
 def _norm(channels: int) -> nn.GroupNorm:
     """Up to 32 groups of at least 8 channels."""
     return nn.GroupNorm(
         max(g for g in range(1, 33) if channels % g == 0 and channels >= 8 * g), channels
     )
-
-
-class AngleEmbedding(nn.Module):
-    """Sines and cosines of t at frequencies 0.5 to 64, then a small MLP: (B,) -> (B, width).
-
-    The frequencies stay low enough for a smooth d/dt (Lu & Song 2024, section 4.1).
-    """
-
-    frequencies: Tensor
-
-    def __init__(self, width: int):
-        super().__init__()
-        half = width // 4
-        octaves = torch.linspace(-1, 6, half)
-        self.register_buffer("frequencies", 2**octaves, persistent=False)
-        self.mlp = nn.Sequential(nn.Linear(2 * half, width), nn.SiLU(), nn.Linear(width, width))
-
-    def forward(self, t: Tensor) -> Tensor:
-        phase = t[:, None] * self.frequencies
-        return self.mlp(torch.cat([phase.sin(), phase.cos()], dim=1))
 
 
 class ResidualBlock(nn.Module):
@@ -152,7 +127,7 @@ class ResidualBlock(nn.Module):
         self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
         self.modulation = nn.Linear(embedding, 2 * channels_out)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = _zero(nn.Conv2d(channels_out, channels_out, 3, padding=1))
+        self.conv2 = zero(nn.Conv2d(channels_out, channels_out, 3, padding=1))
         same = channels_in == channels_out
         self.skip = nn.Identity() if same else nn.Conv2d(channels_in, channels_out, 1)
 
@@ -168,12 +143,10 @@ class Attention(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.heads = next(
-            n for n in range(math.ceil(channels / 64), channels + 1) if channels % n == 0
-        )
+        self.heads = heads_of(channels)
         self.norm = _norm(channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
-        self.out = _zero(nn.Conv2d(channels, channels, 1))
+        self.out = zero(nn.Conv2d(channels, channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         b, c, height, width = x.shape
@@ -186,32 +159,52 @@ class Attention(nn.Module):
         return x + self.out(mixed.transpose(-1, -2).reshape(b, c, height, width))
 
 
-class UNet(nn.Module):
+class Reading(nn.Module):
+    """Attention of every pixel to a text, zero at the start."""
+
+    def __init__(self, channels: int, width: int):
+        """width: of the text's tokens."""
+        super().__init__()
+        self.norm, self.cross = _norm(channels), CrossAttention(channels, width)
+
+    def forward(self, x: Tensor, tokens: Tokens) -> Tensor:
+        change = self.cross(self.norm(x).flatten(2).transpose(1, 2), tokens)
+        return x + change.transpose(1, 2).reshape(x.shape)
+
+
+class Told(NamedTuple):
+    """What a U-Net's layers are told beside their input."""
+
+    embedding: Tensor
+    """(B, 4 width), of all but the pixels."""
+    tokens: Tokens | None
+    """Of the text, if it takes one."""
+
+
+class UNet(Conditioned):
     """(x_t (B, C, H, W), t (B,) radians, condition or None) -> prediction (B, outputs, H, W).
 
-    The output layer starts at zero: an untrained network predicts 0. It takes a label, which is
-    unknown by default, and a guidance weight, which is 1 by default; that is embedded as the angle
-    atan(w), and its embedding starts at zero too, so that it changes nothing before it is trained.
+    The output layer starts at zero: an untrained network predicts 0. A text's tokens are asked by
+    every pixel, where there is self-attention and at the coarsest level, and their mean is embedded
+    as a class is.
     """
 
+    TAKES: ClassVar[dict[str, type[Kind]]] = {**Conditioned.TAKES, "text": Text}
+
     def __init__(self, config: UNetConfig, outputs: int | None = None, kinds: Kinds | None = None):
-        super().__init__()
-        self.config = config
-        embedding = 4 * config.width
-        self.angle = AngleEmbedding(embedding)
-        label, guidance = _kinds_taken(kinds or {})
-        self.unknown = label.num_classes if label else None
-        if label:
-            self.classes = nn.Embedding(label.num_classes + 1, embedding)
-        self.guidance = AngleEmbedding(embedding) if guidance else None
-        if self.guidance:
-            _zero(self.guidance.mlp[-1])
+        embedding, kinds = 4 * config.width, kinds or {}
+        super().__init__(embedding, kinds)
+        self.config, text = config, kinds.get("text")
+        self.text = TextInput(text, embedding) if isinstance(text, Text) else None
         widths = [config.width * m for m in config.multipliers]
+        coarsest = config.size // config.patch // 2 ** (len(widths) - 1)
 
         def block(channels_in: int, channels_out: int, size: int) -> nn.ModuleList:
             layers = [ResidualBlock(channels_in, channels_out, embedding, config.dropout)]
             if size in config.attention:
                 layers.append(Attention(channels_out))
+            if self.text and size in (*config.attention, coarsest):
+                layers.append(Reading(channels_out, embedding))
             return nn.ModuleList(layers)
 
         values = config.channels * config.patch**2  # of a patch
@@ -239,7 +232,7 @@ class UNet(nn.Module):
                 size *= 2
         self.norm = _norm(channels)
         outputs = config.patch**2 * (outputs or config.channels)
-        self.head = _zero(nn.Conv2d(channels, outputs, 3, padding=1))
+        self.head = zero(nn.Conv2d(channels, outputs, 3, padding=1))
 
     def forward(
         self,
@@ -247,10 +240,10 @@ class UNet(nn.Module):
         t: Tensor,
         condition: Condition | None = None,
     ) -> Tensor:
-        h, skips, embedding = self.encode(x, t, condition)
+        h, skips, told = self.encode(x, t, condition)
         for layer in self.up:
             if isinstance(layer, nn.ModuleList):
-                h = _apply(layer, torch.cat([h, skips.pop()], dim=1), embedding)
+                h = _apply(layer, torch.cat([h, skips.pop()], dim=1), told)
             else:
                 h = layer(F.interpolate(h, scale_factor=2.0, mode="nearest"))
         return F.pixel_shuffle(self.head(F.silu(self.norm(h))), self.config.patch)
@@ -260,44 +253,30 @@ class UNet(nn.Module):
         x: Tensor,
         t: Tensor,
         condition: Condition | None = None,
-    ) -> tuple[Tensor, list[Tensor], Tensor]:
-        """The way down: the middle's output (B, C', H', W'), what the way up takes over, and the
-        embedding."""
-        condition, embedding = condition or {}, self.angle(t)
-        if self.unknown is not None:
-            label = condition.get("label")
-            if label is None:
-                label = torch.full(t.shape, self.unknown, device=t.device)
-            embedding = embedding + self.classes(label)
-        if self.guidance is not None:
-            weight = condition.get("guidance", torch.ones_like(t))
-            embedding = embedding + self.guidance(weight.atan())
-        embedding = F.silu(embedding)
+    ) -> tuple[Tensor, list[Tensor], Told]:
+        """The way down: the middle's output (B, C', H', W'), what the way up takes over, and what
+        its layers are told."""
+        condition = condition or {}
+        embedding = self.embedding(t, condition)
+        tokens = self.text(condition.get("text"), len(x)) if self.text else None
+        if tokens:
+            embedding = embedding + tokens.mean()
+        told = Told(F.silu(embedding), tokens)
         h = self.stem(F.pixel_unshuffle(x, self.config.patch))
         skips = [h]
         for layer in self.down:
-            h = _apply(layer, h, embedding)
+            h = _apply(layer, h, told)
             skips.append(h)
-        return _apply(self.middle, h, embedding), skips, embedding
+        return _apply(self.middle, h, told), skips, told
 
 
-def _kinds_taken(kinds: Kinds) -> tuple[Label | None, Guidance | None]:
-    """The label and the guidance among the conditions. UserError for any other."""
-    label = guidance = None
-    for name, kind in kinds.items():
-        match name, kind:
-            case "label", Label():
-                label = kind
-            case "guidance", Guidance():
-                guidance = kind
-            case _:
-                raise UserError(
-                    f"the network unet takes label and guidance, not {name}: choose another network"
-                )
-    return label, guidance
-
-
-def _apply(layers: nn.Module, h: Tensor, embedding: Tensor) -> Tensor:
+def _apply(layers: nn.Module, h: Tensor, told: Told) -> Tensor:
     for layer in layers if isinstance(layers, nn.ModuleList) else [layers]:
-        h = layer(h, embedding) if isinstance(layer, ResidualBlock) else layer(h)
+        if isinstance(layer, ResidualBlock):
+            h = layer(h, told.embedding)
+        elif isinstance(layer, Reading):
+            assert told.tokens
+            h = layer(h, told.tokens)
+        else:
+            h = layer(h)
     return h
