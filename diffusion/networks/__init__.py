@@ -10,10 +10,20 @@ from torch import nn
 
 from diffusion import registry
 from diffusion.condition import Kinds
+from diffusion.networks.dit import DiT, DiTConfig
 from diffusion.networks.unet import UNet, UNetConfig
 from diffusion.registry import Entry
 
-__all__ = ["NETWORKS", "NetworkConfig", "UNet", "UNetConfig", "from_json", "to_json"]
+__all__ = [
+    "NETWORKS",
+    "DiT",
+    "DiTConfig",
+    "NetworkConfig",
+    "UNet",
+    "UNetConfig",
+    "from_json",
+    "to_json",
+]
 
 
 class NetworkConfig(Entry, Protocol):
@@ -34,7 +44,7 @@ class NetworkConfig(Entry, Protocol):
         """(x_t (B, C, H, W), t (B,) float32 radians, condition or None) -> (B, outputs, H, W)."""
 
 
-NETWORKS: dict[str, type[NetworkConfig]] = {"unet": UNetConfig}
+NETWORKS: dict[str, type[NetworkConfig]] = {"unet": UNetConfig, "dit": DiTConfig}
 
 
 def to_json(config: NetworkConfig) -> dict:
