@@ -1,7 +1,7 @@
 """Images by name: where they are from, how they are scaled, what is known of each."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -14,8 +14,9 @@ from diffusion import emoji, image_folder, named_data
 from diffusion.codec import CODECS, Codec
 from diffusion.condition import Kinds, Label
 from diffusion.console import UserError, printable, say
+from diffusion.decoding import decoded
 from diffusion.image_file import Form
-from diffusion.images import Images, InMemory, Source, some
+from diffusion.images import Images, Source, parts
 from diffusion.machine import CACHE
 from diffusion.typed import Sha256, Text
 
@@ -126,18 +127,19 @@ def at_hand(name: str) -> str:
 
 def _folder(folder: Path, form: Form, codec: str, classes: bool) -> Dataset:
     """All images below it; every tenth is held out where there are at least 100."""
+    form.check()
     if printable(str(folder.resolve())) != str(folder.resolve()):
         raise UserError(
             f"the name of {folder} has characters that no card can hold: rename the folder"
         )
-    images, names = image_folder.read(folder, form, CACHE / "images")
+    images, names, *_ = decoded(image_folder.listing(folder), form, CACHE / "images")
     condition, kinds = {}, {}
     if classes:
         condition, kinds = _classes(folder, names)
     held_out = (torch.arange(len(images)) % 10 == 9) & (len(images) >= 100)
     train, test = (
-        InMemory(images[part], {name: rows[part] for name, rows in condition.items()})
-        for part in (~held_out, held_out)
+        images.only(part, {name: rows[part] for name, rows in condition.items()})
+        for part in ((~held_out).nonzero()[:, 0], held_out.nonzero()[:, 0])
     )
     dataset = _dataset(str(folder.resolve()), Source(train, test, kinds), codec)
     spec = replace(dataset.spec, background=form.background, classes=classes)
@@ -166,8 +168,17 @@ def _dataset(name: str, source: Source, codec: str) -> Dataset:
     train, (channels, height, width) = source.train, source.train.shape
     if height != width:
         raise UserError(f"{name} has images of {height}x{width}, expected square ones")
-    images = some(train).images
-    if images.min() == images.max():
-        raise UserError(f"every pixel of {name} has the same value: expected images that differ")
+    fitted = CODECS[codec].fitted(_differing(name, parts(train)))
     spec = ImageSpec(name, channels, height, sha256=train.fingerprint())
-    return Dataset(spec, train, source.test, CODECS[codec].fitted(images), source.kinds)
+    return Dataset(spec, train, source.test, fitted, source.kinds)
+
+
+def _differing(name: str, parts: Iterator[Tensor]) -> Iterator[Tensor]:
+    """The parts of a dataset. UserError after the last where every pixel has the same value."""
+    level, differ = None, False
+    for part in parts:
+        level = part.flatten()[0] if level is None else level
+        differ = differ or bool((part != level).any())
+        yield part
+    if not differ:
+        raise UserError(f"every pixel of {name} has the same value: expected images that differ")

@@ -186,7 +186,7 @@ def _groups(count: int, pairs: np.ndarray) -> np.ndarray:
 
 
 def _read(png: bytes, size: int) -> Tensor:
-    return image_file.read(BytesIO(png), Form(size))
+    return image_file.read(BytesIO(png), Form(size)).pixels
 
 
 def _package(place: Path, name: str) -> tuple[list[dict], dict[str, bytes]]:

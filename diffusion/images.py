@@ -1,7 +1,8 @@
 """Images: a source that is asked for rows, in memory or not."""
 
 import hashlib
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from diffusion.condition import Kinds
+from diffusion.machine import free_memory
 
 SAMPLE = 60_000  # images, evenly spread, that stand for a source in scales, features and copies
 
@@ -83,6 +85,10 @@ class InMemory:
             self.images[indices], {name: rows[indices] for name, rows in self.condition.items()}
         )
 
+    def only(self, which: Tensor, condition: Mapping[str, Tensor]) -> "InMemory":
+        """The images at these indices, and what is known of them."""
+        return InMemory(self.images[which], condition)
+
     def near(self, device: torch.device) -> "InMemory":
         if device.type == "cuda":
             free = torch.cuda.mem_get_info(device)[0]
@@ -98,15 +104,29 @@ class InMemory:
         return digest.hexdigest()
 
 
-def some(images: Images, most: int | None = None) -> Rows:
-    """At most so many rows, evenly spread over the source, in its order.
+def spread(images: Images, most: int) -> Tensor:
+    """The indices of at most so many images, evenly spread over the source, in its order."""
+    count = min(len(images), most)
+    return (torch.arange(count) * len(images)) // max(count, 1)
 
-    By default SAMPLE of a slow one, and all of another, which are then not copied.
+
+def some(images: Images, most: int | None = None) -> Rows:
+    """At most so many rows, evenly spread.
+
+    By default all of a source in memory, which are then not copied; of a slow one SAMPLE, or as
+    many as a quarter of the free memory holds.
     """
-    count = min(len(images), most or (SAMPLE if images.slow else len(images)))
-    if isinstance(images, InMemory) and count == len(images):
+    fits = int(free_memory() / 4 / math.prod(images.shape))
+    count = most or (max(2, min(SAMPLE, fits)) if images.slow else len(images))
+    if isinstance(images, InMemory) and count >= len(images):
         return Rows(images.images, images.condition)
-    return images.take((torch.arange(count) * len(images)) // max(count, 1))
+    return images.take(spread(images, count))
+
+
+def parts(images: Images, most: int | None = None, size: int = 256) -> Iterator[Tensor]:
+    """At most so many images, SAMPLE by default, evenly spread, a few at a time."""
+    for which in spread(images, most or SAMPLE).split(size):
+        yield images.take(which.to(images.device)).images
 
 
 class Ahead:

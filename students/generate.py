@@ -18,7 +18,6 @@ import tyro
 from torch import Tensor
 
 from diffusion import machine
-from diffusion.condition import Label, take
 from diffusion.console import UserError, at_least, doing, run, say, track
 from diffusion.files import write_atomic
 from diffusion.folders import (
@@ -37,6 +36,7 @@ from diffusion.owner import owned
 from diffusion.pictures import png, save_grid
 from diffusion.plan import MOST_STEPS, Plan
 from diffusion.samplers import SOLVERS
+from students.api import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -108,38 +108,15 @@ def plan_of(model: Model, options: Options) -> Plan:
     return replace(model.plan(1, sampler, guidance=options.guidance), angles=angles)
 
 
-def given_to(model: Model, options: Options) -> dict[str, Tensor]:
-    """The condition that the options ask for: (num, ...) by name."""
-    if options.label is None:
-        return {}
-    label = model.kinds.get("label")
-    if not isinstance(label, Label):
-        raise UserError(
-            f"--label {options.label} needs a model with classes, and this one has none: leave it "
-            "out"
-        )
-    if not 0 <= options.label < label.num_classes:
-        raise UserError(
-            f"--label must be below the model's {label.num_classes} classes, got {options.label}"
-        )
-    return {"label": torch.full((options.num,), options.label, device=model.device)}
-
-
 def generate(model: Model, options: Options) -> Iterator[Tensor]:
     """Batches of images, (B, C, H, W) uint8, in order of their numbers.
 
     Raises UserError for images that are not finite, which as uint8 would be black.
     """
-    plan, given = plan_of(model, options), given_to(model, options)
-    for indices in torch.arange(options.num, device=model.device).split(options.batch_size):
-        x0 = model.x0(plan, options.seed, indices, take(given, indices))
-        if not x0.isfinite().all():
-            raise UserError(
-                f"{options.checkpoint} makes images that are not finite (NaN or infinite): its "
-                "training failed, or its angles are none that it was trained at; train it again "
-                "with a lower --learning-rate, or give other --steps"
-            )
-        yield model.codec.decode(x0).cpu()
+    maker = Checkpoint(model, str(options.checkpoint))
+    condition = maker.labels(options.label, options.num)
+    numbers, plan = range(options.num), plan_of(model, options)
+    yield from maker.batches(plan, options.seed, numbers, condition, options.batch_size)
 
 
 def _tracked(model: Model, options: Options) -> Iterator[tuple[int, Tensor]]:

@@ -46,8 +46,12 @@ def parse(
 ) -> Options:
     """Options from the command line; those left out are the preset's for the teacher's data."""
     teacher = Path(ddpm.peek("--teacher", str(StudentOptions.teacher)))
-    data = load(teacher).spec.name if _trained(teacher) else "digits"
-    return ddpm.parse(for_data(presets, data), prog, arguments, description)
+    return ddpm.parse(preset_for(presets, teacher), prog, arguments, description)
+
+
+def preset_for(presets: Mapping[str, Options], teacher: Path) -> Options:
+    """The preset for the data of that teacher; for digits where it is not trained yet."""
+    return for_data(presets, load(teacher).spec.name if _trained(teacher) else "digits")
 
 
 def begin(
