@@ -10,7 +10,9 @@ from torch import nn
 
 from diffusion import registry
 from diffusion.condition import Kinds
+from diffusion.console import UserError
 from diffusion.networks.dit import DiT, DiTConfig
+from diffusion.networks.module import MODULE, ModuleConfig, trust
 from diffusion.networks.unet import UNet, UNetConfig
 from diffusion.registry import Entry
 
@@ -18,11 +20,14 @@ __all__ = [
     "NETWORKS",
     "DiT",
     "DiTConfig",
+    "ModuleConfig",
     "NetworkConfig",
     "UNet",
     "UNetConfig",
     "from_json",
+    "named",
     "to_json",
+    "trust",
 ]
 
 
@@ -44,7 +49,25 @@ class NetworkConfig(Entry, Protocol):
         """(x_t (B, C, H, W), t (B,) float32 radians, condition or None) -> (B, outputs, H, W)."""
 
 
-NETWORKS: dict[str, type[NetworkConfig]] = {"unet": UNetConfig, "dit": DiTConfig}
+NETWORKS: dict[str, type[NetworkConfig]] = {
+    "unet": UNetConfig,
+    "dit": DiTConfig,
+    "module": ModuleConfig,
+}
+
+
+def named(name: str, channels: int, size: int) -> NetworkConfig:
+    """The network that the user names, a registered one or module:PACKAGE.MODULE:CLASS, for images
+    of these channels and this size."""
+    if name.startswith(MODULE):
+        place = name.removeprefix(MODULE)
+        trust(place)
+        return ModuleConfig(place, channels, size)
+    names = [each for each in NETWORKS if each != "module"]
+    if name not in names:
+        expected = f"{', '.join(names)} or {MODULE}PACKAGE.MODULE:CLASS"
+        raise UserError(f"--net must be {expected}, got {name!r:.80}")
+    return from_json({"name": name, "channels": channels, "size": size})
 
 
 def to_json(config: NetworkConfig) -> dict:
