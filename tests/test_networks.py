@@ -18,7 +18,7 @@ from diffusion.console import UserError
 from diffusion.denoiser import Denoiser
 from diffusion.dry import check_output
 from diffusion.model import load
-from diffusion.networks import NETWORKS, DiT, DiTConfig, ModuleConfig, module
+from diffusion.networks import DiT, DiTConfig, ModuleConfig, module
 from diffusion.networks.dit import Attention, positions
 from distill import cd, ect, progressive, scm
 from distill import guidance as guided
@@ -394,7 +394,3 @@ def test_a_module_that_names_kinds_is_told_of_its_conditions_and_can_be_guided(m
     ddpm.train_teacher(ddpm.Options(net=ModuleConfig("mynets:MLP"), out=out / "mlp", **options))
     with pytest.raises(UserError, match="takes no guidance weight"):
         guided.distill(guided.Options(out / "mlp", out=out / "none", fit=fit))
-
-
-def test_the_registry_offers_what_its_error_names():
-    assert {*NETWORKS} == {"unet", "dit", "module"}

@@ -4,6 +4,7 @@ A network is a file: a config of its shape alone, a frozen dataclass that builds
 here.
 """
 
+from dataclasses import MISSING, Field, fields
 from typing import Protocol
 
 from torch import nn
@@ -11,6 +12,7 @@ from torch import nn
 from diffusion import registry
 from diffusion.condition import Kinds
 from diffusion.console import UserError
+from diffusion.networks.diffusers import DiffusersConfig
 from diffusion.networks.dit import DiT, DiTConfig
 from diffusion.networks.module import MODULE, ModuleConfig, trust
 from diffusion.networks.unet import UNet, UNetConfig
@@ -53,6 +55,7 @@ NETWORKS: dict[str, type[NetworkConfig]] = {
     "unet": UNetConfig,
     "dit": DiTConfig,
     "module": ModuleConfig,
+    "diffusers": DiffusersConfig,
 }
 
 
@@ -63,11 +66,16 @@ def named(name: str, channels: int, size: int) -> NetworkConfig:
         place = name.removeprefix(MODULE)
         trust(place)
         return ModuleConfig(place, channels, size)
-    names = [each for each in NETWORKS if each != "module"]
+    # a network that needs to be told more is none to be had by its name alone
+    names = [each for each, config in NETWORKS.items() if all(map(_has_default, fields(config)))]
     if name not in names:
         expected = f"{', '.join(names)} or {MODULE}PACKAGE.MODULE:CLASS"
         raise UserError(f"--net must be {expected}, got {name!r:.80}")
     return from_json({"name": name, "channels": channels, "size": size})
+
+
+def _has_default(field: Field) -> bool:
+    return (field.default, field.default_factory) != (MISSING, MISSING)
 
 
 def to_json(config: NetworkConfig) -> dict:
