@@ -2,9 +2,9 @@
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Protocol
 
 import torch
@@ -29,6 +29,8 @@ class Source(NamedTuple):
     train: "Images"
     test: "Images"
     kinds: Kinds
+    captions: Sequence[Sequence[str]] = ((), ())
+    """Of each image of either, "" for none; empty where nobody looked for any."""
 
 
 class Images(Protocol):
@@ -104,6 +106,65 @@ class InMemory:
         return digest.hexdigest()
 
 
+@dataclass(frozen=True, eq=False)
+class Texts:
+    """A text for each image, each different one encoded once."""
+
+    table: Tensor
+    """(U, L, D) float16; zeros for no text."""
+    which: Tensor
+    """(N,) int64: each image's row of the table."""
+    sha256: str
+    """Identity of the images' texts and of their encoder."""
+
+    def take(self, indices: Tensor) -> Tensor:
+        """The texts of images number `indices`: (B, L, D) float32 on the indices' device."""
+        rows = self.which[indices.to(self.which.device)]
+        return self.table[rows.to(self.table.device)].to(indices.device).float()
+
+
+@dataclass(frozen=True, eq=False)
+class Captioned:
+    """Images, of whatever source, with a text each."""
+
+    images: Images
+    texts: Texts
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.images.shape
+
+    @property
+    def device(self) -> torch.device:
+        return self.images.device
+
+    @property
+    def slow(self) -> bool:
+        return self.images.slow
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def take(self, indices: Tensor) -> Rows:
+        rows = self.images.take(indices)
+        return rows._replace(condition={**rows.condition, "text": self.texts.take(indices)})
+
+    def near(self, device: torch.device) -> "Captioned":
+        """Where the device is a GPU, the texts go there if an eighth of its free memory holds
+        them."""
+        images, table = self.images.near(device), self.texts.table
+        if device.type == "cuda" and table.nbytes < torch.cuda.mem_get_info(device)[0] / 8:
+            table = table.to(device)
+        which = self.texts.which.to(table.device)
+        return Captioned(images, replace(self.texts, table=table, which=which))
+
+    def fingerprint(self) -> str:
+        """A sha256 of the images' own and of the texts': what encodes them rounds them otherwise on
+        another machine, and they are the same."""
+        both = f"{self.images.fingerprint()} {self.texts.sha256}"
+        return hashlib.sha256(both.encode()).hexdigest()
+
+
 def spread(images: Images, most: int) -> Tensor:
     """The indices of at most so many images, evenly spread over the source, in its order."""
     count = min(len(images), most)
@@ -114,8 +175,11 @@ def some(images: Images, most: int | None = None) -> Rows:
     """At most so many rows, evenly spread.
 
     By default all of a source in memory, which are then not copied; of a slow one SAMPLE, or as
-    many as a quarter of the free memory holds.
+    many as a quarter of the free memory holds. Their texts, which are larger than images, are not
+    among them.
     """
+    if isinstance(images, Captioned):
+        return some(images.images, most)
     fits = int(free_memory() / 4 / math.prod(images.shape))
     count = most or (max(2, min(SAMPLE, fits)) if images.slow else len(images))
     if isinstance(images, InMemory) and count >= len(images):

@@ -30,6 +30,8 @@ class StudentOptions:
     the dataset, or the folder of images, that its students are trained on."""
     data_dir: Path | None = None
     """The folder that holds a named dataset's files."""
+    text_encoder: Path | None = None
+    """The folder that the encoder of the images' captions is in now, if it has moved."""
     out: Path | None = None
     """The run's folder. If left out: a folder beside the teacher's, named after the method."""
     shift: float | None = None
@@ -89,8 +91,8 @@ def begin(
         teacher = replace(teacher, card=replace(teacher.card, shift=options.shift))
     if fit.compile:
         teacher.denoiser.net.compile()
-    dataset = datasets.reload(teacher.spec, options.data, options.data_dir)
-    place = {"name": dataset.spec.name, "sha256": dataset.spec.sha256}
+    dataset = datasets.reload(teacher.spec, options.data, options.data_dir, options.text_encoder)
+    place = {name: getattr(dataset.spec, name) for name in ("name", "sha256", "text_encoder")}
     spec = replace(teacher.spec, **place)
     dataset = replace(dataset, spec=spec, codec=teacher.codec)  # the teacher's scale
     if (
