@@ -232,17 +232,20 @@ def _weights(kinds: Kinds) -> tuple[float, float]:
     return next(iter(ranges), (0.0, MOST_GUIDANCE) if kinds else (1.0, 1.0))
 
 
-def read(path: Path) -> tuple[dict[str, Tensor], Card, str]:
-    """Weights, card and the weights' sha256 of a checkpoint, ours or another maker's."""
-    other = foreign.door(path)
-    return other() if other else checkpoint.load(path)
-
-
-def load(path: Path, precision: str = "fp32", device: torch.device | None = None) -> Model:
+def load(
+    path: Path,
+    precision: str = "fp32",
+    device: torch.device | None = None,
+    trust: bool = False,
+) -> Model:
     """The model of a checkpoint, of a run's folder or of another maker's network by its prefix, for
-    inference, on this process's device."""
+    inference, on this process's device.
+
+    trust: whether a file of another maker may be loaded that may run code.
+    """
     with doing(f"reading {path}"):
-        weights, card, sha256 = read(path)
+        other = foreign.door(path, trust)
+        weights, card, sha256 = other() if other else checkpoint.load(path)
     try:
         denoiser = of_card(card, precision, weights)
     except UserError as error:
