@@ -33,5 +33,5 @@ def grid(images: Tensor, columns: int | None = None) -> Tensor:
     return make_grid(images.cpu(), nrow=columns, padding=4, pad_value=255).to(torch.uint8)
 
 
-def save_grid(path: Path, images: Tensor) -> None:
-    write_atomic(path, png(grid(images), SIGN))
+def save_grid(path: Path, images: Tensor, columns: int | None = None) -> None:
+    write_atomic(path, png(grid(images, columns), SIGN))

@@ -12,10 +12,9 @@ from typing import Literal, Protocol, TypeVar
 import torch
 import tyro
 from torch import Tensor, nn
-from tyro.conf import Suppress
 
+from diffusion import autoencoder, condition, networks
 from diffusion import codec as codecs
-from diffusion import condition, networks
 from diffusion import data as datasets
 from diffusion.batches import Batch
 from diffusion.captions import EncoderPlace
@@ -131,20 +130,28 @@ class Options:
     """The folder of a Hugging Face text encoder, which turns the images' captions into what the
     model is told: in a folder from metadata.jsonl, metadata.csv or a .txt beside each image; of
     emoji their names. If left out: captions are not read."""
-    codec: Suppress[str] = "scale"
-    """How pixels become what the network sees, by its name in diffusion.codec.CODECS."""
+    codec: str = "scale"
+    """What the network sees. scale: the pixels; an autoencoder, which is a run of
+    teachers.autoencoder or diffusers:FOLDER: its latents, which are fewer, so that larger images
+    cost less (Rombach et al. 2022)."""
     net: UNetConfig = field(default_factory=UNetConfig)
     denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
     fit: FitConfig = field(default_factory=FitConfig)
 
     @staticmethod
-    def default(data: str = "digits", size: int | None = None, channels: int = 3) -> "Options":
+    def default(
+        data: str = "digits", size: int | None = None, channels: int = 3, codec: str = "scale"
+    ) -> "Options":
         chosen = preset(data, size, channels)
+        net = chosen.net
+        if autoencoder.is_place(codec):  # patches as large as they were, in pixels
+            net = replace(net, patch=max(1, net.patch // autoencoder.load(codec).factor))
         return Options(
             data=data,
             clamp=chosen.clamp,
             shift=chosen.shift,
-            net=chosen.net,
+            codec=codec,
+            net=net,
             fit=chosen.teacher,
         )
 
@@ -163,7 +170,7 @@ def load_data(options: Options) -> Dataset:
         classes=classes,
         encoder=encoder,
     )
-    spec, (channels, size, _) = dataset.spec, dataset.codec.shape(dataset.spec.shape)
+    spec, (channels, size, _) = dataset.spec, dataset.spec.shape
     if (net.channels, net.size) != (channels, size):
         raise UserError(
             f"{spec.name} images have {channels} channels and size {size}, but --channels is "
@@ -193,7 +200,6 @@ def kinds_of(options: Options, dataset: Dataset) -> Kinds:
 def train_teacher(options: Options) -> Model:
     """The teacher of these options: loaded where it is finished, else trained."""
     check(options.fit)
-    options.net.check()
     at_least(0, options, "num_classes")
     check_shift(options.shift)
     out = options.out or run_folder(options.data) / "teacher"
@@ -201,6 +207,9 @@ def train_teacher(options: Options) -> Model:
     options = replace(options, fit=settled(options.fit, out))
     dataset = load_data(options)
     codec, kinds = dataset.codec, kinds_of(options, dataset)
+    channels, size, _ = codec.shape(dataset.spec.shape)
+    options = replace(options, net=replace(options.net, channels=channels, size=size))
+    options.net.check()
     check_memory(lambda: options.net.build(options.net.channels, kinds))
     angles = SCHEDULES[options.schedule]()
     check_prediction(options.denoiser.prediction, angles)
@@ -287,7 +296,7 @@ def parse(
 def main() -> None:
     size, channels = (peek(name, "") for name in ("--size", "--channels"))
     shape = int(size) if size.isdecimal() else None, int(channels) if channels.isdecimal() else 3
-    default = Options.default(peek("--data", "digits"), *shape)
+    default = Options.default(peek("--data", "digits"), *shape, peek("--codec", "scale"))
     train_teacher(parse(default, "python -m teachers.ddpm"))
 
 
