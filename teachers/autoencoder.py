@@ -161,7 +161,7 @@ class AnAutoencoder(Product[Autoencoder]):
         images, again = reconstructed(student, self.dataset, SHOWN)
         rows = zip(images.split(COLUMNS), again.split(COLUMNS), strict=True)
         picture = torch.cat([each for pair in rows for each in pair])
-        save_grid(run / "samples.png", picture, min(COLUMNS, len(images)))
+        save_grid(run / "samples.png", picture, columns=min(COLUMNS, len(images)))
 
     def leave(self, run: Path, method: Method, training: dict) -> None:
         student = method.players["student"].module

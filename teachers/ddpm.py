@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, TypeVar
 
 import torch
 import tyro
@@ -25,12 +25,12 @@ from diffusion.config import FitConfig, check
 from diffusion.console import UserError, at_least, run
 from diffusion.data import Dataset
 from diffusion.denoiser import DenoiserConfig, check_prediction
-from diffusion.dry import check_memory
+from diffusion.dry import check_memory, check_output
 from diffusion.folders import check_claim
 from diffusion.image_file import Form
 from diffusion.machine import this_device
 from diffusion.model import Model, build
-from diffusion.networks import NetworkConfig, UNetConfig
+from diffusion.networks import DiTConfig, NetworkConfig, UNetConfig
 from diffusion.noise import seed32
 from diffusion.pace import passes_per_second
 from diffusion.plan import plan
@@ -39,7 +39,7 @@ from diffusion.runs import settled, train_model
 from diffusion.schedules import SCHEDULES, check_shift
 from diffusion.training import Followers, one_network
 from teachers.levels import ImportanceSampling, Levels, LossHistory, log_normal, uniform
-from teachers.presets import preset
+from teachers.presets import network, preset
 from teachers.variance import VariationalBound
 
 
@@ -52,6 +52,11 @@ class TrainingOptions(Entry, Protocol):
 
 
 T = TypeVar("T", bound=TrainingOptions)
+
+if TYPE_CHECKING:
+    AnyNetwork = NetworkConfig
+else:  # tyro then has the options of the default's type
+    AnyNetwork = Any
 
 
 @dataclass(frozen=True)
@@ -134,26 +139,41 @@ class Options:
     """What the network sees. scale: the pixels; an autoencoder, which is a run of
     teachers.autoencoder or diffusers:FOLDER: its latents, which are fewer, so that larger images
     cost less (Rombach et al. 2022)."""
-    net: UNetConfig = field(default_factory=UNetConfig)
+    net: AnyNetwork = field(default_factory=UNetConfig)
     denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
     fit: FitConfig = field(default_factory=FitConfig)
 
     @staticmethod
     def default(
-        data: str = "digits", size: int | None = None, channels: int = 3, codec: str = "scale"
+        data: str = "digits",
+        size: int | None = None,
+        channels: int = 3,
+        net: str = "unet",
+        codec: str = "scale",
     ) -> "Options":
         chosen = preset(data, size, channels)
-        net = chosen.net
-        if autoencoder.is_place(codec):  # patches as large as they were, in pixels
-            net = replace(net, patch=max(1, net.patch // autoencoder.load(codec).factor))
+        shape = network(net, data, chosen)
+        if autoencoder.is_place(codec) and isinstance(shape, UNetConfig | DiTConfig):
+            # a patch of latents as large as it was, in pixels
+            patch = max(1, shape.patch // autoencoder.load(codec).factor)
+            shape = replace(shape, patch=patch)
         return Options(
             data=data,
             clamp=chosen.clamp,
             shift=chosen.shift,
             codec=codec,
-            net=net,
+            net=shape,
             fit=chosen.teacher,
         )
+
+
+@dataclass(frozen=True)
+class Command(Options):
+    __doc__ = Options.__doc__
+
+    network: Annotated[str, tyro.conf.arg(name="net", metavar="NAME")] = "unet"
+    """The network: unet, dit (a transformer over patches), or module:PACKAGE.MODULE:CLASS, your own
+    torch module. Each has options of its own, shown last: --net dit --help."""
 
 
 def load_data(options: Options) -> Dataset:
@@ -210,7 +230,9 @@ def train_teacher(options: Options) -> Model:
     channels, size, _ = codec.shape(dataset.spec.shape)
     options = replace(options, net=replace(options.net, channels=channels, size=size))
     options.net.check()
-    check_memory(lambda: options.net.build(options.net.channels, kinds))
+    outputs, image = channels * (1 + options.denoiser.learned_variance), (channels, size, size)
+    check_memory(lambda: options.net.build(outputs, kinds))
+    check_output(lambda: options.net.build(outputs, kinds), image, outputs, kinds)
     angles = SCHEDULES[options.schedule]()
     check_prediction(options.denoiser.prediction, angles)
     config = replace(options.denoiser, bounds=codec.bounds if options.clamp else None)
@@ -296,8 +318,9 @@ def parse(
 def main() -> None:
     size, channels = (peek(name, "") for name in ("--size", "--channels"))
     shape = int(size) if size.isdecimal() else None, int(channels) if channels.isdecimal() else 3
-    default = Options.default(peek("--data", "digits"), *shape, peek("--codec", "scale"))
-    train_teacher(parse(default, "python -m teachers.ddpm"))
+    net, codec = peek("--net", "unet"), peek("--codec", "scale")
+    default = Options.default(peek("--data", "digits"), *shape, net, codec)
+    train_teacher(parse(Command(**vars(default), network=net), "python -m teachers.ddpm"))
 
 
 if __name__ == "__main__":

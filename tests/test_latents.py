@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from diffusion import autoencoder, batches, codec, latents
+from diffusion import autoencoder, batches, checkpoint, codec, latents
 from diffusion import data as datasets
 from diffusion.autoencoder import Autoencoder, AutoencoderConfig, Posterior, psnr
 from diffusion.config import FitConfig
@@ -225,7 +225,7 @@ def test_a_teacher_in_latents_is_distilled_generated_and_compared(teacher, tmp_p
     assert made.shape == (3, 1, 8, 8)
     assert made.dtype == torch.uint8
     shutil.copytree(teacher, tmp_path / "teacher")
-    few = "--no-long --no-times --num-images 80 --features random --likelihood 0 --steps 2"
+    few = "--no-long --no-times --solvers ddim --num-images 80 --features random --steps 2"
     runs = [tmp_path / "teacher", tmp_path / "cd", "--autoencoder", teacher.parent / "autoencoder"]
     done = command(compare.main, *runs, *few.split(), "--out", tmp_path / "table")
     assert done.code == 0, done.err
@@ -235,35 +235,31 @@ def test_a_teacher_in_latents_is_distilled_generated_and_compared(teacher, tmp_p
 def test_an_autoencoder_that_moved_is_found_beside_the_model_or_by_its_flag(
     run, teacher, tmp_path, command
 ):
-    for folder, place in (
-        ("alone", "autoencoder.safetensors"),
-        ("around", "../autoencoder.safetensors"),
-    ):
+    file, place = run / "autoencoder.safetensors", "autoencoder.safetensors"
+    for folder in ("alone", "around"):
         model = tmp_path / folder / "model"
         shutil.copytree(teacher, model)
         hide(model, tmp_path)
-        shutil.copy(run / "autoencoder.safetensors", model / place)
-        assert command(generate.main, model, "--num", 2, "--out", tmp_path / "a.png").code == 0
-    lost = tmp_path / "lost" / "far" / "model"
+        shutil.copy(file, (model if folder == "alone" else model.parent) / place)
+        assert load(model).codec.sha256 == load(teacher).codec.sha256
+    lost = tmp_path / "lost" / "far" / "away" / "model"
     shutil.copytree(teacher, lost)
     hide(lost, tmp_path)
-    done = command(generate.main, lost, "--num", 2, "--out", tmp_path / "b.png")
+    few = "--num", 2, "--sampler", "ddim", "--steps", 2, "--out", tmp_path / "grid.png"
+    done = command(generate.main, lost, *few)
     assert done.code == 2
     assert "--autoencoder" in done.err
     assert len(done.err.strip().splitlines()) == 1
-    moved = "--num", 2, "--out", tmp_path / "b.png", "--autoencoder"
-    assert command(generate.main, lost, *moved, run).code == 0
+    assert command(generate.main, lost, *few, "--autoencoder", run).code == 0
     other = tmp_path / "other"
     autoencoders.train_autoencoder(options(other, iterations=1))
-    done = command(generate.main, lost, *moved, other)
+    done = command(generate.main, lost, *few, "--autoencoder", other)
     assert done.code == 2
     assert "another autoencoder" in done.err
 
 
 def hide(model, tmp_path) -> None:
     """Let the model's card name a place where there is no autoencoder."""
-    from diffusion import checkpoint
-
     weights, card, _ = checkpoint.load(model)
     nowhere = card.codec | {"autoencoder": str(tmp_path / "nowhere")}
     checkpoint.save(model / "model.safetensors", weights, replace(card, codec=nowhere))
