@@ -244,12 +244,18 @@ def read(path: Path) -> tuple[dict[str, Tensor], Card, str]:
     return other() if other else checkpoint.load(path)
 
 
-def load(path: Path, precision: str = "fp32", device: torch.device | None = None) -> Model:
+def load(
+    path: Path,
+    precision: str = "fp32",
+    device: torch.device | None = None,
+    autoencoder: Path | None = None,
+) -> Model:
     """The model of a checkpoint, of a run's folder or of another maker's network by its prefix, for
     inference, on this process's device."""
     with doing(f"reading {path}"):
         weights, card, sha256 = read(path)
     try:
+        card = replace(card, codec=codec.found(card.codec, path, autoencoder))
         denoiser = of_card(card, precision, weights)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
