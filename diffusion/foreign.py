@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusion import codec, condition, networks, text_encoder
+from diffusion import autoencoder, codec, condition, networks, text_encoder
 from diffusion.checkpoint import Card, weights_sha256
-from diffusion.codec import Scale
+from diffusion.codec import Codec, Scale
 from diffusion.condition import Kind, Label, Text
 from diffusion.console import UserError, say
 from diffusion.data import ImageSpec
 from diffusion.denoiser import DenoiserConfig
+from diffusion.latents import Latents
 from diffusion.networks import edm
 from diffusion.networks.diffusers import DiffusersConfig, Levels, levels, library
 from diffusion.plan import plan
@@ -90,7 +91,8 @@ def of_diffusers(place: str, trust: bool) -> Checkpoint:
         net = DiffusersConfig(*shape, architecture, _plain(config), _plain(scheduler))
         net.check()
         denoiser, kinds = _denoiser(scheduler, noise), _label(config)
-        spec = ImageSpec("", *shape, classes="label" in kinds)
+        seen = _codec(folder, net.channels)
+        spec = _images(seen, net, classes="label" in kinds)
         weights = _weights(folder / inside, architecture)
         if architecture == "UNet2DConditionModel":
             encoder = _encoder(folder, config)
@@ -110,7 +112,7 @@ def of_diffusers(place: str, trust: bool) -> Checkpoint:
         net=networks.to_json(net),
         denoiser=denoiser.to_json(),
         condition=condition.to_json(kinds),
-        codec=codec.to_json(PIXELS),
+        codec=codec.to_json(seen),
         data=asdict(spec),
     )
     return weights, card, weights_sha256(weights)
@@ -175,6 +177,31 @@ def _shape(config: dict[str, Any]) -> tuple[int, int]:
             "side of square images, and a number"
         )
     return channels, size
+
+
+def _codec(folder: Path, channels: int) -> Codec:
+    """Pixels from -1 to 1, or a pipeline's latents, scaled as its network takes them."""
+    if not (folder / "vae").is_dir():
+        return PIXELS
+    place = f"{autoencoder.FOREIGN}{(folder / 'vae').resolve()}"
+    network = autoencoder.load(place)
+    if network.latent_channels != channels:
+        raise UserError(
+            f"its network takes {channels} channels, and its autoencoder makes "
+            f"{network.latent_channels}: expected as many"
+        )
+    config = _json(folder / "vae" / "config.json", "an autoencoder's config")
+    scale, shift = config.get("scaling_factor") or 1.0, config.get("shift_factor") or 0.0
+    mean, std = (float(shift),) * channels, (1 / float(scale),) * channels
+    return Latents(autoencoder.absolute(place), network.sha256, network.factor, mean, std)
+
+
+def _images(seen: Codec, net: DiffusersConfig, classes: bool) -> ImageSpec:
+    """The shape of its images, of which nothing else is known."""
+    if isinstance(seen, Latents):
+        pixels = autoencoder.load(seen.autoencoder, seen.sha256).channels, net.size * seen.factor
+        return ImageSpec("", *pixels, classes=classes)
+    return ImageSpec("", net.channels, net.size, classes=classes)
 
 
 def _label(config: dict[str, Any]) -> dict[str, Kind]:

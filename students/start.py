@@ -11,7 +11,7 @@ from diffusion.config import FitConfig, check
 from diffusion.console import UserError
 from diffusion.data import Dataset
 from diffusion.folders import check_claim
-from diffusion.model import Model, load
+from diffusion.model import Model, load, read
 from diffusion.runs import settled
 from diffusion.schedules import check_shift
 from teachers import ddpm
@@ -33,6 +33,8 @@ class StudentOptions:
     """The folder that holds a named dataset's files."""
     text_encoder: Path | None = None
     """The folder that the encoder of the images' captions is in now, if it has moved."""
+    autoencoder: Path | None = None
+    """Where the autoencoder of a teacher in latents is now, if it has moved."""
     trust: bool = False
     """Load a --teacher edm:FILE.pt2. Such a file can run any code of its maker on this machine, as
     a program can: trust one only if you made it or know who did."""
@@ -66,7 +68,7 @@ def preset_for(presets: Mapping[str, Options], teacher: Path, data: str = "") ->
     """
     if foreign.door(teacher):
         return for_data(presets, data)
-    return for_data(presets, load(teacher).spec.name if _trained(teacher) else "digits")
+    return for_data(presets, read(teacher)[1].data["name"] if _trained(teacher) else "digits")
 
 
 def begin(
@@ -83,7 +85,8 @@ def begin(
     if not _trained(options.teacher) and options.teacher == StudentOptions.teacher:
         ddpm.train_teacher(ddpm.Options.default("digits"))
     check(fit)
-    teacher = load(options.teacher, fit.precision, trust=options.trust)
+    where = {"autoencoder": options.autoencoder, "trust": options.trust}
+    teacher = load(options.teacher, fit.precision, **where)
     if options.shift is not None:
         check_shift(options.shift)
         if teacher.card.shifted and options.shift != teacher.card.shift:

@@ -106,7 +106,7 @@ def _exported(path: Path) -> nn.Module:
         )
     try:
         program = torch.export.load(path)
-        network = program.module()
+        network: Any = program.module()
         images = next(
             node for node in program.graph.nodes if node.name in program.graph_signature.user_inputs
         )
