@@ -37,6 +37,7 @@ from diffusion.pictures import png, save_grid
 from diffusion.plan import MOST_STEPS, Plan
 from diffusion.samplers import SOLVERS
 from students.api import Checkpoint
+from students.prompts import Prompts, encode, from_file
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,18 @@ class Options:
     teacher has it."""
     label: int | None = None
     """The class to make, for a conditional model. If left out: every class in turn."""
+    prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """What images shall show, for a model of captions. Given several times: the images take the
+    prompts in turn. If left out: anything."""
+    prompts: Path | None = None
+    """A file with a prompt in each line, which follow those of --prompt."""
+    negative_prompt: str | None = None
+    """What images shall not show: --guidance leads away from it."""
+    text_encoder: Path | None = None
+    """The folder that the model's text encoder is in now, if it has moved."""
     guidance: float | None = None
-    """How strongly images are pushed towards their class, for a conditional model; 1: not at all. A
+    """How strongly images are pushed towards their class or prompt, for a conditional model; 1: not
+    at all. A
     step of a teacher then takes 2 network calls, of a guided student 1. If left out: the
     checkpoint's own weight."""
     seed: int = 0
@@ -113,10 +124,26 @@ def generate(model: Model, options: Options) -> Iterator[Tensor]:
 
     Raises UserError for images that are not finite, which as uint8 would be black.
     """
-    maker = Checkpoint(model, str(options.checkpoint))
-    condition = maker.labels(options.label, options.num)
-    numbers, plan = range(options.num), plan_of(model, options)
-    yield from maker.batches(plan, options.seed, numbers, condition, options.batch_size)
+    maker, plan = Checkpoint(model, str(options.checkpoint)), plan_of(model, options)
+    prompts = prompts_of(model, plan, options)
+    for start in range(0, options.num, options.batch_size):
+        numbers = range(start, min(start + options.batch_size, options.num))
+        condition = maker.labels(options.label, len(numbers))
+        if prompts:
+            condition |= prompts.condition(torch.tensor(numbers))
+        yield from maker.batches(plan, options.seed, numbers, condition, options.batch_size)
+
+
+def prompts_of(model: Model, plan: Plan, options: Options) -> Prompts | None:
+    """The prompts that the options give, encoded; None for none."""
+    texts = options.prompt + (from_file(options.prompts) if options.prompts else ())
+    if len(texts) > options.num:
+        raise UserError(f"--num {options.num} leaves out some of {len(texts)} prompts: raise it")
+    if not texts and options.negative_prompt is None:
+        if options.text_encoder:
+            raise UserError("--text-encoder encodes prompts: give a --prompt, or leave it out")
+        return None
+    return encode(model, plan, texts or ("",), options.negative_prompt, options.text_encoder)
 
 
 def _tracked(model: Model, options: Options) -> Iterator[tuple[int, Tensor]]:
