@@ -44,6 +44,10 @@ class ImageModel(ABC):
     kinds: Kinds
     """The conditions that it takes, such as a label, by name."""
     device: torch.device
+    method: str
+    """How it was made, such as consistency-cd."""
+    sha256: str
+    """Identity of its weights."""
 
     @abstractmethod
     def plan(
@@ -180,6 +184,7 @@ class Checkpoint(ImageModel):
     def __init__(self, model: Model, name: str):
         self.model, self.name = model, name
         self.spec, self.kinds, self.device = model.spec, model.kinds, model.device
+        self.method, self.sha256 = model.card.method, model.sha256
 
     def plan(
         self,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, TypeVar
 
 import torch
 import tyro
@@ -26,7 +26,7 @@ from diffusion.config import FitConfig, check
 from diffusion.console import UserError, at_least, run
 from diffusion.data import Dataset
 from diffusion.denoiser import DenoiserConfig, check_prediction
-from diffusion.dry import check_memory
+from diffusion.dry import check_memory, check_output
 from diffusion.folders import check_claim
 from diffusion.image_file import Form
 from diffusion.machine import this_device
@@ -40,7 +40,7 @@ from diffusion.runs import settled, train_model
 from diffusion.schedules import SCHEDULES, check_shift
 from diffusion.training import Followers, one_network
 from teachers.levels import ImportanceSampling, Levels, LossHistory, log_normal, uniform
-from teachers.presets import preset
+from teachers.presets import network, preset
 from teachers.variance import VariationalBound
 
 
@@ -53,6 +53,11 @@ class TrainingOptions(Entry, Protocol):
 
 
 T = TypeVar("T", bound=TrainingOptions)
+
+if TYPE_CHECKING:
+    AnyNetwork = NetworkConfig
+else:  # tyro then has the options of the default's type
+    AnyNetwork = Any
 
 
 @dataclass(frozen=True)
@@ -133,20 +138,31 @@ class Options:
     emoji their names. If left out: captions are not read."""
     codec: Suppress[str] = "scale"
     """How pixels become what the network sees, by its name in diffusion.codec.CODECS."""
-    net: UNetConfig = field(default_factory=UNetConfig)
+    net: AnyNetwork = field(default_factory=UNetConfig)
     denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
     fit: FitConfig = field(default_factory=FitConfig)
 
     @staticmethod
-    def default(data: str = "digits", size: int | None = None, channels: int = 3) -> "Options":
+    def default(
+        data: str = "digits", size: int | None = None, channels: int = 3, net: str = "unet"
+    ) -> "Options":
         chosen = preset(data, size, channels)
         return Options(
             data=data,
             clamp=chosen.clamp,
             shift=chosen.shift,
-            net=chosen.net,
+            net=network(net, data, chosen),
             fit=chosen.teacher,
         )
+
+
+@dataclass(frozen=True)
+class Command(Options):
+    __doc__ = Options.__doc__
+
+    network: Annotated[str, tyro.conf.arg(name="net", metavar="NAME")] = "unet"
+    """The network: unet, dit (a transformer over patches), or module:PACKAGE.MODULE:CLASS, your own
+    torch module. Each has options of its own, shown last: --net dit --help."""
 
 
 def load_data(options: Options) -> Dataset:
@@ -201,7 +217,10 @@ def train_teacher(options: Options) -> Model:
     options = replace(options, fit=settled(options.fit, out))
     dataset = load_data(options)
     codec, kinds = dataset.codec, kinds_of(options, dataset)
-    check_memory(lambda: options.net.build(options.net.channels, kinds))
+    outputs = options.net.channels * (1 + options.denoiser.learned_variance)
+    image = (options.net.channels, options.net.size, options.net.size)
+    check_memory(lambda: options.net.build(outputs, kinds))
+    check_output(lambda: options.net.build(outputs, kinds), image, outputs, kinds)
     angles = SCHEDULES[options.schedule]()
     check_prediction(options.denoiser.prediction, angles)
     config = replace(options.denoiser, bounds=codec.bounds if options.clamp else None)
@@ -287,8 +306,9 @@ def parse(
 def main() -> None:
     size, channels = (peek(name, "") for name in ("--size", "--channels"))
     shape = int(size) if size.isdecimal() else None, int(channels) if channels.isdecimal() else 3
-    default = Options.default(peek("--data", "digits"), *shape)
-    train_teacher(parse(default, "python -m teachers.ddpm"))
+    net = peek("--net", "unet")
+    default = Options.default(peek("--data", "digits"), *shape, net)
+    train_teacher(parse(Command(**vars(default), network=net), "python -m teachers.ddpm"))
 
 
 if __name__ == "__main__":

@@ -383,8 +383,8 @@ NET = UNetConfig(channels=3, size=8, width=16, multipliers=(1,), blocks=1, atten
 
 
 @pytest.fixture(scope="module")
-def teacher(tmp_path_factory, encoder) -> Path:
-    """It knows 102 squares of three colours; one in seven has no caption."""
+def captioned(tmp_path_factory, encoder) -> Path:
+    """A teacher: it knows 102 squares of three colours; one in seven has no caption."""
     place, random = tmp_path_factory.mktemp("words"), np.random.default_rng(0)
     folder = place / "squares"
     for i in range(102):
@@ -415,20 +415,37 @@ def made(command, *arguments: object) -> np.ndarray:
 BY = ("--sampler", "ddim", "--steps", 8)
 
 
-def test_prompts_ask_for_images_in_turn_and_get_them(teacher, command, tmp_path):
+def test_prompts_ask_for_images_in_turn_and_get_them(captioned, command, tmp_path):
     lines = tmp_path / "prompts.txt"
     lines.write_text("a green square\n\n  a blue   square\n")
     asked = ("--prompt", "a red square", "--prompts", lines, "--guidance", 2, "--num", 30)
-    images = made(command, teacher, *asked, *BY, "--out", tmp_path / "a.npz")
+    images = made(command, captioned, *asked, *BY, "--out", tmp_path / "a.npz")
     right = [a == b for a, b in zip(nearest(images), [*COLOURS] * 10, strict=True)]
     assert sum(right) >= 28
-    again = made(command, teacher, *asked, *BY, "--batch-size", 7, "--out", tmp_path / "b.npz")
+    again = made(command, captioned, *asked, *BY, "--batch-size", 7, "--out", tmp_path / "b.npz")
     assert (images.astype(int) - again).max() <= 1  # whatever the batch
 
 
-def test_a_negative_prompt_leads_away_from_what_it_names(teacher, command, tmp_path):
+def test_a_folder_of_pictures_has_their_prompts_beside_as_a_folder_to_train_on(
+    captioned, command, tmp_path
+):
+    folder, asked = tmp_path / "made", ("--prompt", "a red square", "--prompt", "a blue square")
+    rest = (*BY, "--num", 5, "--batch-size", 2, "--shard", 3, "--out", folder)
+    assert command(generate.main, captioned, *asked, *rest).code == 0
+    names = [f"{i:06d}.png" for i in range(5)]
+    expected = [f"a {colour} square" for colour in ("red", "blue", "red", "blue", "red")]
+    assert captions.of_folder(folder, names) == expected
+    assert Image.open(folder / names[1]).text["Text"] == "a blue square"
+    assert command(generate.main, captioned, *rest).code == 0  # without prompts: none are left
+    assert not (folder / "metadata.jsonl").exists()
+    (folder / "metadata.jsonl").write_text("mine")
+    outcome = command(generate.main, captioned, *rest)
+    assert (outcome.code, (folder / "metadata.jsonl").read_text()) == (2, "mine")
+
+
+def test_a_negative_prompt_leads_away_from_what_it_names(captioned, command, tmp_path):
     def reds(*more: object) -> int:
-        asked = (teacher, "--num", 48, *BY, *more, "--out", tmp_path / "a.npz")
+        asked = (captioned, "--num", 48, *BY, *more, "--out", tmp_path / "a.npz")
         return nearest(made(command, *asked)).count("red")
 
     anything = reds()
@@ -436,8 +453,8 @@ def test_a_negative_prompt_leads_away_from_what_it_names(teacher, command, tmp_p
     assert reds("--negative-prompt", "a red square", "--guidance", 3) <= anything / 2
 
 
-def test_a_negative_prompt_stands_in_for_the_null_and_nothing_else(teacher):
-    model = load_model(teacher)
+def test_a_negative_prompt_stands_in_for_the_null_and_nothing_else(captioned):
+    model = load_model(captioned)
     plan = model.plan(4, "ddim", guidance=2.5)
     prompts = encode(model, plan, ["a red square"], "a blue square")
     numbers = torch.arange(5)
@@ -461,44 +478,46 @@ def test_a_negative_prompt_stands_in_for_the_null_and_nothing_else(teacher):
         (["--prompt", "red", "--prompt", "blue", "--num", 1], "leaves out some of 2 prompts"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_prompted_is_one_clear_line(teacher, command, tmp_path, arguments, words):
-    outcome = command(generate.main, teacher, *arguments, "--out", tmp_path / "a.png")
+def test_what_cannot_be_prompted_is_one_clear_line(captioned, command, tmp_path, arguments, words):
+    outcome = command(generate.main, captioned, *arguments, "--out", tmp_path / "a.png")
     assert outcome.code == 2
     assert words in outcome.err
     assert outcome.err.count("\n") == 1
 
 
-def test_a_model_without_captions_takes_no_prompt(student, command, tmp_path):
-    outcome = command(generate.main, student, "--prompt", "7", "--out", tmp_path / "a.png")
+def test_a_model_without_captions_takes_no_prompt(teacher, command, tmp_path):
+    outcome = command(generate.main, teacher, "--prompt", "7", "--out", tmp_path / "a.png")
     assert outcome.code == 2
     assert "--prompt needs a model of captions" in outcome.err
 
 
-def test_a_prompt_longer_than_every_caption_is_cut_and_said(teacher, command, tmp_path):
+def test_a_prompt_longer_than_every_caption_is_cut_and_said(captioned, command, tmp_path):
     words = "a red square on white on white"
-    asked = (teacher, "--prompt", words, *BY, "--num", 1, "--out", tmp_path / "a.png")
+    asked = (captioned, "--prompt", words, *BY, "--num", 1, "--out", tmp_path / "a.png")
     assert "has 9 tokens, of which the model takes 5" in command(generate.main, *asked).out
 
 
-def test_students_carry_the_text_through(teacher, command, tmp_path):
+def test_students_carry_the_text_through(captioned, command, tmp_path):
     fit = replace(FIT, iterations=40, learning_rate=1e-3)
-    rounds = progressive.Options(teacher=teacher, start_steps=8, rounds=(4,), fit=fit)
+    rounds = progressive.Options(teacher=captioned, start_steps=8, rounds=(4,), fit=fit)
     progressive.distill(rounds)
     loss = cd.PRESETS["folder"].loss
-    cd.distill(cd.Options(teacher=teacher, loss=loss, fit=fit))
+    cd.distill(cd.Options(teacher=captioned, loss=loss, fit=fit))
     for student in ("progressive/0004", "consistency"):
-        run = teacher.parent / student
-        assert load_model(run).kinds == load_model(teacher).kinds
+        run = captioned.parent / student
+        assert load_model(run).kinds == load_model(captioned).kinds
         asked = [word for name in COLOURS for word in ("--prompt", f"a {name} square")]
         images = made(command, run, *asked, "--num", 30, "--out", tmp_path / "a.npz")
         right = [a == b for a, b in zip(nearest(images), [*COLOURS] * 10, strict=True)]
         assert sum(right) >= 26, student
 
 
-def test_a_guided_student_takes_prompts_in_one_call_and_no_negative_one(teacher, command, tmp_path):
+def test_a_guided_student_takes_prompts_in_one_call_and_no_other(
+    captioned, command, tmp_path
+):
     fit = replace(FIT, iterations=30, learning_rate=1e-3)
-    guidance.distill(guidance.Options(teacher=teacher, guidance=(1, 3), own_guidance=2, fit=fit))
-    run = teacher.parent / "guided"
+    guidance.distill(guidance.Options(teacher=captioned, guidance=(1, 3), own_guidance=2, fit=fit))
+    run = captioned.parent / "guided"
     model = load_model(run)
     assert model.calls_per_step(model.plan(8, "ddim", guidance=2.0)) == 1
     asked = (run, "--prompt", "a green square", *BY, "--num", 12, "--out", tmp_path / "a.npz")
