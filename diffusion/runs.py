@@ -138,7 +138,7 @@ def settings_of_run(card: Card, dataset: Dataset, config: FitConfig) -> dict:
     scale = {
         name: value for name, value in card.codec.items() if (name, value) != ("name", "scale")
     }
-    said_elsewhere = ("sha256", "background", "classes", "text_encoder", "text_sha256")
+    said_elsewhere = ("sha256", "background", "aspect", "classes", "text_encoder", "text_sha256")
     images = {k: v for k, v in card.data.items() if k not in said_elsewhere}
     settings = {
         **card.training,

@@ -293,7 +293,8 @@ def write_results(store: Store, compared: Comparison, train: Tensor | None, form
     write_atomic(folder / "table.md", table.markdown(compared))
     table.show(form, compared)
     say(f"{folder}: {', '.join(['results.jsonl', 'table.md', *files])}")
-    say(closing.take(rows))
+    for words in closing.take(rows).splitlines():
+        say(words)
     say(f"make a page of it: {closing.python()} -m {closing.quoted('eval.report', str(folder))}")
 
 

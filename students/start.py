@@ -95,9 +95,8 @@ def begin(
     place = {name: getattr(dataset.spec, name) for name in ("name", "sha256", "text_encoder")}
     spec = replace(teacher.spec, **place)
     dataset = replace(dataset, spec=spec, codec=teacher.codec)  # the teacher's scale
-    if (
-        teacher.spec.sha256 or not teacher.spec.name
-    ):  # its students' cards say where its images are now
+    # its students' cards say where its images are now
+    if teacher.spec.sha256 or not teacher.spec.name:
         teacher = replace(teacher, card=replace(teacher.card, data=asdict(dataset.spec)))
     return replace(options, fit=fit), teacher, dataset, out
 

@@ -1,7 +1,6 @@
 """Train a DDPM teacher: `python -m teachers.ddpm --data digits`."""
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -28,7 +27,7 @@ from diffusion.data import Dataset
 from diffusion.denoiser import DenoiserConfig, check_prediction
 from diffusion.dry import check_memory, check_output
 from diffusion.folders import check_claim
-from diffusion.image_file import Form
+from diffusion.image_file import Aspect, Form
 from diffusion.machine import this_device
 from diffusion.model import Model, build
 from diffusion.networks import NetworkConfig, UNetConfig
@@ -105,12 +104,16 @@ class Options:
 
     data: str = "digits"
     """The images to learn: digits, fashion-mnist, cifar10, emoji (32x32, or --size 64), or a
-    folder, whose images are cropped to a square of --size with --channels."""
+    folder, whose images are brought to a square of --size with --channels; hf:FOLDER for a dataset
+    of Hugging Face's library, wds:FOLDER for WebDataset's shards."""
     data_dir: Path | None = None
     """The folder that holds a named dataset's files. If you give one, no other place is looked
     in."""
     background: str = "white"
     """The colour behind what is transparent in a folder's images: a name, or #rrggbb."""
+    aspect: Annotated[Aspect, tyro.conf.arg(name="fit")] = "crop"
+    """What becomes of a folder's images that are no squares. crop: their middle is taken; pad: all
+    is, and --background lies beside it."""
     out: Path | None = None
     """The run's folder. If left out: runs/DATA/teacher."""
     schedule: Literal["linear", "cosine", "sigmoid", "karras", "vp", "sub-vp", "ve"] = "cosine"
@@ -168,7 +171,7 @@ class Command(Options):
 def load_data(options: Options) -> Dataset:
     """The dataset, after a check that the network's shape and the flip suit it."""
     net = options.net
-    form = Form(net.size, net.channels, options.background)
+    form = Form(net.size, net.channels, options.background, options.aspect)
     classes = options.num_classes > 0
     encoder = EncoderPlace(options.text_encoder) if options.text_encoder else None
     dataset = datasets.load(
@@ -269,8 +272,8 @@ def faster(net: NetworkConfig, fit: FitConfig) -> str:
 
 
 def run_folder(data: str) -> Path:
-    """runs/ and the last part of the data's name; of `.` and `..`, of the folder that they are."""
-    return Path("runs") / Path(os.path.abspath(data)).name
+    """runs/ and the data's name, or that of the folder that they lie in."""
+    return Path("runs") / datasets.title(data)
 
 
 def peek(flag: str, default: str) -> str:

@@ -243,7 +243,8 @@ def test_the_command_offers_the_options_of_the_network_that_it_names(command, tm
     assert load(tmp_path / "run").card.net == networks.to_json(expected)
     done = command(ddpm.main, "--net", "resnet")
     assert done.code == 2
-    assert "--net must be unet, dit or module:PACKAGE.MODULE:CLASS, got 'resnet'" in done.err
+    assert done.err.startswith("error: --net must be unet, dit")
+    assert done.err.endswith(" or module:PACKAGE.MODULE:CLASS, got 'resnet'\n")
 
 
 # A module of the user's own
