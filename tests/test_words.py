@@ -512,9 +512,7 @@ def test_students_carry_the_text_through(captioned, command, tmp_path):
         assert sum(right) >= 26, student
 
 
-def test_a_guided_student_takes_prompts_in_one_call_and_no_other(
-    captioned, command, tmp_path
-):
+def test_a_guided_student_takes_prompts_in_one_call_and_no_other(captioned, command, tmp_path):
     fit = replace(FIT, iterations=30, learning_rate=1e-3)
     guidance.distill(guidance.Options(teacher=captioned, guidance=(1, 3), own_guidance=2, fit=fit))
     run = captioned.parent / "guided"
