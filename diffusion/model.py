@@ -155,8 +155,9 @@ class Model:
             if not isinstance(kind, Guidance)
         }
 
-    def x0(self, plan: Plan, seed: int, indices: Tensor, given: Condition | None = None) -> Tensor:
-        """Images number `indices` (B,) of the seed: (B, C, H, W) float32 on the indices' device.
+    def told(self, plan: Plan, indices: Tensor, given: Condition | None = None) -> Condition | None:
+        """What the network is told beside x_t and t, of images number `indices` (B,): their
+        condition, with the guidance weight where the plan has one.
 
         given: conditions (B, ...) by name, in place of what is usual for these images; and under
         INSTEAD and a name what guidance of two calls leads away from, in place of nothing.
@@ -167,8 +168,16 @@ class Model:
             condition |= {k: v.to(indices.device) for k, v in named if k.startswith(INSTEAD)}
         if condition and weight not in (None, 1):  # 1 is the denoiser's own, in one call
             condition["guidance"] = torch.full(indices.shape, float(weight), device=indices.device)
+        return condition or None
+
+    def x0(self, plan: Plan, seed: int, indices: Tensor, given: Condition | None = None) -> Tensor:
+        """Images number `indices` (B,) of the seed: (B, C, H, W) float32 on the indices' device.
+
+        given: as `told` takes it.
+        """
         noise, angles = Noise(seed, indices, self.shape), plan.on(indices.device)
-        return sample(self.denoiser, noise, plan.sampler, angles, condition or None)
+        condition = self.told(plan, indices, given)
+        return sample(self.denoiser, noise, plan.sampler, angles, condition)
 
     def sample(
         self, plan: Plan, seed: int, indices: Tensor, given: Condition | None = None
@@ -243,12 +252,18 @@ def read(path: Path) -> tuple[dict[str, Tensor], Card, str]:
     return other() if other else checkpoint.load(path)
 
 
-def load(path: Path, precision: str = "fp32", device: torch.device | None = None) -> Model:
+def load(
+    path: Path,
+    precision: str = "fp32",
+    device: torch.device | None = None,
+    autoencoder: Path | None = None,
+) -> Model:
     """The model of a checkpoint, of a run's folder or of another maker's network by its prefix, for
     inference, on this process's device."""
     with doing(f"reading {path}"):
         weights, card, sha256 = read(path)
     try:
+        card = replace(card, codec=codec.found(card.codec, path, autoencoder))
         denoiser = of_card(card, precision, weights)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
