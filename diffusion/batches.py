@@ -6,6 +6,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from diffusion.codec import prepared
 from diffusion.condition import Condition, Guidance, Kinds, take
 from diffusion.config import FitConfig
 from diffusion.console import UserError
@@ -70,10 +71,11 @@ class Batches:
                 "least as many images as their product"
             )
         kinds = kinds or {}
-        self.config, self.codec, self.device = config, dataset.codec, worker.device
+        self.config, self.device = config, worker.device
         self.shape = dataset.codec.shape(dataset.spec.shape)
         self.rank, self.world = worker.process_index, worker.num_processes
-        self.images = dataset.train.near(worker.device)
+        source, self.x0 = prepared(dataset.codec, dataset.train, config.flip)
+        self.images = source.near(worker.device)
         self.generator = torch.Generator(worker.device)
         self.picker = torch.Generator(self.images.device)
         ahead = Ahead(self.images, self.which, config.iterations)
@@ -117,9 +119,7 @@ class Batches:
         level = (torch.arange(size, device=device, dtype=torch.float64)[share] + offset) / size
         level = level.clamp(max=1 - 2**-53)  # the last may round to 1
         mirrored = torch.rand(size, generator=random, device=device)[share] < 0.5
-        images = rows.images
-        if self.config.flip:
-            images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
+        x0 = self.x0(rows.images, mirrored if self.config.flip else None)
         condition = {}
         if self.kinds:
             kept = torch.rand(size, generator=random, device=device)[share]
@@ -133,7 +133,7 @@ class Batches:
             share_of_range = torch.rand(size, generator=random, device=device)[share]
             condition["guidance"] = low + (high - low) * share_of_range
         seed += self.rank * self.config.accumulate << 24
-        return Batch(self.codec.encode(images), eps, level, condition or None, seed)
+        return Batch(x0, eps, level, condition or None, seed)
 
 
 def _moved(rows: Rows, device: torch.device) -> Rows:

@@ -1,7 +1,7 @@
 """Images by name: where they are from, how they are scaled, what is known of each."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from itertools import compress
 from pathlib import Path
@@ -12,13 +12,14 @@ from pydantic import Field
 from torch import Tensor
 
 from diffusion import captions, emoji, hf_dataset, image_folder, named_data, shards
+from diffusion import codec as codecs
 from diffusion.captions import EncoderPlace
-from diffusion.codec import CODECS, Codec
+from diffusion.codec import Codec
 from diffusion.condition import Kinds, Label, of_images
 from diffusion.console import UserError, printable
 from diffusion.decoding import Listing, decoded
 from diffusion.image_file import Aspect, Form
-from diffusion.images import Images, Source, parts
+from diffusion.images import Images, Source
 from diffusion.machine import CACHE
 from diffusion.report import show
 from diffusion.typed import Sha256
@@ -138,8 +139,8 @@ def load(
 
     data_dir: where alone to look for a named dataset's files. form: of a folder's images, or emoji.
     download: whether a dataset that is not on this disk may be fetched. codec: the name of the one
-    that is fitted to the images. classes: whether a folder's own folders are its classes.
-    encoder: what makes a condition of the images' captions; None for none.
+    that is fitted to the images, or the place of an autoencoder. classes: whether a folder's own
+    folders are its classes. encoder: what makes a condition of the images' captions; None for none.
     """
     if name in DATASETS:
         source = DATASETS[name](data_dir, CACHE / "data", download, form or Form())
@@ -228,12 +229,10 @@ def _listed(
 
 
 def _dataset(name: str, source: Source, codec: str, encoder: EncoderPlace | None) -> Dataset:
-    if codec not in CODECS:
-        raise UserError(f"unknown codec {codec!r}: expected one of {', '.join(CODECS)}")
     train, (channels, height, width) = source.train, source.train.shape
     if height != width:
         raise UserError(f"{name} has images of {height}x{width}, expected square ones")
-    fitted = CODECS[codec].fitted(_differing(name, parts(train)))
+    fitted = codecs.fitted(codec, name, train)
     spec = ImageSpec(name, channels, height)
     if encoder:
         source, text = captions.captioned(source, encoder, name, CACHE / "texts")
@@ -241,14 +240,3 @@ def _dataset(name: str, source: Source, codec: str, encoder: EncoderPlace | None
         spec = replace(spec, text_encoder=folder, text_sha256=text.sha256)
     spec = replace(spec, sha256=source.train.fingerprint())
     return Dataset(spec, source.train, source.test, fitted, source.kinds)
-
-
-def _differing(name: str, parts: Iterator[Tensor]) -> Iterator[Tensor]:
-    """The parts of a dataset. UserError after the last where every pixel has the same value."""
-    level, differ = None, False
-    for part in parts:
-        level = part.flatten()[0] if level is None else level
-        differ = differ or bool((part != level).any())
-        yield part
-    if not differ:
-        raise UserError(f"every pixel of {name} has the same value: expected images that differ")

@@ -34,6 +34,11 @@ def grid(images: Tensor, columns: int | None = None) -> Tensor:
     return make_grid(images.cpu(), nrow=columns, padding=4, pad_value=255).to(torch.uint8)
 
 
-def save_grid(path: Path, images: Tensor, texts: Mapping[str, str] | None = None) -> None:
+def save_grid(
+    path: Path,
+    images: Tensor,
+    texts: Mapping[str, str] | None = None,
+    columns: int | None = None,
+) -> None:
     """texts: what the file says, by keyword; if left out, that the suite made it."""
-    write_atomic(path, png(grid(images), {"Software": SIGN} if texts is None else texts))
+    write_atomic(path, png(grid(images, columns), {"Software": SIGN} if texts is None else texts))

@@ -212,11 +212,13 @@ def load(
     *,
     device: str | torch.device | None = None,
     precision: Literal["auto", "fp32", "bf16"] = "auto",
+    autoencoder: str | Path | None = None,
 ) -> ImageModel:
     """What makes images, of a run's folder or a checkpoint, or of a Model that was just trained.
 
     device: such as "cuda:1"; the first GPU if left out, or the CPU. precision: the network's number
-    format; auto is the faster one on this machine.
+    format; auto is the faster one on this machine. autoencoder: where that of a model in latents is
+    now, if it has moved.
     Raises UserError for what is no model.
     """
     if isinstance(path, Model):
@@ -224,7 +226,8 @@ def load(
     where = torch.device(device) if device is not None else machine.this_device()
     if where.type not in ("cpu", "cuda"):
         raise UserError(f"device must be cpu or cuda, whose numbers have 64 bits, got {device}")
-    model = models.load(Path(path), machine.precision(precision), where)
+    place = Path(autoencoder) if autoencoder else None
+    model = models.load(Path(path), machine.precision(precision), where, place)
     return Checkpoint(model, str(path))
 
 

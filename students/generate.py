@@ -65,6 +65,9 @@ class Options:
     """Images that the network makes at a time."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Number format of the network. auto: the faster one on this machine."""
+    autoencoder: Path | None = None
+    """Where the autoencoder of a model in latents is now, if it has moved: a run of
+    teachers.autoencoder, or diffusers:FOLDER."""
     out: Path = Path("grid.png")
     """Where the images go: a .png (one grid), an .npz (uint8 `images`, N x H x W x C), or a folder.
     What an earlier call made there is replaced; anything else is refused."""
@@ -203,7 +206,8 @@ def main() -> None:
     machine.this_device()
     if not PartialState().is_main_process:
         silence()
-    model = load(options.checkpoint, machine.precision(options.precision))
+    precision = machine.precision(options.precision)
+    model = load(options.checkpoint, precision, autoencoder=options.autoencoder)
     plan = plan_of(model, options)
     pixels = math.prod(model.spec.shape)
     # a shard of pictures goes to the disk batch by batch

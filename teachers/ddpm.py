@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, TypeVar
 import torch
 import tyro
 from torch import Tensor, nn
-from tyro.conf import Suppress
 
+from diffusion import autoencoder, condition, networks
 from diffusion import codec as codecs
-from diffusion import condition, networks
 from diffusion import data as datasets
 from diffusion.batches import Batch
 from diffusion.captions import EncoderPlace
@@ -30,7 +29,7 @@ from diffusion.folders import check_claim
 from diffusion.image_file import Aspect, Form
 from diffusion.machine import this_device
 from diffusion.model import Model, build
-from diffusion.networks import NetworkConfig, UNetConfig
+from diffusion.networks import DiTConfig, NetworkConfig, UNetConfig
 from diffusion.noise import seed32
 from diffusion.pace import passes_per_second
 from diffusion.plan import plan
@@ -139,22 +138,34 @@ class Options:
     """The folder of a Hugging Face text encoder, which turns the images' captions into what the
     model is told: in a folder from metadata.jsonl, metadata.csv or a .txt beside each image; of
     emoji their names. If left out: captions are not read."""
-    codec: Suppress[str] = "scale"
-    """How pixels become what the network sees, by its name in diffusion.codec.CODECS."""
+    codec: str = "scale"
+    """What the network sees. scale: the pixels; an autoencoder, which is a run of
+    teachers.autoencoder or diffusers:FOLDER: its latents, which are fewer, so that larger images
+    cost less (Rombach et al. 2022)."""
     net: AnyNetwork = field(default_factory=UNetConfig)
     denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
     fit: FitConfig = field(default_factory=FitConfig)
 
     @staticmethod
     def default(
-        data: str = "digits", size: int | None = None, channels: int = 3, net: str = "unet"
+        data: str = "digits",
+        size: int | None = None,
+        channels: int = 3,
+        net: str = "unet",
+        codec: str = "scale",
     ) -> "Options":
         chosen = preset(data, size, channels)
+        shape = network(net, data, chosen)
+        if autoencoder.is_place(codec) and isinstance(shape, UNetConfig | DiTConfig):
+            # a patch of latents as large as it was, in pixels
+            patch = max(1, shape.patch // autoencoder.load(codec).factor)
+            shape = replace(shape, patch=patch)
         return Options(
             data=data,
             clamp=chosen.clamp,
             shift=chosen.shift,
-            net=network(net, data, chosen),
+            codec=codec,
+            net=shape,
             fit=chosen.teacher,
         )
 
@@ -182,7 +193,7 @@ def load_data(options: Options) -> Dataset:
         classes=classes,
         encoder=encoder,
     )
-    spec, (channels, size, _) = dataset.spec, dataset.codec.shape(dataset.spec.shape)
+    spec, (channels, size, _) = dataset.spec, dataset.spec.shape
     if (net.channels, net.size) != (channels, size):
         raise UserError(
             f"{spec.name} images have {channels} channels and size {size}, but --channels is "
@@ -212,7 +223,6 @@ def kinds_of(options: Options, dataset: Dataset) -> Kinds:
 def train_teacher(options: Options) -> Model:
     """The teacher of these options: loaded where it is finished, else trained."""
     check(options.fit)
-    options.net.check()
     at_least(0, options, "num_classes")
     check_shift(options.shift)
     out = options.out or run_folder(options.data) / "teacher"
@@ -220,8 +230,10 @@ def train_teacher(options: Options) -> Model:
     options = replace(options, fit=settled(options.fit, out))
     dataset = load_data(options)
     codec, kinds = dataset.codec, kinds_of(options, dataset)
-    outputs = options.net.channels * (1 + options.denoiser.learned_variance)
-    image = (options.net.channels, options.net.size, options.net.size)
+    channels, size, _ = codec.shape(dataset.spec.shape)
+    options = replace(options, net=replace(options.net, channels=channels, size=size))
+    options.net.check()
+    outputs, image = channels * (1 + options.denoiser.learned_variance), (channels, size, size)
     check_memory(lambda: options.net.build(outputs, kinds))
     check_output(lambda: options.net.build(outputs, kinds), image, outputs, kinds)
     angles = SCHEDULES[options.schedule]()
@@ -309,8 +321,8 @@ def parse(
 def main() -> None:
     size, channels = (peek(name, "") for name in ("--size", "--channels"))
     shape = int(size) if size.isdecimal() else None, int(channels) if channels.isdecimal() else 3
-    net = peek("--net", "unet")
-    default = Options.default(peek("--data", "digits"), *shape, net)
+    net, codec = peek("--net", "unet"), peek("--codec", "scale")
+    default = Options.default(peek("--data", "digits"), *shape, net, codec)
     train_teacher(parse(Command(**vars(default), network=net), "python -m teachers.ddpm"))
 
 
