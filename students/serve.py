@@ -17,13 +17,14 @@ import tyro
 from pydantic import BaseModel, ConfigDict, Field
 from tyro.conf import Positional
 
-from diffusion.condition import Guidance
+from diffusion.condition import Condition, Guidance
 from diffusion.console import UserError, at_least, doing, run, say
 from diffusion.pictures import grid, png
 from diffusion.plan import MOST_STEPS, Plan
 from students import filters
-from students.api import ImageModel, load
+from students.api import Checkpoint, ImageModel, load
 from students.batcher import Batcher, Full, best_batch
+from students.prompts import encode
 from students.provenance import provenance
 from students.shards import Batch, npz
 
@@ -85,6 +86,8 @@ class Asked(BaseModel):
     """The number of the first image of the seed."""
     label: Annotated[int, Field(ge=0)] | None = None
     """The class to make; every class in turn if left out."""
+    prompt: Annotated[str, Field(max_length=1000)] | None = None
+    """What images shall show, for a model of captions."""
     guidance: Annotated[float, Field(ge=0, le=1e6)] | None = None
     """How strongly images are pushed towards their class; the model's own weight if left out."""
     format: Literal["png", "npz"] = "png"
@@ -177,6 +180,11 @@ class Service:
             batch_size=self.size,
         )
 
+    def _prompt(self, prompt: str, plan: Plan, rows: torch.Tensor) -> Condition:
+        if not isinstance(self.maker, Checkpoint):
+            raise UserError("prompt needs a model of captions: leave it out")
+        return encode(self.maker.model, plan, [prompt]).condition(rows)
+
     async def images(self, asked: Asked) -> tuple[bytes, dict[str, str]]:
         """A request's file, and headers that say how it was made. UserError, Full."""
         limits = (("num", asked.num, self.options.max_images),)
@@ -189,6 +197,8 @@ class Service:
         numbers = range(asked.first, asked.first + asked.num)
         given = maker.labels(asked.label, asked.num)
         rows = torch.tensor(numbers, device=maker.device)
+        if asked.prompt is not None:
+            given |= await asyncio.to_thread(self._prompt, asked.prompt, plan, rows)
         condition = {
             name: given.get(name, kind.rows(rows))
             for name, kind in maker.kinds.items()
@@ -198,7 +208,13 @@ class Service:
         texts = {}
         if self.options.metadata:
             texts = provenance(
-                maker.sha256, maker.method, plan, asked.seed, first=asked.first, label=asked.label
+                maker.sha256,
+                maker.method,
+                plan,
+                asked.seed,
+                first=asked.first,
+                label=asked.label,
+                prompt=asked.prompt,
             )
         facts = {"blocked": blocked} if self.screen else {}
         batch = Batch(asked.first, images, facts, texts)

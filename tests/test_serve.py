@@ -133,6 +133,7 @@ def test_a_picture_says_how_it_was_made(server, model):
         ({"num": 0}, 422, "greater than or equal to 1"),
         ({"seed": -1}, 422, "greater than or equal to 0"),
         ({"label": 1}, 422, "needs a model with classes"),
+        ({"prompt": "a seven"}, 422, "needs a model of captions"),
         ({"form": "png"}, 422, "Extra inputs"),
         ({"format": "gif"}, 422, "'png' or 'npz'"),
     ],
