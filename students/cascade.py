@@ -36,6 +36,12 @@ class Cascade(ImageModel):
                 f"--then {last.name} refines images of shape {kind.shape}, and {first.name} makes "
                 f"{first.spec.shape}: train it with --from-size {first.spec.size}"
             )
+        for name in ("label", "text"):
+            if name in last.kinds and last.kinds[name] != first.kinds.get(name):
+                raise UserError(
+                    f"--then {last.name} is told a {name} that {first.name} is not, or of another "
+                    "kind: train both with the same one"
+                )
         self.first, self.first_plan, self.last = first, plan, last
         self.small, self.depth = kind, depth
         self.name, self.spec, self.device = last.name, last.spec, last.device
