@@ -9,12 +9,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 import tyro
 from accelerate import PartialState
 from torch import Tensor
 
 from diffusion import machine
+from diffusion.condition import Small
 from diffusion.console import UserError, at_least, doing, run, say, silence, track
 from diffusion.files import write_atomic
 from diffusion.folders import check_file
@@ -23,7 +25,9 @@ from diffusion.noise import check_seed
 from diffusion.pictures import save_grid
 from diffusion.plan import MOST_STEPS, Plan
 from diffusion.samplers import SOLVERS
+from students import cascade
 from students.api import Checkpoint, ImageModel
+from students.prompts import Prompts, encode, from_file
 from students.provenance import Texts, provenance
 from students.shards import FORMATS, Batch, Job, files_before, npz, shared, write_shards
 
@@ -56,10 +60,26 @@ class Options:
     teacher has it."""
     label: int | None = None
     """The class to make, for a conditional model. If left out: every class in turn."""
+    prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """What images shall show, for a model of captions. Given several times: the images take the
+    prompts in turn. If left out: anything."""
+    prompts: Path | None = None
+    """A file with a prompt in each line, which follow those of --prompt."""
+    negative_prompt: str | None = None
+    """What images shall not show: --guidance leads away from it."""
+    text_encoder: Path | None = None
+    """The folder that the model's text encoder is in now, if it has moved."""
     guidance: float | None = None
-    """How strongly images are pushed towards their class, for a conditional model; 1: not at all. A
+    """How strongly images are pushed towards their class or prompt, for a conditional model; 1: not
+    at all. A
     step of a teacher then takes 2 network calls, of a guided student 1. If left out: the
     checkpoint's own weight."""
+    then: tuple[Path, ...] = ()
+    """Models that refine the images, each those of the one before: what teachers.ddpm --from-size
+    made, and students of it. The smaller images are written first, as grid-16.png beside
+    grid.png."""
+    then_steps: tuple[int, ...] = ()
+    """Network calls of each --then model for each image. If left out: each one's own number."""
     seed: int = 0
     """Seed of the noise, from 0 to 2^63 - 1."""
     batch_size: int = 256
@@ -115,8 +135,26 @@ def generate(model: Model, options: Options) -> Iterator[Tensor]:
 
     Raises UserError for images that are not finite, which as uint8 would be black.
     """
-    maker = Generator(Checkpoint(model, str(options.checkpoint)), plan_of(model, options), options)
-    yield from (batch.images for batch in maker(range(options.num)))
+    yield from (batch.images for batch in generator(model, options)(range(options.num)))
+
+
+def generator(model: Model, options: Options) -> "Generator":
+    """What makes the images that the options ask for."""
+    plan = plan_of(model, options)
+    maker = Checkpoint(model, str(options.checkpoint))
+    return Generator(maker, plan, options, prompts_of(model, plan, options))
+
+
+def prompts_of(model: Model, plan: Plan, options: Options) -> Prompts | None:
+    """The prompts that the options give, encoded; None for none."""
+    texts = options.prompt + (from_file(options.prompts) if options.prompts else ())
+    if len(texts) > options.num:
+        raise UserError(f"--num {options.num} leaves out some of {len(texts)} prompts: raise it")
+    if not texts and options.negative_prompt is None:
+        if options.text_encoder:
+            raise UserError("--text-encoder encodes prompts: give a --prompt, or leave it out")
+        return None
+    return encode(model, plan, texts or ("",), options.negative_prompt, options.text_encoder)
 
 
 @dataclass(frozen=True)
@@ -126,6 +164,7 @@ class Generator:
     maker: ImageModel
     plan: Plan
     options: Options
+    prompts: Prompts | None = None
 
     @cached_property
     def texts(self) -> Texts:
@@ -136,16 +175,19 @@ class Generator:
 
     def __call__(self, numbers: range) -> Iterator[Batch]:
         maker, options = self.maker, self.options
-        given = maker.labels(options.label, len(numbers))
-        labels = given.get("label")
-        if labels is None and "label" in maker.kinds:
-            labels = maker.kinds["label"].rows(torch.tensor(numbers))
-        row = 0
-        for images in maker.batches(self.plan, options.seed, numbers, given, options.batch_size):
-            rows = slice(row, row + len(images))
-            facts = {} if labels is None else {"label": labels[rows].cpu().numpy()}
-            yield Batch(numbers[row], images, facts, self.texts)
-            row = rows.stop
+        for start in range(0, len(numbers), options.batch_size):
+            part = numbers[start : start + options.batch_size]
+            given, facts = maker.labels(options.label, len(part)), {}
+            labels = given.get("label")
+            if labels is None and "label" in maker.kinds:
+                labels = maker.kinds["label"].rows(torch.tensor(part))
+            if labels is not None:
+                facts["label"] = labels.cpu().numpy()
+            if self.prompts:
+                given |= self.prompts.condition(torch.tensor(part))
+                facts["text"] = np.array([self.prompts.text(number) for number in part])
+            for images in maker.batches(self.plan, options.seed, part, given, options.batch_size):
+                yield Batch(part[0], images, facts, self.texts)
 
     def tracked(self, parts: Sequence[range]) -> Iterator[Batch]:
         """All batches of these parts, shown as they come."""
@@ -175,7 +217,9 @@ def write(maker: Generator) -> None:
     """The images, where the options say; of several processes each makes its share."""
     options, plan = maker.options, maker.plan
     if not one_file(options):
+        prompts = maker.prompts
         about = {
+            "prompts": [prompts.texts, options.negative_prompt] if prompts else None,
             "model": maker.maker.sha256,
             "plan": asdict(plan),
             "options": [options.seed, options.label, options.precision, options.metadata],
@@ -193,6 +237,37 @@ def write(maker: Generator) -> None:
         save_grid(options.out, images, maker.texts)
 
 
+def makers(model: Model, options: Options) -> list[Generator]:
+    """What makes the images of each size that the options ask for, the smallest first.
+
+    UserError for a model that refines, and is given nothing to refine.
+    """
+    only = generator(model, options)
+    first = only.maker
+    if isinstance(small := first.kinds.get("small"), Small):
+        raise UserError(
+            f"{options.checkpoint} refines images of {small.size}x{small.size}: name what makes "
+            f"those first, and then --then {options.checkpoint}"
+        )
+    counts = options.then_steps or (None,) * len(options.then)
+    if len(counts) != len(options.then):
+        raise UserError(
+            f"--then-steps takes a number for each of {len(options.then)} --then models, got "
+            f"{len(counts)}"
+        )
+    precision, place = machine.precision(options.precision), options.autoencoder
+    then = [
+        Checkpoint(load(path, precision, autoencoder=place), str(path)) for path in options.then
+    ]
+    chain = cascade.stages(first, only.plan, then, counts)
+    sizes = [maker.spec.size for maker, _ in chain]
+    outs = [*(cascade.place(options.out, size) for size in sizes[:-1]), options.out]
+    return [
+        replace(only, maker=maker, plan=plan, options=replace(options, out=out))
+        for (maker, plan), out in zip(chain, outs, strict=True)
+    ]
+
+
 COPIES = 32  # bytes that a batch takes at least for each number: noise in float64, x_t, x0
 
 
@@ -203,10 +278,8 @@ def main() -> None:
     at_least(1, options, "steps", most=MOST_STEPS)
     check_seed(options.seed)
     suffix = one_file(options)
-    if suffix:
-        check_file(options.out)
-    else:
-        files_before(options.out)
+    check_out = check_file if suffix else files_before
+    check_out(options.out)
     machine.this_device()
     if not PartialState().is_main_process:
         silence()
@@ -219,13 +292,16 @@ def main() -> None:
     machine.require_memory("--num" if suffix else "--shard", held, held * 3 * pixels)
     batch = min(options.batch_size, options.num)
     machine.require_memory("--batch-size", batch, batch * COPIES * math.prod(model.shape))
-    maker = Generator(Checkpoint(model, str(options.checkpoint)), plan, options)
-    with doing(f"making {options.num} images", f"{options.out} is not whole yet"):
-        write(maker)
-    steps = f"{plan.num_steps} steps"
-    if model.calls_per_step(plan) == 2:
-        steps += " of 2 network calls"
-    say(f"{options.num} images by {plan.sampler} in {steps}: {options.out}")
+    chain = makers(model, options)
+    for maker in chain:
+        check_out(maker.options.out)
+    for maker in chain:
+        with doing(f"making {options.num} images", f"{maker.options.out} is not whole yet"):
+            write(maker)
+        steps = f"{maker.plan.num_steps} steps"
+        if maker is chain[0] and model.calls_per_step(plan) == 2:
+            steps += " of 2 network calls"
+        say(f"{options.num} images by {maker.plan.sampler} in {steps}: {maker.options.out}")
 
 
 if __name__ == "__main__":

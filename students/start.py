@@ -85,8 +85,8 @@ def begin(
     if not _trained(options.teacher) and options.teacher == StudentOptions.teacher:
         ddpm.train_teacher(ddpm.Options.default("digits"))
     check(fit)
-    where = {"autoencoder": options.autoencoder, "trust": options.trust}
-    teacher = load(options.teacher, fit.precision, **where)
+    decoder, trust = options.autoencoder, options.trust
+    teacher = load(options.teacher, fit.precision, autoencoder=decoder, trust=trust)
     if options.shift is not None:
         check_shift(options.shift)
         if teacher.card.shifted and options.shift != teacher.card.shift:
