@@ -56,6 +56,9 @@ class FitConfig:
     seed: int = 0
     """Seed of all randomness, from 0 to 2^63 - 1. The same seed gives the same weights on the same
     machine."""
+    track: Literal["none", "tensorboard", "wandb"] = "none"
+    """Where the log goes beside log.jsonl: tensorboard, to files in the run's folder; wandb, to
+    Weights & Biases. Each needs its package."""
     log_every: int = 25
     """Steps from one log line to the next. At these alone the loop waits for the device."""
     save_every: float = 30.0
@@ -103,6 +106,6 @@ def learning_rate(config: FitConfig, i: int) -> float:
 def settings_of(config: FitConfig) -> dict:
     """The settings that decide the result, for a run to be recognised by when it resumes."""
     settings = asdict(config)
-    for free in ("accumulate", "log_every", "save_every", "compile"):
+    for free in ("accumulate", "track", "log_every", "save_every", "compile"):
         del settings[free]
     return settings

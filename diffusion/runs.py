@@ -40,6 +40,7 @@ from diffusion.model import Model, load
 from diffusion.owner import owned
 from diffusion.pace import in_minutes, with_warning
 from diffusion.pictures import save_grid
+from diffusion.tracking import check_tracker, tracked
 from diffusion.training import DELETE, Method, Progress, fit
 from diffusion.typed import checked
 
@@ -131,6 +132,7 @@ def train(
     """What this run makes: loaded where it is finished, else trained from where it was stopped."""
     config = settled(config, run)
     check(config)
+    check_tracker(config.track)
     check_claim(run)
     with nullcontext() if (run / product.file).exists() else owned(run):
         return _train(run, method, dataset, config, product, advice)
@@ -172,7 +174,8 @@ def _train(
     processes.wait_for_everyone()
     preview = Preview(run, product)
     lines = fit(method, dataset, config, state, preview=preview, settings=settings)
-    progress = _logged(with_warning(lines, config, advice), run / "log.jsonl")
+    lines = tracked(with_warning(lines, config, advice), config.track, run, settings)
+    progress = _logged(lines, run / "log.jsonl")
     with doing(f"training {run}", lambda: GOES_ON if state.exists() else "nothing was saved"):
         *_, last = track(progress, str(run), _describe)
     images = config.iterations * config.batch_size

@@ -468,3 +468,24 @@ def test_no_two_of_a_thousand_seeds_share_a_batch_within_a_million_iterations():
     starts = torch.tensor(sorted(batch_seed(seed, 0) for seed in range(1000)))
     gaps = torch.cat([starts.diff(), starts[:1] + 2**32 - starts[-1:]])
     assert gaps.min() > 10**6
+
+
+def test_a_tracker_holds_the_log_and_without_its_package_is_refused(
+    tmp_path, monkeypatch, train_tiny, quick
+):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = train_tiny(tmp_path / "run", replace(quick, track="tensorboard"))
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    for name in ("loss", "gradient_norm", "learning_rate"):
+        assert [event.step for event in events.Scalars(name)] == list(range(5, 31, 5))
+        values = [event.value for event in events.Scalars(name)]
+        assert values == pytest.approx([line[name] for line in log], rel=1e-6)
+    plain = train_tiny(tmp_path / "plain", quick)
+    assert checkpoint.load(plain)[2] == checkpoint.load(run)[2]
+    assert not (plain / "tensorboard").exists()
+    monkeypatch.setattr("diffusion.tracking.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="--track wandb needs the package wandb: pip install"):
+        train_tiny(tmp_path / "other", replace(quick, track="wandb"))
