@@ -181,6 +181,7 @@ def _train(
         "iterations": config.iterations,
         "images": images,
         "total_images": images + settings.get("earlier_images", 0),
+        "passes": last.passes,
         "seconds": last.seconds,
     }
     if processes.is_main_process:

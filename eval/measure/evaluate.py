@@ -96,7 +96,7 @@ def template(bench: Bench, row: Row | Outside) -> Record:
             conditions=conditions,
         )
     card = row.model.card
-    spent = ("iterations", "images", "total_images", "seconds")
+    spent = ("iterations", "images", "total_images", "passes", "seconds")
     training = Training(**{name: card.training[name] for name in spent if name in card.training})
     if "settings" in card.training:
         training["recipe"] = recipe(card.training["settings"])
