@@ -22,7 +22,7 @@ from diffusion import image_file
 from diffusion.console import UserError, say, track
 from diffusion.files import Damaged, Unwritable, atomic_path, load_tensors, save_tensors, unwritable
 from diffusion.image_file import Form, Picture
-from diffusion.images import InMemory
+from diffusion.images import InMemory, parts
 from diffusion.machine import free_memory, in_bytes, workers
 from diffusion.on_disk import OnDisk, digest
 from diffusion.owner import alone
@@ -179,9 +179,10 @@ class _Job:
         there = OnDisk(self.rows, file, self.shape, np.arange(len(digests)), digests)
         if not _fits(len(digests) * math.prod(self.shape)):
             return there
-        images = torch.empty(len(digests), *self.shape, dtype=torch.uint8)
-        for part, rows in zip(images.split(1024), there.in_turn(1024), strict=True):
-            part.copy_(rows)
+        images, count = torch.empty(len(digests), *self.shape, dtype=torch.uint8), 0
+        for part in parts(there, len(digests)):
+            images[count : count + len(part)] = part
+            count += len(part)
         return InMemory(images)
 
     def decode(self, writable: bool) -> Decoded:

@@ -227,8 +227,9 @@ def some(images: Images, most: int | None = None) -> Rows:
     return images.take(spread(images, count))
 
 
-def parts(images: Images, most: int | None = None, size: int = 256) -> Iterator[Tensor]:
-    """At most so many images, SAMPLE by default, evenly spread, a few at a time."""
+def parts(images: Images, most: int | None = None) -> Iterator[Tensor]:
+    """At most so many images, SAMPLE by default, evenly spread, a megabyte or one at a time."""
+    size = max(1, 2**20 // math.prod(images.shape))
     for which in spread(images, most or SAMPLE).split(size):
         yield images.take(which.to(images.device)).images
 

@@ -8,7 +8,7 @@ counts as the process's memory, and a file that is cut short under its map ends 
 import hashlib
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -22,7 +22,7 @@ import xxhash
 from torch import Tensor
 
 from diffusion.files import Damaged, Unwritable, read_json, write_json
-from diffusion.images import Rows
+from diffusion.images import Rows, parts
 
 WORKERS = 8  # threads that read: what they wait for is the disk
 SHARE = 32  # rows that one thread reads at a time
@@ -84,18 +84,13 @@ class OnDisk:
             if (read := read_json(kept).get(key)) is not None:
                 return read
         whole = hashlib.sha256()
-        for rows in self.in_turn():
-            whole.update(rows.numpy())
+        for images in parts(self, len(self)):
+            whole.update(images.numpy())
         for name in sorted(self.condition):
             whole.update(self.condition[name].contiguous().numpy())
         with suppress(Unwritable):
             write_json(kept, {key: whole.hexdigest()})
         return whole.hexdigest()
-
-    def in_turn(self, size: int = 1024) -> Iterator[Tensor]:
-        """All images, so many at a time."""
-        for some in torch.arange(len(self)).split(size):
-            yield self.take(some).images
 
 
 def digest(row: np.ndarray) -> int:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import signal
 import time
 from collections.abc import Callable, Generator, Mapping
@@ -358,8 +359,14 @@ def make_worker() -> Accelerator:
     """The processes of this training, whatever accelerate's variables in the environment say of it.
 
     Precision is the denoiser's own affair and compiling --compile's; a plugin alone keeps
-    ACCELERATE_GRADIENT_ACCUMULATION_STEPS from dividing the gradients.
+    ACCELERATE_GRADIENT_ACCUMULATION_STEPS from dividing the gradients. UserError where a launch
+    asks for the network itself to be divided.
     """
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        raise UserError(
+            "each process holds the whole network: leave --use_fsdp out of accelerate launch, and "
+            "give --accumulate or a smaller --width where memory is short"
+        )
     return Accelerator(
         mixed_precision="no",
         cpu=not torch.cuda.is_available(),

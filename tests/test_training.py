@@ -489,3 +489,9 @@ def test_a_tracker_holds_the_log_and_without_its_package_is_refused(
     monkeypatch.setattr("diffusion.tracking.find_spec", lambda name: None)
     with pytest.raises(UserError, match="--track wandb needs the package wandb: pip install"):
         train_tiny(tmp_path / "other", replace(quick, track="wandb"))
+
+
+def test_a_launch_that_would_divide_the_network_is_refused(tmp_path, monkeypatch, train_tiny):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(UserError, match="leave --use_fsdp out"):
+        train_tiny(tmp_path / "run")
