@@ -106,14 +106,15 @@ class Denoiser(nn.Module):
             raise UserError(
                 "this network does not predict a variance: train a teacher with --learned-variance"
             )
-        t, condition = t.expand(len(x_t)), condition or None
+        count, condition = x_t.shape[0], condition or None  # len() would fix a traced batch's size
+        t = t.expand(count)
         if not condition or "guidance" not in condition or "guidance" in self.kinds:
             x0, share = self._predict(x_t, t, condition, dropout)
         else:
             plain = {name: rows for name, rows in condition.items() if name != "guidance"}
             both = with_null(plain, self.kinds)
             x0, share = self._predict(torch.cat([x_t, x_t]), torch.cat([t, t]), both, dropout)
-            x0, share = guide(*x0.chunk(2), condition["guidance"]), share[: len(x_t)]
+            x0, share = guide(x0[:count], x0[count:], condition["guidance"]), share[:count]
         return (x0, share) if variance else x0
 
     def compile_network(self) -> None:
