@@ -42,7 +42,7 @@ def made_up(channels: int, size: int, count: int = 11_000) -> Dataset:
     images = F.interpolate(coarse, size=size, mode="bilinear").mul(255).round()
     train, test = images.to(torch.uint8).split([count - count // 11, count // 11])
     spec = ImageSpec("made-up", channels, size)
-    return Dataset(spec, InMemory(train), InMemory(test), Scale.fitted(train))
+    return Dataset(spec, InMemory(train), InMemory(test), Scale.fitted([train]))
 
 
 def untrained(net: NetworkConfig, dataset: Dataset, precision: str = "bf16") -> Model:

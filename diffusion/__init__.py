@@ -4,6 +4,24 @@ Every package of the suite imports this one first, for what must be set before t
 """
 
 import os
+import sys
+from importlib.machinery import ModuleSpec, PathFinder
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PARTS = ("diffusion", "teachers", "students", "distill", "eval")
+
+
+class Beside:
+    """Finds the suite's parts beside this one: `python -m` would look in the current folder first,
+    and run a user's students.py there in the part's place."""
+
+    @staticmethod
+    def find_spec(name: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        return PathFinder.find_spec(name, [str(ROOT)]) if name in PARTS else None
+
+
+sys.meta_path.insert(0, Beside)
 
 # Where a standard stream is closed, the next file that is opened would take its number, and what a
 # library prints would be written into it.

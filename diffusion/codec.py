@@ -1,5 +1,6 @@
 """Codecs: from pixels to the space that a model works in, and back. Nothing else converts them."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Protocol
 
@@ -35,8 +36,8 @@ class Codec(Entry, Protocol):
         """Images uint8 of x0: the inverse of encode, rounded and clipped to 0..255."""
 
     @staticmethod
-    def fitted(images: Tensor) -> "Codec":
-        """The codec that suits such images, (N, C, H, W) uint8."""
+    def fitted(parts: Iterable[Tensor]) -> "Codec":
+        """The codec that suits such images: parts of them, (N, C, H, W) uint8 each."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,10 @@ class Scale:
         return (x0 * self.std + self.mean).round().clamp(0, 255).to(torch.uint8)
 
     @staticmethod
-    def fitted(images: Tensor) -> "Scale":
-        histogram = torch.bincount(images.flatten(), minlength=256).double()
+    def fitted(parts: Iterable[Tensor]) -> "Scale":
+        histogram = torch.zeros(256, dtype=torch.float64)
+        for images in parts:
+            histogram += torch.bincount(images.flatten(), minlength=256)
         levels = torch.arange(256, dtype=torch.float64)
         mean = float((histogram @ levels) / histogram.sum())
         return Scale(mean, float(((histogram @ (levels - mean).square()) / histogram.sum()).sqrt()))

@@ -6,7 +6,7 @@ network takes. None says nothing. What a name means is its Kind, which a checkpo
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Protocol
+from typing import Annotated, ClassVar, Protocol
 
 import torch
 from pydantic import Field
@@ -78,7 +78,8 @@ class Text:
     encoder: typed.Text
     """The name of the text encoder."""
     sha256: typed.Sha256
-    """The encoder's identity: what it makes of a text depends on nothing else."""
+    """Identity of the encoder's weights and vocabulary."""
+    from_images: ClassVar[bool] = True  # no text is usual: see of_images
 
     def null(self, rows: Tensor) -> Tensor:
         return torch.zeros_like(rows)
@@ -109,6 +110,12 @@ def from_json(described: dict[str, dict]) -> dict[str, Kind]:
         name: registry.from_json(each, KINDS, f"condition.{name:.80}", says, "kind")
         for name, each in described.items()
     }
+
+
+def of_images(kinds: Kinds) -> list[str]:
+    """The names whose rows are an image's own, and none usual: images that shall resemble real
+    ones are told those of real ones. Their kinds have `from_images`."""
+    return [name for name, kind in kinds.items() if getattr(kind, "from_images", False)]
 
 
 def take(condition: Condition | None, index: Tensor | slice) -> Condition | None:

@@ -46,7 +46,8 @@ class FitConfig:
     """Compile the networks by torch.compile: slower to start by a minute or two, faster from then
     on. On a CPU it needs a C++ compiler."""
     label_dropout: float = 0.1
-    """Share of the images whose class a conditional model is not told, which guidance needs."""
+    """Share of the images whose class or caption a conditional model is not told, which guidance
+    needs."""
     flip: bool = False
     """Mirror half of the images. Use it where a mirrored image is as good as the other."""
     seed: int = 0

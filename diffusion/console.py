@@ -7,11 +7,14 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import pairwise
+from pathlib import Path
 from typing import IO, Any, TypeVar
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from diffusion import PARTS, ROOT
 
 T = TypeVar("T")
 Limits = Mapping[str, tuple[str, Callable[[Any], bool]]]  # an option -> its limit in words, a test
@@ -100,6 +103,18 @@ def check_arguments(arguments: Sequence[str]) -> None:
             raise UserError(f"{flag} is empty: expected a value; is a variable of the shell unset?")
 
 
+def warn_of_namesakes() -> None:
+    """Say which files here `python -m` would run in place of the suite's own parts."""
+    for part in () if sys.flags.safe_path else PARTS:
+        for file in (Path(f"{part}.py"), Path(part, "__init__.py")):
+            if file.exists() and file.resolve() != ROOT / file:
+                err.print(
+                    f"warning: {file} in this folder is run in place of fewstep's by `python -m "
+                    f"{part}.…`: start commands in another folder, or as `python -P -m …`",
+                    markup=False,
+                )
+
+
 class Interrupted(Exception):
     """A signal asked for a stop, and all that was done is on disk."""
 
@@ -140,12 +155,13 @@ def write(text: str) -> None:
 
 
 @contextmanager
-def doing(work: str, standing: str = "nothing was written") -> Generator[None]:
+def doing(work: str, standing: str | Callable[[], str] = "nothing was written") -> Generator[None]:
     """An error that ends this is told by what was being done, and by where the work then stands."""
     try:
         yield
     except (OSError, MemoryError, RuntimeError) as error:
-        error.add_note(f"{work}: {standing}")
+        words = standing if isinstance(standing, str) else standing()
+        error.add_note(f"{work}: {words}")
         raise
 
 
@@ -155,6 +171,7 @@ def run(main: Callable[[], None]) -> None:
     sys.argv = [sys.argv[0], *(word for word in sys.argv[1:] if word != DEBUG)]
     try:
         check_arguments(sys.argv[1:])
+        warn_of_namesakes()
         main()
     except UserError as error:
         _fail(str(error), 2)

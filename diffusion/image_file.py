@@ -9,7 +9,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -34,6 +34,7 @@ TURNS = {  # an EXIF orientation -> what shows the image upright
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+ACROSS = {TURNS[orientation] for orientation in (5, 6, 7, 8)}  # they swap width and height
 PILLOWS_LIMITS = (  # and what they are while a folder is read
     (Image, "MAX_IMAGE_PIXELS", None),
     (PngImagePlugin, "MAX_TEXT_CHUNK", 2**28),
@@ -51,7 +52,10 @@ class Form:
     channels: int = 3
     """1 for grey, 3 for colour."""
     background: str = "white"
-    """The colour behind what is transparent: a name, or #rrggbb."""
+    """The colour behind what is transparent, and beside what is padded: a name, or #rrggbb."""
+    aspect: Literal["crop", "pad"] = "crop"
+    """What becomes of an image that is no square. crop: its middle is taken; pad: all of it is, and
+    the background lies beside."""
 
     def check(self) -> None:
         """UserError for a form that no image can be brought to."""
@@ -71,6 +75,23 @@ class Form:
             )
 
 
+class Picture(NamedTuple):
+    """An image in the form that was asked for, and what it was before."""
+
+    pixels: Tensor
+    """(C, size, size) uint8."""
+    mode: str
+    """What its file holds, in Pillow's words, such as RGB or I;16."""
+    size: tuple[int, int]
+    """Width and height, upright."""
+    turned: bool
+    """By its EXIF tag."""
+
+
+class Empty(Exception):
+    """A file of no bytes."""
+
+
 @cache
 def kinds() -> tuple[list[str], frozenset[str]]:
     """Pillow's names of the formats that are read, and the suffixes of their files."""
@@ -79,12 +100,13 @@ def kinds() -> tuple[list[str], frozenset[str]]:
     return names, frozenset(suffix for suffix, name in suffixes.items() if name in names)
 
 
-def read(path: Path | BinaryIO, form: Form) -> Tensor:
-    """(C, size, size) uint8: the file's middle, as large a square as it holds, antialiased.
+def read(path: Path | BinaryIO, form: Form) -> Picture:
+    """The file's image: its middle, as large a square as it holds, or all of it; antialiased.
 
     Raises whatever its decoder does; `reason` has the words for it.
     """
     with Image.open(path, formats=kinds()[0]) as image:
+        mode, size = image.mode, image.size
         # a JPEG is decoded at 1/2, 1/4 or 1/8 of its size, if that is more than this
         reduced = image.draft(None, (4 * form.size, 4 * form.size))
         pixels = image.width * image.height
@@ -93,28 +115,41 @@ def read(path: Path | BinaryIO, form: Form) -> Tensor:
         with _alone if pixels > LARGE else nullcontext():
             image.load()
             # a width of 900 is 112.5 then: the last column is no whole one
-            return _formed(image, reduced[1][2:] if reduced else image.size, form)
+            measures, turn = reduced[1][2:] if reduced else image.size, _turn(image)
+            pixels = _formed(image, measures, turn, form)
+    return Picture(pixels, mode, size[::-1] if turn in ACROSS else size, turn is not None)
 
 
-def _formed(image: Image.Image, measures: tuple[float, float], form: Form) -> Tensor:
+def _formed(
+    image: Image.Image,
+    measures: tuple[float, float],
+    turn: Image.Transpose | None,
+    form: Form,
+) -> Tensor:
     """The pixels of a loaded image of that width and height."""
-    turn, mode = _turn(image), MODES[form.channels]
+    mode = MODES[form.channels]
     image = _shallow(image)
     clear = image.has_transparency_data
     needed = "RGBA" if clear else mode
     image = image if image.mode == needed else image.convert(needed)  # which would copy it
-    side = min(measures)
-    left, top = ((measure - side) / 2 for measure in measures)
-    box, size = (left, top, left + side, top + side), (form.size, form.size)
+    # what is taken of its width and height, in its own pixels and in the form's
+    taken = [min(measures)] * 2 if form.aspect == "crop" else measures
+    width, height = (max(1, round(form.size * each / max(taken))) for each in taken)
+    left, top = ((measure - each) / 2 for measure, each in zip(measures, taken, strict=True))
+    box = left, top, left + taken[0], top + taken[1]
     # a mean over whole pixels first, down to 4 times the size: no different to the eye
-    image = image.resize(size, Image.Resampling.LANCZOS, box, reducing_gap=4.0)
+    image = image.resize((width, height), Image.Resampling.LANCZOS, box, reducing_gap=4.0)
+    whole = Image.new(needed, (form.size, form.size), form.background)
+    corner = (form.size - width) // 2, (form.size - height) // 2
     if clear:
-        below = Image.new("RGBA", size, form.background)
-        image = Image.alpha_composite(below, image).convert(mode)
+        whole.alpha_composite(image, corner)
+        whole = whole.convert(mode)
+    else:
+        whole.paste(image, corner)
     if turn is not None:
-        image = image.transpose(turn)
-    pixels = torch.from_numpy(np.array(image))
-    return pixels.reshape(*size, form.channels).permute(2, 0, 1)
+        whole = whole.transpose(turn)
+    pixels = torch.from_numpy(np.array(whole))
+    return pixels.reshape(form.size, form.size, form.channels).permute(2, 0, 1)
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
@@ -182,6 +217,8 @@ def reason(error: Exception) -> str:
     text = re.sub(r"\s*\(.*|\n.*", "", text) or type(error).__name__
     text = re.sub(r"\d+", "...", text)[:80]  # one reason for all files, whatever their sizes
     match error:
+        case Empty():
+            return "empty"
         case PermissionError():
             return "without permission to read"
         case UnidentifiedImageError():

@@ -1,15 +1,17 @@
 """Images: a source that is asked for rows, in memory or not."""
 
 import hashlib
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from diffusion.condition import Kinds
+from diffusion.machine import free_memory
 
 SAMPLE = 60_000  # images, evenly spread, that stand for a source in scales, features and copies
 
@@ -27,6 +29,8 @@ class Source(NamedTuple):
     train: "Images"
     test: "Images"
     kinds: Kinds
+    captions: Sequence[Sequence[str]] = ((), ())
+    """Of each image of either, "" for none; empty where nobody looked for any."""
 
 
 class Images(Protocol):
@@ -83,6 +87,10 @@ class InMemory:
             self.images[indices], {name: rows[indices] for name, rows in self.condition.items()}
         )
 
+    def only(self, which: Tensor, condition: Mapping[str, Tensor]) -> "InMemory":
+        """The images at these indices, and what is known of them."""
+        return InMemory(self.images[which], condition)
+
     def near(self, device: torch.device) -> "InMemory":
         if device.type == "cuda":
             free = torch.cuda.mem_get_info(device)[0]
@@ -98,15 +106,91 @@ class InMemory:
         return digest.hexdigest()
 
 
-def some(images: Images, most: int | None = None) -> Rows:
-    """At most so many rows, evenly spread over the source, in its order.
+@dataclass(frozen=True, eq=False)
+class Texts:
+    """A text for each image, each different one encoded once."""
 
-    By default SAMPLE of a slow one, and all of another, which are then not copied.
+    table: Tensor
+    """(U, L, D) float16; zeros for no text."""
+    which: Tensor
+    """(N,) int64: each image's row of the table."""
+    sha256: str
+    """Identity of the images' texts and of their encoder."""
+
+    def take(self, indices: Tensor) -> Tensor:
+        """The texts of images number `indices`: (B, L, D) float32 on the indices' device."""
+        rows = self.which[indices.to(self.which.device)]
+        return self.table[rows.to(self.table.device)].to(indices.device).float()
+
+
+@dataclass(frozen=True, eq=False)
+class Captioned:
+    """Images, of whatever source, with a text each."""
+
+    images: Images
+    texts: Texts
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.images.shape
+
+    @property
+    def device(self) -> torch.device:
+        return self.images.device
+
+    @property
+    def slow(self) -> bool:
+        return self.images.slow
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def take(self, indices: Tensor) -> Rows:
+        rows = self.images.take(indices)
+        return rows._replace(condition={**rows.condition, "text": self.texts.take(indices)})
+
+    def near(self, device: torch.device) -> "Captioned":
+        """Where the device is a GPU, the texts go there if an eighth of its free memory holds
+        them."""
+        images, table = self.images.near(device), self.texts.table
+        if device.type == "cuda" and table.nbytes < torch.cuda.mem_get_info(device)[0] / 8:
+            table = table.to(device)
+        which = self.texts.which.to(table.device)
+        return Captioned(images, replace(self.texts, table=table, which=which))
+
+    def fingerprint(self) -> str:
+        """A sha256 of the images' own and of the texts': what encodes them rounds them otherwise on
+        another machine, and they are the same."""
+        both = f"{self.images.fingerprint()} {self.texts.sha256}"
+        return hashlib.sha256(both.encode()).hexdigest()
+
+
+def spread(images: Images, most: int) -> Tensor:
+    """The indices of at most so many images, evenly spread over the source, in its order."""
+    count = min(len(images), most)
+    return (torch.arange(count) * len(images)) // max(count, 1)
+
+
+def some(images: Images, most: int | None = None) -> Rows:
+    """At most so many rows, evenly spread.
+
+    By default all of a source in memory, which are then not copied; of a slow one SAMPLE, or as
+    many as a quarter of the free memory holds. Their texts, which are larger than images, are not
+    among them.
     """
-    count = min(len(images), most or (SAMPLE if images.slow else len(images)))
-    if isinstance(images, InMemory) and count == len(images):
+    if isinstance(images, Captioned):
+        return some(images.images, most)
+    fits = int(free_memory() / 4 / math.prod(images.shape))
+    count = most or (max(2, min(SAMPLE, fits)) if images.slow else len(images))
+    if isinstance(images, InMemory) and count >= len(images):
         return Rows(images.images, images.condition)
-    return images.take((torch.arange(count) * len(images)) // max(count, 1))
+    return images.take(spread(images, count))
+
+
+def parts(images: Images, most: int | None = None, size: int = 256) -> Iterator[Tensor]:
+    """At most so many images, SAMPLE by default, evenly spread, a few at a time."""
+    for which in spread(images, most or SAMPLE).split(size):
+        yield images.take(which.to(images.device)).images
 
 
 class Ahead:

@@ -86,8 +86,9 @@ def workers() -> int:
 
 
 def free_memory() -> float:
-    """Bytes of this machine's memory that may be asked for, or of this container's."""
-    free = [math.inf]
+    """Bytes of memory that may be asked for: this machine's, this container's, and no more than
+    the environment's FEWSTEP_MEMORY, such as 2GB."""
+    free = [_allowed()]
     with suppress(OSError, ValueError, LookupError):
         lines = Path("/proc/meminfo").read_text().splitlines()
         free += [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")]
@@ -98,6 +99,22 @@ def free_memory() -> float:
         )
         free.append(most - used)
     return min(free)
+
+
+def _allowed() -> float:
+    """What FEWSTEP_MEMORY says. UserError where that is no number of bytes."""
+    text = os.environ.get("FEWSTEP_MEMORY", "inf")
+    number = text.upper().removesuffix("B")
+    unit = next((unit for unit in "kMGT" if number.endswith(unit.upper())), "")
+    try:
+        size = float(number.removesuffix(unit.upper())) * 1000 ** " kMGT".index(unit or " ")
+    except ValueError:
+        size = math.nan
+    if not size > 0:
+        raise UserError(
+            f"FEWSTEP_MEMORY must be a number of bytes such as 500MB or 8GB, got {text!r}"
+        )
+    return size
 
 
 def require_memory(flag: str, value: int, size: float) -> None:

@@ -1,14 +1,14 @@
 """A trained model: a denoiser and the card that says how to sample from it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from diffusion import checkpoint, codec, condition, networks
+from diffusion import checkpoint, codec, condition, foreign, networks
 from diffusion.checkpoint import Card
 from diffusion.codec import Codec
 from diffusion.condition import Condition, Guidance, Kinds
@@ -48,6 +48,12 @@ class Model:
     def shape(self) -> tuple[int, int, int]:
         """(C, H, W) of an x0."""
         return self.codec.shape(self.spec.shape)
+
+    def of_images(self, spec: ImageSpec) -> "Model":
+        """The model, as one of these images where its maker names none."""
+        if self.spec.name or self.spec.shape != spec.shape:
+            return self
+        return replace(self, card=replace(self.card, data=asdict(spec)))
 
     @property
     def kinds(self) -> Kinds:
@@ -226,10 +232,17 @@ def _weights(kinds: Kinds) -> tuple[float, float]:
     return next(iter(ranges), (0.0, MOST_GUIDANCE) if kinds else (1.0, 1.0))
 
 
+def read(path: Path) -> tuple[dict[str, Tensor], Card, str]:
+    """Weights, card and the weights' sha256 of a checkpoint, ours or another maker's."""
+    other = foreign.door(path)
+    return other() if other else checkpoint.load(path)
+
+
 def load(path: Path, precision: str = "fp32", device: torch.device | None = None) -> Model:
-    """The model of a checkpoint or of a run's folder, for inference, on this process's device."""
+    """The model of a checkpoint, of a run's folder or of another maker's network by its prefix, for
+    inference, on this process's device."""
     with doing(f"reading {path}"):
-        weights, card, sha256 = checkpoint.load(path)
+        weights, card, sha256 = read(path)
     try:
         denoiser = of_card(card, precision, weights)
     except UserError as error:

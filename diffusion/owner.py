@@ -65,6 +65,22 @@ def cached(
     """
     with suppress(FileNotFoundError, NotADirectoryError):
         return _whole(path)
+    with alone(path) as writable:
+        with suppress(FileNotFoundError, NotADirectoryError):
+            return _whole(path)  # another has made it
+        tensors, metadata = make()
+        if writable:
+            try:
+                save_tensors(path, tensors, metadata)
+            except Unwritable as error:
+                _say_unwritable(path, str(error))
+        return tensors, metadata
+
+
+@contextmanager
+def alone(path: Path) -> Generator[bool]:
+    """Meanwhile no other process makes this file of the cache: others wait. False, and a line that
+    says so, where it cannot be written."""
     lock_path, lock = path.with_name(f".{path.name}.lock"), None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -75,16 +91,10 @@ def cached(
             lock = _take(lock_path, timeout=-1)
     except OSError as error:
         _say_unwritable(path, error.strerror or str(error))
-        return make()
+        yield False
+        return
     try:
-        with suppress(FileNotFoundError):
-            return _whole(path)  # another has made it
-        tensors, metadata = make()
-        try:
-            save_tensors(path, tensors, metadata)
-        except Unwritable as error:
-            _say_unwritable(path, str(error))
-        return tensors, metadata
+        yield True
     finally:
         _give_back(lock)
 

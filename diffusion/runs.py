@@ -42,6 +42,7 @@ from diffusion.training import DELETE, Method, Progress, fit
 from diffusion.typed import checked
 
 SETTINGS = TypeAdapter(Settings)
+GOES_ON = "the last save is kept, and the same command goes on from it"
 
 
 def train_model(
@@ -107,7 +108,7 @@ def _train(
     preview = Preview(run, card)
     lines = fit(method, dataset, config, state, preview=preview, settings=settings)
     progress = _logged(with_warning(lines, config, advice), run / "log.jsonl")
-    with doing(f"training {run}", "the last save is kept, and the same command goes on from it"):
+    with doing(f"training {run}", lambda: GOES_ON if state.exists() else "nothing was saved"):
         *_, last = track(progress, str(run), _describe)
     images = config.iterations * config.batch_size
     training = {
@@ -137,7 +138,7 @@ def settings_of_run(card: Card, dataset: Dataset, config: FitConfig) -> dict:
     scale = {
         name: value for name, value in card.codec.items() if (name, value) != ("name", "scale")
     }
-    said_elsewhere = ("sha256", "background", "classes")
+    said_elsewhere = ("sha256", "background", "classes", "text_encoder", "text_sha256")
     images = {k: v for k, v in card.data.items() if k not in said_elsewhere}
     settings = {
         **card.training,
@@ -285,18 +286,19 @@ def _logged(lines: Iterator[Progress], path: Path) -> Iterator[Progress]:
     for first, line in enumerate(lines):
         if PartialState().is_main_process:
             if first == 0:
-                write_atomic(path, "".join(_lines_before(path, line.iteration)))
+                before = _lines_before(path, line.iteration)
+                if (lacking := line.number - 1 - len(before)) > 0:
+                    say(f"{path} lacks {lacking} of its {line.number - 1} lines: it was damaged")
+                write_atomic(path, "".join(before))
             append(path, json.dumps(sealed(line._asdict())) + "\n")
         yield line
 
 
-def _lines_before(path: Path, iteration: int) -> Iterator[str]:
+def _lines_before(path: Path, iteration: int) -> list[str]:
+    """The log's whole lines of before that iteration."""
+    kept = []
     for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
-        try:
+        with suppress(Damaged, KeyError, TypeError):
             if line.endswith(b"\n") and read_object(line, path)["iteration"] < iteration:
-                yield line.decode()
-        except Damaged:
-            if line.endswith(b"\n"):  # else cut short by a kill
-                say(f"{path}: a line is damaged and left out")
-        except (KeyError, TypeError):
-            continue
+                kept.append(line.decode())
+    return kept

@@ -26,7 +26,7 @@ from diffusion.console import Interrupted, UserError
 from diffusion.data import Dataset
 from diffusion.denoiser import Denoiser
 from diffusion.files import load_tensors, save_tensors, sealed
-from diffusion.typed import Amount, Positive, checked, parse
+from diffusion.typed import Amount, Count, Positive, checked, parse
 
 Nets = Mapping[str, nn.Module]  # a method's players by name
 
@@ -164,6 +164,7 @@ class Progress(NamedTuple):
     learning_rate: Amount
     images_per_second: Amount
     seconds: Amount
+    number: Count = 0  # of lines with this one; 0 in a state from before they were counted
 
 
 LINE = TypeAdapter(Progress)
@@ -211,7 +212,9 @@ def fit(
     followers = {"average": average, **method.followers}
     optimizers = {name: _optimizer(trained[name], config, fused) for name in nets}
     before = _restore(state, nets, followers, optimizers)
-    start, spent = (before.iteration, before.seconds) if before else (0, 0.0)
+    start, spent, number = (
+        (before.iteration, before.seconds, before.number) if before else (0, 0, 0)
+    )
     if config.compile:  # what is never called is never compiled
         averaged = (getattr(follower, "module", None) for follower in followers.values())
         for module in (*nets.values(), *averaged):
@@ -251,7 +254,9 @@ def fit(
                 raise _diverged(done, kept, state, config)
             seconds = spent + now - begun
             pace = counted * config.batch_size / (now - logged)
-            line = Progress(done, config.iterations, mean_loss, mean_norm, rate, pace, seconds)
+            means = mean_loss, mean_norm
+            number += 1
+            line = Progress(done, config.iterations, *means, rate, pace, seconds, number)
             save = stopped or done == config.iterations or now - saved >= config.save_every
             if worker.is_main_process and save:
                 _save(state, nets, followers, optimizers, line, settings)

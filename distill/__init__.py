@@ -16,13 +16,15 @@ from students.start import Options, StudentOptions, preset_for
 __all__ = ["preset", "train"]
 
 
-def preset(method: type[Options], teacher: str | Path) -> Options:
+def preset(method: type[Options], teacher: str | Path, data: str | None = None) -> Options:
     """The options that a method's command takes for that teacher where none is given.
 
-    method: the Options of a module of this package. teacher: a run's folder or a checkpoint.
+    method: the Options of a module of this package. teacher: a run's folder, a checkpoint, or
+    another maker's model as diffusers:PATH, whose training images are then `data`.
     """
     presets = sys.modules[method.__module__].PRESETS
-    return replace(preset_for(presets, Path(teacher)), teacher=Path(teacher))
+    chosen = preset_for(presets, Path(teacher), data or "")
+    return replace(chosen, teacher=Path(teacher), data=data)
 
 
 def train(options: StudentOptions) -> Model:

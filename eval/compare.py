@@ -13,7 +13,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from diffusion import data as datasets
-from diffusion import machine
+from diffusion import foreign, machine
 from diffusion.console import UserError, diverted, doing, printable, run, say, silence
 from diffusion.data import ImageSpec
 from diffusion.files import write_atomic
@@ -41,6 +41,7 @@ from eval.show import closing, pictures, table
 from eval.show.lines import Comparison, comparison
 from eval.show.pictures import CALLS, MILLISECONDS
 from eval.show.verdict import choice
+from students.start import home_of
 
 COUNTS = (50_000, 10_000, 5_000, 2_000, 1_000)  # images of a row; the first on GPUs
 A_ROW = 60.0  # seconds that a row may take, in the mean
@@ -114,9 +115,12 @@ def plan(options: Options, paths: tuple[Path, ...]) -> list[Row]:
     counts = counts_of(options.steps)
     models = [(path, load(path, options.precision)) for path in find_runs(paths)]
     models.sort(key=lambda item: item[1].card.parent is not None)
-    first = models[0][1]
+    spec = next((model.spec for _, model in models if model.spec.name), None)
+    if spec is None:
+        spec = datasets.reload(models[0][1].spec, options.data, options.data_dir).spec
+    models = [(path, model.of_images(spec)) for path, model in models]
     for path, model in models:
-        require_same_images(first.spec, model, path)
+        require_same_images(spec, model, path)
     asked = counts, options.solvers, options.long, options.shifts, options.guidance
     planned = [row for path, model in models for row in rows(path, model, *asked)]
     if not planned:
@@ -257,6 +261,8 @@ def home(paths: tuple[Path, ...]) -> Path:
             "--out is needed to merge files of results: name the folder for the merged ones"
         )
     first = next((path for path in paths if not outside.is_outside(path)), paths[0])
+    if foreign.door(first):
+        return home_of(first) / "compare"
     beside = first.is_file() or outside.is_outside(first)
     named = first.parent if beside else first
     return (named.parent if (named / "model.safetensors").exists() else named) / "compare"

@@ -26,9 +26,10 @@ class Options:
     """
 
     runs: tyro.conf.Positional[tuple[Path, ...]] = (Path("runs/digits"),)
-    """What to compare: runs, checkpoints, or folders that hold runs. What others made joins the
-    table: the rows of results.jsonl files, a folder of images, an .npz (uint8 `images` or `arr_0`,
-    N x H x W x C), or an .onnx file that makes images from normal noise."""
+    """What to compare: runs, checkpoints, folders that hold runs, or another maker's model, as
+    diffusers:PATH. What others made joins the table: the rows of results.jsonl files, a folder of
+    images, an .npz (uint8 `images` or `arr_0`, N x H x W x C), or an .onnx file that makes images
+    from normal noise."""
     onnx_range: tuple[float, float] = (-1.0, 1.0)
     """Black and white in the floats of an .onnx generator; one that makes uint8 needs none."""
     steps: str | None = None

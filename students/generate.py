@@ -48,7 +48,7 @@ class Options:
     """
 
     checkpoint: tyro.conf.Positional[Path]
-    """The model: a run's folder or a .safetensors file."""
+    """The model: a run's folder, a .safetensors file, or another maker's, as diffusers:PATH."""
     num: int = 64
     """How many images to make."""
     steps: int | None = None

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from diffusion import data as datasets
+from diffusion import foreign
 from diffusion.config import FitConfig, check
 from diffusion.console import UserError
 from diffusion.data import Dataset
@@ -22,11 +23,15 @@ class StudentOptions:
     """Options of every distillation command."""
 
     teacher: Path = Path("runs/digits/teacher")
-    """The teacher's run or checkpoint. The default teacher is trained first if there is none."""
+    """The teacher's run or checkpoint, or another maker's model: diffusers:PATH, a folder that its
+    save_pretrained wrote. The default teacher is trained first if there is none."""
     data: str | None = None
-    """The folder that the teacher's images are in now, if it has moved."""
+    """The folder that the teacher's images are in now, if it has moved. Of another maker's teacher:
+    the dataset, or the folder of images, that its students are trained on."""
     data_dir: Path | None = None
     """The folder that holds a named dataset's files."""
+    text_encoder: Path | None = None
+    """The folder that the encoder of the images' captions is in now, if it has moved."""
     out: Path | None = None
     """The run's folder. If left out: a folder beside the teacher's, named after the method."""
     shift: float | None = None
@@ -46,11 +51,17 @@ def parse(
 ) -> Options:
     """Options from the command line; those left out are the preset's for the teacher's data."""
     teacher = Path(ddpm.peek("--teacher", str(StudentOptions.teacher)))
-    return ddpm.parse(preset_for(presets, teacher), prog, arguments, description)
+    chosen = preset_for(presets, teacher, ddpm.peek("--data", ""))
+    return ddpm.parse(chosen, prog, arguments, description)
 
 
-def preset_for(presets: Mapping[str, Options], teacher: Path) -> Options:
-    """The preset for the data of that teacher; for digits where it is not trained yet."""
+def preset_for(presets: Mapping[str, Options], teacher: Path, data: str = "") -> Options:
+    """The preset for the data of that teacher; for digits where it is not trained yet.
+
+    data: of another maker's teacher, which names none.
+    """
+    if foreign.door(teacher):
+        return for_data(presets, data)
     return for_data(presets, load(teacher).spec.name if _trained(teacher) else "digits")
 
 
@@ -62,8 +73,7 @@ def begin(
     The options' `fit` has what `--precision auto` and `--minutes` stand for on this machine.
     check_out: raises UserError for a folder that the run must not be left in.
     """
-    home = options.teacher.parent if options.teacher.is_file() else options.teacher
-    out = options.out or home.parent / method
+    out = options.out or home_of(options.teacher) / method
     fit = settled(options.fit, out, *sorted(out.glob("*/")))
     check_out(out)
     if not _trained(options.teacher) and options.teacher == StudentOptions.teacher:
@@ -81,11 +91,13 @@ def begin(
         teacher = replace(teacher, card=replace(teacher.card, shift=options.shift))
     if fit.compile:
         teacher.denoiser.net.compile()
-    dataset = datasets.reload(teacher.spec, options.data, options.data_dir)
-    place = {"name": dataset.spec.name, "sha256": dataset.spec.sha256}
+    dataset = datasets.reload(teacher.spec, options.data, options.data_dir, options.text_encoder)
+    place = {name: getattr(dataset.spec, name) for name in ("name", "sha256", "text_encoder")}
     spec = replace(teacher.spec, **place)
     dataset = replace(dataset, spec=spec, codec=teacher.codec)  # the teacher's scale
-    if teacher.spec.sha256:  # its students' cards say where its images are now
+    if (
+        teacher.spec.sha256 or not teacher.spec.name
+    ):  # its students' cards say where its images are now
         teacher = replace(teacher, card=replace(teacher.card, data=asdict(dataset.spec)))
     return replace(options, fit=fit), teacher, dataset, out
 
@@ -96,7 +108,16 @@ def images_spent(model: Model) -> int:
     return training.get("total_images", training.get("images", 0)) if model.card.parent else 0
 
 
+def home_of(teacher: Path) -> Path:
+    """The folder that the teacher's students are left in: its own run's, or runs/NAME."""
+    if foreign.door(teacher):
+        return ddpm.run_folder(foreign.name_of(teacher))
+    return (teacher.parent if teacher.is_file() else teacher).parent
+
+
 def _trained(teacher: Path) -> bool:
+    if foreign.door(teacher):
+        return True
     return teacher.is_file() or (teacher / "model.safetensors").exists()
 
 

@@ -18,6 +18,7 @@ from diffusion import codec as codecs
 from diffusion import condition, networks
 from diffusion import data as datasets
 from diffusion.batches import Batch
+from diffusion.captions import EncoderPlace
 from diffusion.checkpoint import Card, Training
 from diffusion.circle import add_noise, x0_loss
 from diffusion.condition import Kinds
@@ -126,6 +127,10 @@ class Options:
     num_classes: int = 0
     """How many classes the model can be asked for; 0: none. Only data with labels has them, and a
     folder, whose own folders are the classes then."""
+    text_encoder: Path | None = None
+    """The folder of a Hugging Face text encoder, which turns the images' captions into what the
+    model is told: in a folder from metadata.jsonl, metadata.csv or a .txt beside each image; of
+    emoji their names. If left out: captions are not read."""
     codec: Suppress[str] = "scale"
     """How pixels become what the network sees, by its name in diffusion.codec.CODECS."""
     net: UNetConfig = field(default_factory=UNetConfig)
@@ -149,8 +154,14 @@ def load_data(options: Options) -> Dataset:
     net = options.net
     form = Form(net.size, net.channels, options.background)
     classes = options.num_classes > 0
+    encoder = EncoderPlace(options.text_encoder) if options.text_encoder else None
     dataset = datasets.load(
-        options.data, options.data_dir, form, codec=options.codec, classes=classes
+        options.data,
+        options.data_dir,
+        form,
+        codec=options.codec,
+        classes=classes,
+        encoder=encoder,
     )
     spec, (channels, size, _) = dataset.spec, dataset.codec.shape(dataset.spec.shape)
     if (net.channels, net.size) != (channels, size):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from diffusion.batches import Batch
-from diffusion.condition import Guidance, Kinds, Label
+from diffusion.condition import Guidance, Kinds, Label, Text
 from diffusion.denoiser import Denoiser, DenoiserConfig
 from diffusion.networks import UNet, UNetConfig
 from experiments.exact import DATA, Mixture, column
@@ -52,12 +52,15 @@ def random_denoiser(
     prediction: str = "v",
     learned_variance: bool = False,
     bounds: tuple[float, float] | None = None,
+    text: Text | None = None,
     **shape,
 ) -> Denoiser:
-    """A denoiser of a random U-Net. num_classes, guidance: of the conditions that it takes."""
+    """A denoiser of a random U-Net. num_classes, guidance, text: of the conditions that it
+    takes."""
     config = DenoiserConfig(prediction, learned_variance, bounds)
     kinds = {"label": Label(num_classes)} if num_classes else {}
     kinds |= {"guidance": Guidance(*guidance)} if guidance else {}
+    kinds |= {"text": text} if text else {}
     outputs = UNetConfig(**shape).channels * (1 + learned_variance)
     return Denoiser(random_unet(outputs, kinds, **shape), config=config, kinds=kinds)
 

@@ -14,6 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
+import hypothesis
 import pytest
 import torch
 
@@ -30,6 +31,10 @@ from diffusion.runs import train_model
 from diffusion.schedules import cosine
 from diffusion.training import one_network
 from teachers.ddpm import Denoising
+
+hypothesis.settings.register_profile("short", max_examples=40, deadline=None, derandomize=True)
+hypothesis.settings.register_profile("long", max_examples=10_000, deadline=None)
+hypothesis.settings.load_profile("short")
 
 
 def pytest_sessionfinish() -> None:

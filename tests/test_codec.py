@@ -17,7 +17,7 @@ close = torch.testing.assert_close
 @pytest.fixture(params=CODECS)
 def fitted(request, digits) -> codec.Codec:
     """Each codec, fitted to the digits."""
-    return CODECS[request.param].fitted(digits.train.images)
+    return CODECS[request.param].fitted([digits.train.images])
 
 
 def test_a_fitted_codecs_x0_has_zero_mean_and_unit_variance(fitted, digits):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image, PngImagePlugin
 
-from diffusion import data, folders, image_file, image_folder
+from diffusion import data, decoding, folders, image_file, image_folder
 from diffusion.console import UserError
 from diffusion.image_file import Form
 
@@ -28,7 +28,7 @@ def noise(seed: int = 0, size: int = 32) -> Image.Image:
 
 def read(path: Path, size: int = 8, channels: int = 3, background: str = "white") -> torch.Tensor:
     with image_file.unlimited():
-        return image_file.read(path, Form(size, channels, background))
+        return image_file.read(path, Form(size, channels, background)).pixels
 
 
 def flat(colour: tuple[int, ...], size: int = 8) -> torch.Tensor:
@@ -578,13 +578,14 @@ def test_a_folder_that_changed_is_decoded_anew(tmp_path, decoded, change):
     assert not (before.shape == after.shape and before.equal(after))
 
 
+@pytest.mark.parametrize("part", ["rows", "safetensors"])
 @pytest.mark.parametrize("harm", [b"", b"damaged", None], ids=["empty", "text", "a flipped bit"])
-def test_a_damaged_cache_is_made_anew(tmp_path, decoded, monkeypatch, harm):
+def test_a_damaged_cache_is_made_anew(tmp_path, decoded, monkeypatch, harm, part):
     monkeypatch.setattr(data, "CACHE", tmp_path / "cache")
     (tmp_path / "photos").mkdir()
     noise().save(tmp_path / "photos" / "a.png")
     first = data.load(str(tmp_path / "photos")).train.images
-    (path,) = (tmp_path / "cache" / "images").iterdir()
+    (path,) = (tmp_path / "cache" / "images").glob(f"*.{part}")
     whole = path.read_bytes()
     path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]) if harm is None else harm)
     assert data.load(str(tmp_path / "photos")).train.images.equal(first)
@@ -620,7 +621,7 @@ def test_a_file_that_may_be_read_another_time_is_tried_again(tmp_path, monkeypat
 def test_the_loading_of_many_bytes_shows_its_progress(tmp_path, monkeypatch, capsys):
     for i in range(3):
         noise(i).save(tmp_path / f"{i}.png")
-    monkeypatch.setattr(image_folder, "SLOW", 1000)
+    monkeypatch.setattr(decoding, "SLOW", 1000)
     data.load(str(tmp_path))
     first, second = capsys.readouterr().out.splitlines()
     assert first.startswith(f"{tmp_path.name}  3/3  images read")

@@ -187,6 +187,23 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_state(training, tmp_path)
     assert all(tensor.isfinite().all() for tensor in load_tensors(state)[0].values())
 
 
+@pytest.mark.parametrize("saves", [True, False])
+def test_a_training_that_finds_no_memory_says_whether_anything_was_saved(
+    command, tmp_path, train_tiny, quick, monkeypatch, saves
+):
+    def short_of_memory(*arguments, **settings):
+        yield next(loops.fit(*arguments, **settings))
+        raise MemoryError
+
+    monkeypatch.setattr(runs, "fit", short_of_memory)
+    config = replace(quick, save_every=0.0 if saves else math.inf)
+    outcome = command(lambda: train_tiny(tmp_path / "run", config))
+    assert (outcome.code, outcome.err.count("\n")) == (2, 1)
+    assert "lower --batch-size" in outcome.err
+    assert ("the last save is kept" in outcome.err) == saves
+    assert ("nothing was saved" in outcome.err) == (not saves)
+
+
 def test_the_loop_learns(training):
     # an untrained network says velocity 0, whose squared error is 1 at every angle
     _, loop = training(denoising, iterations=150, batch_size=64, learning_rate=1e-2)
@@ -352,7 +369,7 @@ def test_a_run_stopped_between_its_state_and_its_log_line_still_logs_that_line(
     assert [line["iteration"] for line in lines(run)] == [5, 10, 15, 20, 25, 30]
 
 
-def test_a_log_line_torn_by_a_kill_is_cut_off(tmp_path, train_tiny, quick, monkeypatch):
+def test_a_log_line_torn_by_a_kill_is_cut_off(tmp_path, train_tiny, quick, monkeypatch, capsys):
     run, config = tmp_path / "run", replace(quick, save_every=0.0)
     monkeypatch.setattr(runs, "fit", stopped_after(3))
     with pytest.raises(KeyboardInterrupt):
@@ -362,6 +379,22 @@ def test_a_log_line_torn_by_a_kill_is_cut_off(tmp_path, train_tiny, quick, monke
         log.write('{"iteration": 20, "lo')
     train_tiny(run, config)
     assert [line["iteration"] for line in lines(run)] == [5, 10, 15, 20, 25, 30]
+    assert [line["number"] for line in lines(run)] == [1, 2, 3, 4, 5, 6]
+    assert "lacks" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_log_line_that_is_lost_is_missed(tmp_path, train_tiny, quick, monkeypatch, capsys, place):
+    run, config = tmp_path / "run", replace(quick, save_every=0.0)
+    monkeypatch.setattr(runs, "fit", stopped_after(3))
+    with pytest.raises(KeyboardInterrupt):
+        train_tiny(run, config)
+    monkeypatch.undo()
+    whole = (run / "log.jsonl").read_text().splitlines(keepends=True)
+    (run / "log.jsonl").write_text("".join(whole[:place] + whole[place + 1 :]))
+    train_tiny(run, config)
+    assert f"{run / 'log.jsonl'} lacks 1 of its 2 lines" in capsys.readouterr().out
+    assert [line["number"] for line in lines(run)] == [2 - place, 3, 4, 5, 6]
 
 
 def test_a_process_killed_twice_and_restarted_ends_as_one_that_was_not(

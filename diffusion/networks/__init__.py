@@ -10,6 +10,7 @@ from torch import nn
 
 from diffusion import registry
 from diffusion.condition import Kinds
+from diffusion.networks.diffusers import DiffusersConfig
 from diffusion.networks.unet import UNet, UNetConfig
 from diffusion.registry import Entry
 
@@ -34,7 +35,10 @@ class NetworkConfig(Entry, Protocol):
         """(x_t (B, C, H, W), t (B,) float32 radians, condition or None) -> (B, outputs, H, W)."""
 
 
-NETWORKS: dict[str, type[NetworkConfig]] = {"unet": UNetConfig}
+NETWORKS: dict[str, type[NetworkConfig]] = {
+    "unet": UNetConfig,
+    "diffusers": DiffusersConfig,
+}
 
 
 def to_json(config: NetworkConfig) -> dict:

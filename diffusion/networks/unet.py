@@ -4,18 +4,18 @@ Residual blocks with scale and shift from the noise level, attention at chosen r
 the network of Dhariwal & Nichol 2021 with the order of layers of Ho et al. 2020.
 """
 
-import math
 from dataclasses import dataclass, replace
-from typing import Annotated
+from typing import Annotated, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from diffusion.condition import Condition, Kinds
+from diffusion.condition import Condition, Kind, Kinds, Text
 from diffusion.console import UserError, check_limits
 from diffusion.networks.conditioned import Conditioned, zero
+from diffusion.networks.text import CrossAttention, TextInput, Tokens, heads_of
 
 Multipliers = Annotated[
     tuple[Annotated[int, Field(ge=1, le=1024)], ...], Field(min_length=1, max_length=16)
@@ -143,9 +143,7 @@ class Attention(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.heads = next(
-            n for n in range(math.ceil(channels / 64), channels + 1) if channels % n == 0
-        )
+        self.heads = heads_of(channels)
         self.norm = _norm(channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.out = zero(nn.Conv2d(channels, channels, 1))
@@ -161,22 +159,52 @@ class Attention(nn.Module):
         return x + self.out(mixed.transpose(-1, -2).reshape(b, c, height, width))
 
 
+class Reading(nn.Module):
+    """Attention of every pixel to a text, zero at the start."""
+
+    def __init__(self, channels: int, width: int):
+        """width: of the text's tokens."""
+        super().__init__()
+        self.norm, self.cross = _norm(channels), CrossAttention(channels, width)
+
+    def forward(self, x: Tensor, tokens: Tokens) -> Tensor:
+        change = self.cross(self.norm(x).flatten(2).transpose(1, 2), tokens)
+        return x + change.transpose(1, 2).reshape(x.shape)
+
+
+class Told(NamedTuple):
+    """What a U-Net's layers are told beside their input."""
+
+    embedding: Tensor
+    """(B, 4 width), of all but the pixels."""
+    tokens: Tokens | None
+    """Of the text, if it takes one."""
+
+
 class UNet(Conditioned):
     """(x_t (B, C, H, W), t (B,) radians, condition or None) -> prediction (B, outputs, H, W).
 
-    The output layer starts at zero: an untrained network predicts 0.
+    The output layer starts at zero: an untrained network predicts 0. A text's tokens are asked by
+    every pixel, where there is self-attention and at the coarsest level, and their mean is embedded
+    as a class is.
     """
 
+    TAKES: ClassVar[dict[str, type[Kind]]] = {**Conditioned.TAKES, "text": Text}
+
     def __init__(self, config: UNetConfig, outputs: int | None = None, kinds: Kinds | None = None):
-        embedding = 4 * config.width
-        super().__init__(embedding, kinds or {})
-        self.config = config
+        embedding, kinds = 4 * config.width, kinds or {}
+        super().__init__(embedding, kinds)
+        self.config, text = config, kinds.get("text")
+        self.text = TextInput(text, embedding) if isinstance(text, Text) else None
         widths = [config.width * m for m in config.multipliers]
+        coarsest = config.size // config.patch // 2 ** (len(widths) - 1)
 
         def block(channels_in: int, channels_out: int, size: int) -> nn.ModuleList:
             layers = [ResidualBlock(channels_in, channels_out, embedding, config.dropout)]
             if size in config.attention:
                 layers.append(Attention(channels_out))
+            if self.text and size in (*config.attention, coarsest):
+                layers.append(Reading(channels_out, embedding))
             return nn.ModuleList(layers)
 
         values = config.channels * config.patch**2  # of a patch
@@ -212,10 +240,10 @@ class UNet(Conditioned):
         t: Tensor,
         condition: Condition | None = None,
     ) -> Tensor:
-        h, skips, embedding = self.encode(x, t, condition)
+        h, skips, told = self.encode(x, t, condition)
         for layer in self.up:
             if isinstance(layer, nn.ModuleList):
-                h = _apply(layer, torch.cat([h, skips.pop()], dim=1), embedding)
+                h = _apply(layer, torch.cat([h, skips.pop()], dim=1), told)
             else:
                 h = layer(F.interpolate(h, scale_factor=2.0, mode="nearest"))
         return F.pixel_shuffle(self.head(F.silu(self.norm(h))), self.config.patch)
@@ -225,19 +253,30 @@ class UNet(Conditioned):
         x: Tensor,
         t: Tensor,
         condition: Condition | None = None,
-    ) -> tuple[Tensor, list[Tensor], Tensor]:
-        """The way down: the middle's output (B, C', H', W'), what the way up takes over, and the
-        embedding."""
-        embedding = F.silu(self.embedding(t, condition or {}))
+    ) -> tuple[Tensor, list[Tensor], Told]:
+        """The way down: the middle's output (B, C', H', W'), what the way up takes over, and what
+        its layers are told."""
+        condition = condition or {}
+        embedding = self.embedding(t, condition)
+        tokens = self.text(condition.get("text"), len(x)) if self.text else None
+        if tokens:
+            embedding = embedding + tokens.mean()
+        told = Told(F.silu(embedding), tokens)
         h = self.stem(F.pixel_unshuffle(x, self.config.patch))
         skips = [h]
         for layer in self.down:
-            h = _apply(layer, h, embedding)
+            h = _apply(layer, h, told)
             skips.append(h)
-        return _apply(self.middle, h, embedding), skips, embedding
+        return _apply(self.middle, h, told), skips, told
 
 
-def _apply(layers: nn.Module, h: Tensor, embedding: Tensor) -> Tensor:
+def _apply(layers: nn.Module, h: Tensor, told: Told) -> Tensor:
     for layer in layers if isinstance(layers, nn.ModuleList) else [layers]:
-        h = layer(h, embedding) if isinstance(layer, ResidualBlock) else layer(h)
+        if isinstance(layer, ResidualBlock):
+            h = layer(h, told.embedding)
+        elif isinstance(layer, Reading):
+            assert told.tokens
+            h = layer(h, told.tokens)
+        else:
+            h = layer(h)
     return h

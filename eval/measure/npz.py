@@ -23,7 +23,7 @@ def read_npz(path: Path, names: Sequence[str], expected: str) -> dict[str, np.nd
         if 2 * size > free_memory():
             raise UserError(f"{path}: unpacked it has {in_bytes(size)}, for which memory is short")
         with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in names if name in file}
+            arrays = {name: _array(file, name) for name in names if name in file}
     except UserError:
         raise
     except Exception as error:  # damaged archives and headers raise anything
@@ -31,3 +31,10 @@ def read_npz(path: Path, names: Sequence[str], expected: str) -> dict[str, np.nd
     if not arrays:
         raise UserError(f"{path}: expected {expected} ({reason})")
     return arrays
+
+
+def _array(file: np.lib.npyio.NpzFile, name: str) -> np.ndarray:
+    array = file[name]
+    if not isinstance(array, np.ndarray):  # numpy gives what has no .npy's first bytes as bytes
+        raise ValueError(f"{name} is no array")
+    return array

@@ -134,7 +134,7 @@ def folder(path: Path, form: Form) -> Tensor:
 
     def image(file: Path) -> Tensor:
         try:
-            return read(file, form)
+            return read(file, form).pixels
         except Exception as error:  # decoders raise anything
             raise UserError(f"{file} cannot be read: it is {reason(error)}") from error
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
+from diffusion import foreign
 from diffusion.console import UserError
 from diffusion.model import Model
 from diffusion.plan import MOST_STEPS, Plan
@@ -48,6 +49,9 @@ def find_runs(paths: tuple[Path, ...]) -> list[Path]:
     """Checkpoints named, and those in folders named, teachers before students, fewer steps last."""
     files: list[Path] = []
     for path in paths:
+        if foreign.door(path):
+            files.append(path)
+            continue
         inside = sorted(path.rglob("model.safetensors"), reverse=True) if path.is_dir() else [path]
         if not inside:
             raise UserError(

@@ -8,14 +8,14 @@ what dgm-eval takes of it: the class token after the last norm, before the proje
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diffusion import pretrained
 from diffusion.checkpoint import weights_sha256
-from diffusion.console import UserError
 
 BATCH = 32
 
@@ -53,7 +53,7 @@ def network(choice: str, device: torch.device) -> tuple[Callable[[Tensor], Tenso
     them: the weights and the size that images are resized to."""
     name, _, folder = choice.partition(":")
     kind = KINDS[name]
-    model = _load(kind, Path(folder)).to(device).eval().requires_grad_(False)
+    model = pretrained.network(Path(folder), kind.architecture, "features of a folder").to(device)
     size = kind.size or model.config.image_size
     mean, std = (255 * torch.tensor(x, device=device).view(3, 1, 1) for x in (kind.mean, kind.std))
 
@@ -68,32 +68,3 @@ def network(choice: str, device: torch.device) -> tuple[Callable[[Tensor], Tenso
     identity = f"{weights_sha256(model.state_dict())} {size}"
     sha256 = hashlib.sha256(identity.encode()).hexdigest()
     return torch.no_grad()(extract), model.config.hidden_size, sha256
-
-
-def _load(kind: Kind, folder: Path) -> Any:
-    """The network in a folder, from safetensors alone. UserError where it is none or not whole."""
-    try:
-        import transformers
-    except ImportError:
-        raise UserError(
-            "features of a folder need transformers, which is not here: pip install transformers"
-        ) from None
-    expected = f"expected a {kind.architecture} as save_pretrained writes it, with safetensors"
-    if not (folder / "config.json").is_file():
-        raise UserError(f"there is no {folder / 'config.json'}: {expected}")
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    try:
-        model, report = getattr(transformers, kind.architecture).from_pretrained(
-            folder,
-            use_safetensors=True,
-            local_files_only=True,
-            output_loading_info=True,
-            dtype=torch.float32,
-        )
-    except Exception as error:  # a wrong file fails in as many ways as there are files
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UserError(f"{folder} does not load: {expected} ({reason:.200})") from error
-    if lacking := sorted(report["missing_keys"]):  # which transformers would leave at random
-        raise UserError(f"{folder} lacks weights such as {lacking[0]}: {expected}")
-    return model

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.changes import ABSENT, FREE, VALUES, changed, places
@@ -157,7 +157,6 @@ JSON = st.recursive(
 @given(
     place=st.sampled_from(PLACES), value=JSON, cut=st.integers(0, 4000), noise=st.text(max_size=4)
 )
-@settings(max_examples=150, deadline=None)
 def test_any_text_is_a_card_or_one_line(place, value, cut, noise):
     version, path = place
     text = json.dumps(changed(CARDS[version], path, value))

@@ -2,9 +2,11 @@
 
 import json
 from contextlib import suppress
+from pathlib import Path
+from tempfile import NamedTemporaryFile
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from made_up import record
 
@@ -30,7 +32,7 @@ PLACES = [("head", path) for path in places(HEAD)] + [("row", path) for path in 
 
 def show(text: str, path) -> None:
     """Read the lines and show them in every way."""
-    path.write_text(text)
+    path.write_text(text, "utf-8", "surrogatepass")
     records = jsonl.read(path)
     if not records:
         return
@@ -74,11 +76,8 @@ def test_a_changed_record_is_refused_in_one_line_or_makes_a_table(tmp_path, whic
 @given(
     which=st.sampled_from(PLACES), value=JSON, cut=st.integers(0, 4000), noise=st.text(max_size=4)
 )
-@settings(max_examples=100, deadline=None)
-def test_any_text_is_records_or_one_line(tmp_path_factory, which, value, cut, noise):
+def test_any_text_is_records_or_one_line(which, value, cut, noise):
     text = text_of(*which, value)
-    path = tmp_path_factory.mktemp("records") / "r.jsonl"
     for each in (text, text[:cut] + noise + text[cut:], "[" * cut):
-        path.write_text(each, "utf-8", "surrogatepass")
-        with suppress(UserError):
-            assert jsonl.read(path) is not None
+        with NamedTemporaryFile() as file, suppress(UserError):
+            show(each, Path(file.name))

@@ -114,6 +114,14 @@ def test_whoever_reads_the_work_is_done_and_nothing_else_is_said(tmp_path, scrip
     assert done.stderr == ""
 
 
+def test_a_users_file_of_a_parts_name_is_not_run_by_other_parts_and_is_warned_of(tmp_path):
+    for name in ("eval.py", "students.py"):
+        (tmp_path / name).write_text("raise SystemExit('the user's own')")
+    done = shell(f"{sys.executable} -m distill.progressive --help", HOME=str(tmp_path))
+    assert done.returncode == 0
+    assert [line.split()[1] for line in done.stderr.splitlines()] == ["students.py", "eval.py"]
+
+
 def test_help_that_is_cut_off_ends_quietly(tmp_path):
     done = shell(
         f"set -o pipefail; {sys.executable} -m eval.report --help | head -1", HOME=str(tmp_path)

@@ -1,0 +1,201 @@
+"""Checkpoints of other makers, by a prefix: each is read once into weights and a card like ours.
+
+`diffusers:PATH` is a folder that `save_pretrained` of diffusers wrote, or a name on the Hugging
+Face hub. What is read is a teacher like any other: everything behind the card is the same.
+"""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffusion import codec, condition, networks
+from diffusion.checkpoint import Card, weights_sha256
+from diffusion.codec import Scale
+from diffusion.condition import Kinds, Label
+from diffusion.console import UserError, say
+from diffusion.data import ImageSpec
+from diffusion.denoiser import DenoiserConfig
+from diffusion.networks.diffusers import DiffusersConfig, Levels, levels, library
+from diffusion.plan import plan
+
+Checkpoint = tuple[dict[str, Tensor], Card, str]  # weights, card, the weights' sha256
+PIXELS = Scale(127.5, 127.5)  # images from -1 to 1, as diffusers trains on them
+LEAST_SIGNAL = 1e-3  # cos t below which eps says nothing of x0
+MODEL_FOLDERS = ("unet", "transformer", "model")
+
+
+def door(path: Path) -> Callable[[], Checkpoint] | None:
+    """What reads the checkpoint that the path names by a prefix; None for a path of the disk."""
+    prefix, colon, place = str(path).partition(":")
+    if not colon or prefix not in DOORS:
+        return None
+    return lambda: DOORS[prefix](place)
+
+
+def name_of(path: Path) -> str:
+    """The last part of what stands after the prefix: the name of its students' folder."""
+    return Path(str(path).partition(":")[2]).name
+
+
+def of_diffusers(place: str) -> Checkpoint:
+    """A network of diffusers and its scheduler. UserError for what is not supported."""
+    folder = _on_disk(place)
+    inside = next((name for name in MODEL_FOLDERS if (folder / name).is_dir()), "")
+    config = _json(folder / inside / "config.json", "a network's config")
+    scheduler = _json(_scheduler(folder), "a scheduler's config")
+    architecture = config.get("_class_name")
+    known = networks.diffusers.CONDITIONS
+    if architecture not in known:
+        raise UserError(
+            f"{folder}: its network is {architecture!r:.80}, expected one of {', '.join(known)}"
+        )
+    try:
+        noise, shape = levels(scheduler), _shape(config)
+        net = DiffusersConfig(*shape, architecture, _plain(config), _plain(scheduler))
+        net.check()
+        kinds = _kinds(config)
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from error
+    weights = _weights(folder / inside, architecture)
+    denoiser = _denoiser(config, scheduler, noise)
+    angles = _usable(noise, folder)
+    sampler = "ancestral" if scheduler["_class_name"] == "DDPMScheduler" else "ddim"
+    variance = denoiser.learned_variance
+    card = Card(
+        method="teacher",
+        plans=(plan("ancestral-learned" if variance else sampler, angles),),
+        abilities=("denoise", "variance") if variance else ("denoise",),
+        net=networks.to_json(net),
+        denoiser=denoiser.to_json(),
+        condition=condition.to_json(kinds),
+        codec=codec.to_json(PIXELS),
+        data=asdict(ImageSpec("", *shape, classes="label" in kinds)),
+    )
+    return weights, card, weights_sha256(weights)
+
+
+def _on_disk(place: str) -> Path:
+    """The folder, or a copy of the hub's files."""
+    folder = Path(place)
+    if folder.is_dir():
+        return folder
+    if place.count("/") != 1 or place.startswith((".", "/", "~")):
+        raise UserError(f"there is no folder {place}: expected one that save_pretrained wrote")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(place, allow_patterns=["*.json", "*.safetensors", "*.txt"]))
+    except Exception as error:  # no network, no such name, no leave to read it
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"there is no folder {place}, and the Hugging Face hub does not give {place!r} "
+            f"({reason}): expected a folder that save_pretrained wrote, or a name on the hub"
+        ) from error
+
+
+def _json(path: Path, what: str) -> dict[str, Any]:
+    if not path.is_file():
+        raise UserError(f"there is no {path}: expected {what}, as save_pretrained writes it")
+    try:
+        described = json.loads(path.read_text())
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} cannot be read as JSON ({error})") from error
+    if not isinstance(described, dict):
+        raise UserError(f"{path}: expected a JSON object")
+    return described
+
+
+def _scheduler(folder: Path) -> Path:
+    places = (folder / "scheduler", folder, folder.parent / "scheduler")
+    files = [place / "scheduler_config.json" for place in places]
+    return next((file for file in files if file.is_file()), files[0])
+
+
+def _plain(described: dict[str, Any]) -> dict[str, Any]:
+    """Without what diffusers notes of the file itself, such as where it was read from, and without
+    the infinities that stand for no limit, which JSON has not."""
+    kept = {
+        name: value
+        for name, value in described.items()
+        if not name.startswith("_") and value not in (math.inf, -math.inf)
+    }
+    return kept | {"_class_name": described["_class_name"]}
+
+
+def _shape(config: dict[str, Any]) -> tuple[int, int]:
+    """The channels and the size of its images."""
+    size, channels = config.get("sample_size"), config.get("in_channels")
+    if isinstance(size, list) and len({*size}) == 1:
+        size = size[0]
+    if not isinstance(size, int) or not isinstance(channels, int):
+        raise UserError(
+            f"its sample_size is {size!r:.40} and its in_channels {channels!r:.40}: expected the "
+            "side of square images, and a number"
+        )
+    return channels, size
+
+
+def _kinds(config: dict[str, Any]) -> Kinds:
+    """The conditions that the network takes."""
+    classes = config.get("num_class_embeds")
+    if config["_class_name"] == "DiTTransformer2DModel":
+        classes = config.get("num_embeds_ada_norm")
+    return {"label": Label(classes)} if classes else {}
+
+
+def _denoiser(config: dict[str, Any], scheduler: dict[str, Any], noise: Levels) -> DenoiserConfig:
+    """What its scheduler makes of its output."""
+    clip = scheduler.get(
+        "clip_sample", scheduler["_class_name"] in ("DDPMScheduler", "DDIMScheduler")
+    )
+    reach = float(scheduler.get("clip_sample_range", 1.0))
+    ancestral = scheduler["_class_name"] == "DDPMScheduler"
+    variance = scheduler.get("variance_type", "fixed_small") if ancestral else "fixed_small"
+    if variance not in ("fixed_small", "fixed_small_log", "fixed_large", "learned_range"):
+        raise UserError(
+            f"its variance_type is {variance!r:.80}: expected fixed_small, fixed_large or "
+            "learned_range"
+        )
+    return DenoiserConfig(
+        prediction="v" if noise.prediction == "flow" else noise.prediction,
+        learned_variance=variance in ("fixed_large", "learned_range"),
+        bounds=(-reach, reach) if clip else None,
+    )
+
+
+def _usable(noise: Levels, folder: Path) -> Tensor:
+    """The angles of its plan, from 0 to its last at which the network says something of x0."""
+    angles, signal = noise.angles, noise.angles.cos()
+    if noise.prediction == "eps":
+        angles = angles[signal >= LEAST_SIGNAL]
+        if left_out := len(signal) - len(angles):
+            say(
+                f"{folder}: its last {left_out} noise levels are left out, where eps says nothing "
+                "of the image"
+            )
+    if float(angles[-1].cos()) > 1e-6:
+        say(
+            f"{folder}: its schedule ends before pure noise, at cos t = "
+            f"{float(angles[-1].cos()):.3g}; all its plans begin there"
+        )
+    return torch.cat([angles.new_zeros(1), angles])
+
+
+def _weights(folder: Path, architecture: str) -> dict[str, Tensor]:
+    """The network's weights in float32, by diffusers' names of today."""
+    kind = getattr(library(), architecture)
+    try:
+        network = kind.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True)
+    except Exception as error:  # a wrong file fails in as many ways as there are files
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{folder}: diffusers cannot read the network ({reason})") from error
+    return {name: value.contiguous() for name, value in network.state_dict().items()}
+
+
+DOORS: dict[str, Callable[[str], Checkpoint]] = {"diffusers": of_diffusers}
