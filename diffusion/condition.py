@@ -118,6 +118,17 @@ def of_images(kinds: Kinds) -> list[str]:
     return [name for name, kind in kinds.items() if getattr(kind, "from_images", False)]
 
 
+def usual(kinds: Kinds, indices: Tensor, given: Condition | None = None) -> dict[str, Tensor]:
+    """The condition of images number `indices` (B,): what is given, and for the rest what its kind
+    has for them. A guidance weight is no part of it."""
+    given = given or {}
+    return {
+        name: given[name].to(indices.device) if name in given else kind.rows(indices)
+        for name, kind in kinds.items()
+        if not isinstance(kind, Guidance)
+    }
+
+
 def take(condition: Condition | None, index: Tensor | slice) -> Condition | None:
     """The condition's rows at these indices."""
     if condition is None:

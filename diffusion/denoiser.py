@@ -14,6 +14,8 @@ from diffusion.condition import Condition, Kinds, with_null
 from diffusion.console import UserError
 from diffusion.registry import rebuilt
 
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}  # fp16 only samples: its sums are too short
+
 
 def _ascending(bounds: tuple[float, float]) -> tuple[float, float]:
     if not bounds[0] < bounds[1]:
@@ -78,7 +80,7 @@ class Denoiser(nn.Module):
     ):
         """net: (x_t (B, C, H, W), t (B,) float32, condition or None) -> prediction (B, C, H, W), or
             (B, 2 C, H, W) with the share of a learned variance.
-        precision: "fp32" or "bf16" (autocast of the network alone; angles and sums stay float32).
+        precision: "fp32", or of HALF (autocast of the network alone; angles and sums stay float32).
         layout: of weights and activations; channels_last is the fast one on GPUs with tensor cores,
             while on CPUs group norm makes it the slow one (1.3 times at 8x8).
         kinds: of the conditions that the network takes.
@@ -133,7 +135,8 @@ class Denoiser(nn.Module):
         """What the network, or a part of it, makes in this denoiser's precision and layout."""
         if dropout and self.training:  # a network's own dropout layers draw from torch's generator
             torch.manual_seed(dropout.initial_seed())
-        with torch.autocast(x_t.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+        half = HALF.get(self.precision)
+        with torch.autocast(x_t.device.type, half, enabled=half is not None):
             x_t = x_t.contiguous(memory_format=self.layout)
             return function(x_t, t.float(), condition)
 

@@ -147,12 +147,7 @@ class Model:
     def conditions(self, indices: Tensor, given: Condition | None = None) -> dict[str, Tensor]:
         """The condition of images number `indices` (B,): what is given, and for the rest what its
         kind has for them; empty where the network takes none."""
-        given = given or {}
-        return {
-            name: given[name].to(indices.device) if name in given else kind.rows(indices)
-            for name, kind in self.kinds.items()
-            if not isinstance(kind, Guidance)
-        }
+        return condition.usual(self.kinds, indices, given)
 
     def x0(self, plan: Plan, seed: int, indices: Tensor, given: Condition | None = None) -> Tensor:
         """Images number `indices` (B,) of the seed: (B, C, H, W) float32 on the indices' device.
