@@ -6,7 +6,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from diffusion.condition import Condition, Guidance, Kinds
+from diffusion.codec import prepared
+from diffusion.condition import Condition, Guidance, Kinds, take
 from diffusion.config import FitConfig
 from diffusion.console import UserError
 from diffusion.data import Dataset
@@ -33,6 +34,18 @@ class Batch(NamedTuple):
         return torch.Generator(self.x0.device).manual_seed(self.seed)
 
 
+def split(batch: Batch, count: int) -> list[Batch]:
+    """So many parts, each of every count-th image, with dropout masks of its own."""
+    return [
+        Batch(
+            *(rows[part::count] for rows in (batch.x0, batch.eps, batch.level)),
+            take(batch.condition, slice(part, None, count)),
+            batch.seed + (part << 24),
+        )
+        for part in range(count)
+    ]
+
+
 def batch_seed(seed: int, i: int) -> int:
     """Another for every seed and batch: in 32 bits, all that a CPU's generator takes of it.
 
@@ -42,22 +55,27 @@ def batch_seed(seed: int, i: int) -> int:
 
 
 class Batches:
-    """Batch i as a function of (seed, i): each process draws it whole and takes its share."""
+    """Batch i as a function of (seed, i): each process draws it whole and takes its share.
+
+    Of n processes each takes every n-th image: its levels are spread as the whole batch's are.
+    """
 
     def __init__(
         self, dataset: Dataset, config: FitConfig, worker: Accelerator, kinds: Kinds | None = None
     ):
         """kinds: the conditions that the network takes. UserError where the data lack one."""
-        if config.batch_size % worker.num_processes:
+        if config.batch_size < worker.num_processes * config.accumulate:
             raise UserError(
-                f"--batch-size {config.batch_size} does not divide among {worker.num_processes} "
-                "processes: give a multiple of their number"
+                f"--batch-size {config.batch_size} leaves nothing for some of "
+                f"{worker.num_processes} processes with --accumulate {config.accumulate}: give at "
+                "least as many images as their product"
             )
         kinds = kinds or {}
-        self.config, self.codec, self.device = config, dataset.codec, worker.device
+        self.config, self.device = config, worker.device
         self.shape = dataset.codec.shape(dataset.spec.shape)
         self.rank, self.world = worker.process_index, worker.num_processes
-        self.images = dataset.train.near(worker.device)
+        source, self.x0 = prepared(dataset.codec, dataset.train, config.flip)
+        self.images = source.near(worker.device)
         self.generator = torch.Generator(worker.device)
         self.picker = torch.Generator(self.images.device)
         ahead = Ahead(self.images, self.which, config.iterations)
@@ -86,6 +104,7 @@ class Batches:
 
     @torch.no_grad()  # a codec may be a network
     def draw(self, i: int) -> Batch:
+        """This process's share of batch i."""
         size, device = self.config.batch_size, self.device
         share = slice(self.rank, None, self.world)
         seed = batch_seed(self.config.seed, i)
@@ -100,9 +119,7 @@ class Batches:
         level = (torch.arange(size, device=device, dtype=torch.float64)[share] + offset) / size
         level = level.clamp(max=1 - 2**-53)  # the last may round to 1
         mirrored = torch.rand(size, generator=random, device=device)[share] < 0.5
-        images = rows.images
-        if self.config.flip:
-            images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
+        x0 = self.x0(rows.images, mirrored if self.config.flip else None)
         condition = {}
         if self.kinds:
             kept = torch.rand(size, generator=random, device=device)[share]
@@ -115,8 +132,8 @@ class Batches:
             low, high = self.guidance.low, self.guidance.high
             share_of_range = torch.rand(size, generator=random, device=device)[share]
             condition["guidance"] = low + (high - low) * share_of_range
-        seed += self.rank << 24
-        return Batch(self.codec.encode(images), eps, level, condition or None, seed)
+        seed += self.rank * self.config.accumulate << 24
+        return Batch(x0, eps, level, condition or None, seed)
 
 
 def _moved(rows: Rows, device: torch.device) -> Rows:

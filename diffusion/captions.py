@@ -130,7 +130,7 @@ def _encoded(texts: list[str], place: EncoderPlace, cache: Path) -> tuple[Tensor
 
     def make() -> tuple[dict[str, Tensor], dict[str, str]]:
         made_by = encoder or load_encoder(place)
-        tokens = min(made_by.most, max(made_by.lengths(texts)))
+        tokens = made_by.tokens(texts)
         table = torch.cat([torch.zeros(1, tokens, made_by.width).half(), made_by(texts, tokens)])
         return {"table": table}, {"encoder": made_by.name}
 

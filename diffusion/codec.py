@@ -1,14 +1,18 @@
 """Codecs: from pixels to the space that a model works in, and back. Nothing else converts them."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Protocol
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from diffusion import registry
+from diffusion import autoencoder, registry
+from diffusion.console import UserError
+from diffusion.images import Images, parts
+from diffusion.latents import Latents, Prepared
 from diffusion.registry import Entry
 
 
@@ -35,8 +39,12 @@ class Codec(Entry, Protocol):
     def decode(self, x0: Tensor) -> Tensor:
         """Images uint8 of x0: the inverse of encode, rounded and clipped to 0..255."""
 
+
+class FittedCodec(Codec, Protocol):
+    """A codec that images alone say all of."""
+
     @staticmethod
-    def fitted(parts: Iterable[Tensor]) -> "Codec":
+    def fitted(parts: Iterable[Tensor]) -> Codec:
         """The codec that suits such images: parts of them, (N, C, H, W) uint8 each."""
 
 
@@ -75,7 +83,67 @@ class Scale:
         return Scale(mean, float(((histogram @ (levels - mean).square()) / histogram.sum()).sqrt()))
 
 
-CODECS: dict[str, type[Codec]] = {"scale": Scale}
+CODECS: dict[str, type[Codec]] = {"scale": Scale, "latents": Latents}
+
+
+def fitted(choice: str, name: str, images: Images) -> Codec:
+    """The codec that suits these images. name: of the images.
+
+    choice: the name of a codec of pixels, or the place of an autoencoder. UserError for another,
+    or where every pixel has the same value.
+    """
+    pixels, fit = _differing(name, parts(images)), getattr(CODECS.get(choice), "fitted", None)
+    if fit:
+        return fit(pixels)
+    if autoencoder.is_place(choice):
+        for _ in pixels:
+            pass
+        return Latents.of(images, choice)
+    known = ", ".join(name for name, kind in CODECS.items() if hasattr(kind, "fitted"))
+    raise UserError(
+        f"unknown codec {choice!r}: expected {known}, or an autoencoder: a run of "
+        "teachers.autoencoder, or diffusers:FOLDER"
+    )
+
+
+def _differing(name: str, parts: Iterator[Tensor]) -> Iterator[Tensor]:
+    """The parts of a dataset. UserError after the last where every pixel has the same value."""
+    level, differ = None, False
+    for part in parts:
+        level = part.flatten()[0] if level is None else level
+        differ = differ or bool((part != level).any())
+        yield part
+    if not differ:
+        raise UserError(f"every pixel of {name} has the same value: expected images that differ")
+
+
+def found(described: dict, checkpoint: Path, autoencoder: Path | None) -> dict:
+    """A codec as the card of this checkpoint holds it, with the place of its autoencoder as it is
+    now, if it has one. UserError where that is missing.
+
+    autoencoder: its place, as the user says.
+    """
+    codec = from_json(described)
+    if isinstance(codec, Latents):
+        return to_json(codec.found(checkpoint, str(autoencoder) if autoencoder else None))
+    return described
+
+
+def prepared(codec: Codec, images: Images, flip: bool) -> Prepared:
+    """The images as training reads them: pixels, unless the codec encodes them before.
+
+    flip: whether training mirrors some.
+    """
+    before = getattr(codec, "prepared", None)
+    if before:
+        return before(images, flip)
+
+    def x0(rows: Tensor, mirrored: Tensor | None) -> Tensor:
+        if mirrored is not None:
+            rows = torch.where(mirrored[:, None, None, None], rows.flip(-1), rows)
+        return codec.encode(rows)
+
+    return Prepared(images, x0)
 
 
 def to_json(codec: Codec) -> dict:

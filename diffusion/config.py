@@ -26,6 +26,9 @@ class FitConfig:
     how many iterations fit; a training that resumes keeps that number."""
     batch_size: int = 256
     """Images of a training step, over all processes together."""
+    accumulate: int = 1
+    """In how many parts, one after another, each process takes its images of a step: the gradients
+    add up to those of the whole batch, in as much less memory."""
     learning_rate: float = 1e-3
     """How large the steps of the optimizer (Adam) are, after the warm-up."""
     warmup: int = 100
@@ -63,6 +66,7 @@ LIMITS: Limits = {
     "minutes": ("above 0, at most 1e6", lambda minutes: minutes is None or 0 < minutes <= 1e6),
     "iterations": count(1, 10**12),
     "batch_size": count(1),
+    "accumulate": count(1),
     "log_every": count(1, 10**12),
     "save_every": ("at least 0", lambda seconds: seconds >= 0),
     "learning_rate": ("above 0, at most 1000", lambda rate: 0 < rate <= 1000),
@@ -99,6 +103,6 @@ def learning_rate(config: FitConfig, i: int) -> float:
 def settings_of(config: FitConfig) -> dict:
     """The settings that decide the result, for a run to be recognised by when it resumes."""
     settings = asdict(config)
-    for free in ("log_every", "save_every", "compile"):
+    for free in ("accumulate", "log_every", "save_every", "compile"):
         del settings[free]
     return settings

@@ -13,6 +13,7 @@ from typing import IO, Any, TypeVar
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
 
 from diffusion import PARTS, ROOT
 
@@ -143,6 +144,12 @@ def diverted(where: bool = True) -> Generator[None]:
 def say(line: str) -> None:
     if not _quiet:
         _output.print(printable(line), markup=False)
+
+
+def present(table: Table) -> None:
+    """Show a table, whose cells are plain already."""
+    if not _quiet:
+        _output.print(table)
 
 
 def write(text: str) -> None:

@@ -1,7 +1,7 @@
 """Images by name: where they are from, how they are scaled, what is known of each."""
 
-from collections import Counter
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from itertools import compress
 from pathlib import Path
@@ -11,15 +11,17 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from diffusion import captions, emoji, image_folder, named_data
+from diffusion import captions, emoji, hf_dataset, image_folder, named_data, shards
+from diffusion import codec as codecs
 from diffusion.captions import EncoderPlace
-from diffusion.codec import CODECS, Codec
+from diffusion.codec import Codec
 from diffusion.condition import Kinds, Label, of_images
-from diffusion.console import UserError, printable, say
-from diffusion.decoding import decoded
-from diffusion.image_file import Form
-from diffusion.images import Images, Source, parts
+from diffusion.console import UserError, printable
+from diffusion.decoding import Listing, decoded
+from diffusion.image_file import Aspect, Form
+from diffusion.images import Images, Source
 from diffusion.machine import CACHE
+from diffusion.report import show
 from diffusion.typed import Sha256
 
 
@@ -33,6 +35,8 @@ class ImageSpec:
     size: Annotated[int, Field(ge=1, le=65536)]
     background: str = ""
     """The colour behind what is transparent in a folder's images."""
+    aspect: Aspect | Literal[""] = ""
+    """What became of a folder's images that were no squares."""
     classes: bool = False
     """Whether the folders that a folder's images are in are their classes."""
     text_encoder: str = ""
@@ -49,7 +53,8 @@ class ImageSpec:
     @property
     def form(self) -> Form:
         """What a folder's images are brought to, to be these."""
-        return Form(self.size, self.channels, self.background or Form.background)
+        background, aspect = self.background or Form.background, self.aspect or Form.aspect
+        return Form(self.size, self.channels, background, aspect)
 
     def encoder(self, folder: Path | None = None) -> EncoderPlace | None:
         """What encoded the captions; folder: where it is now, if it has moved."""
@@ -99,6 +104,28 @@ DATASETS: dict[str, Callable[[Path | None, Path, bool, Form], Source]] = {
 }
 
 
+# How a name begins -> the images of the place that the rest of it names.
+PLACES: dict[str, Callable[[str], Listing]] = {
+    "": lambda words: image_folder.listing(Path(words)),
+    "hf:": hf_dataset.listing,
+    "wds:": shards.listing,
+}
+
+
+def _kind(name: str) -> tuple[str, str]:
+    """How it begins, one of PLACES, and what follows."""
+    kind = next((kind for kind in PLACES if kind and name.startswith(kind)), "")
+    return kind, name.removeprefix(kind)
+
+
+def title(name: str) -> str:
+    """A few letters for a dataset: its name, or that of the folder that it lies in."""
+    kind, words = _kind(name)
+    path = hf_dataset.place(words).path if kind == "hf:" else Path(words)
+    path = Path(os.path.abspath(path.expanduser()))
+    return path.parent.name if path.suffix == ".tar" or "*" in path.name else path.name
+
+
 def load(
     name: str,
     data_dir: Path | None = None,
@@ -108,20 +135,23 @@ def load(
     classes: bool = False,
     encoder: EncoderPlace | None = None,
 ) -> Dataset:
-    """The dataset of that name, one of DATASETS, or a folder of images.
+    """The dataset of that name, one of DATASETS, or the images of a place, one of PLACES.
 
     data_dir: where alone to look for a named dataset's files. form: of a folder's images, or emoji.
     download: whether a dataset that is not on this disk may be fetched. codec: the name of the one
-    that is fitted to the images. classes: whether a folder's own folders are its classes.
-    encoder: what makes a condition of the images' captions; None for none.
+    that is fitted to the images, or the place of an autoencoder. classes: whether a folder's own
+    folders are its classes. encoder: what makes a condition of the images' captions; None for none.
     """
     if name in DATASETS:
         source = DATASETS[name](data_dir, CACHE / "data", download, form or Form())
         return _dataset(name, source, codec, encoder)
-    if Path(name).is_dir():
-        return _folder(Path(name), form or Form(), codec, classes, encoder)
+    kind, words = _kind(name)
+    if kind or Path(name).is_dir():
+        (form or Form()).check()
+        return _listed(PLACES[kind](words), form or Form(), codec, classes, encoder)
     raise UserError(
-        f"unknown dataset {name!r}: expected one of {', '.join(DATASETS)}, or a folder of images"
+        f"unknown dataset {name!r}: expected one of {', '.join(DATASETS)}, a folder of images, "
+        "hf:FOLDER or wds:FOLDER/*.tar"
     )
 
 
@@ -160,64 +190,49 @@ def reload(
 
 def at_hand(name: str) -> str:
     """The name. UserError where it is a folder that is no longer there."""
-    if name not in DATASETS and not Path(name).is_dir():
+    if name not in DATASETS and not _kind(name)[0] and not Path(name).is_dir():
         raise UserError(
             f"the images of {name} are no longer there: name with --data where they are"
         )
     return name
 
 
-def _folder(
-    folder: Path, form: Form, codec: str, classes: bool, encoder: EncoderPlace | None
+def _listed(
+    listing: Listing, form: Form, codec: str, classes: bool, encoder: EncoderPlace | None
 ) -> Dataset:
-    """All images below it; every tenth is held out where there are at least 100."""
-    form.check()
-    if printable(str(folder.resolve())) != str(folder.resolve()):
+    """All images of a place; every tenth is held out where it has at least 100 and names none."""
+    if printable(listing.name) != listing.name:
         raise UserError(
-            f"the name of {folder} has characters that no card can hold: rename the folder"
+            f"the name of {listing.place} has characters that no card can hold: rename the folder"
         )
-    images, names, *_ = decoded(image_folder.listing(folder), form, CACHE / "images")
-    condition, kinds = {}, {}
-    if classes:
-        condition, kinds = _classes(folder, names)
-    held_out = (torch.arange(len(images)) % 10 == 9) & (len(images) >= 100)
+    found = decoded(listing, form, CACHE / "images")
+    labels = listing.labels(found.taken) if classes else None
+    label = torch.tensor(labels.numbers) if labels else None
+    count = len(found.taken)
+    if listing.held_out is None:
+        held_out = (torch.arange(count) % 10 == 9) & (count >= 100)
+    else:
+        held_out = torch.tensor([i in listing.held_out for i in found.taken])
     sides = ~held_out, held_out
+    show(listing, found, form, labels, int(held_out.sum()))
     train, test = (
-        images.only(part, {name: rows[part] for name, rows in condition.items()})
-        for part in (side.nonzero()[:, 0] for side in sides)
+        found.images.only(side.nonzero()[:, 0], {} if label is None else {"label": label[side]})
+        for side in sides
     )
-    source = Source(train, test, kinds)
+    source = Source(train, test, {"label": Label(len(labels.names))} if labels else {})
     if encoder:
-        every = captions.of_folder(folder, names)
-        source = source._replace(captions=[list(compress(every, part)) for part in sides])
-    dataset = _dataset(str(folder.resolve()), source, codec, encoder)
-    spec = replace(dataset.spec, background=form.background, classes=classes)
+        every = listing.captions(found.taken)
+        source = source._replace(captions=[list(compress(every, side)) for side in sides])
+    dataset = _dataset(listing.name, source, codec, encoder)
+    spec = replace(dataset.spec, background=form.background, aspect=form.aspect, classes=classes)
     return replace(dataset, spec=spec)
 
 
-def _classes(folder: Path, names: list[str]) -> tuple[dict[str, Tensor], Kinds]:
-    """The label of each file, by its first folder below `folder` in alphabetical order."""
-    firsts = [Path(name).parts[0] for name in names]
-    if loose := [name for name, first in zip(names, firsts, strict=True) if name == first]:
-        raise UserError(
-            f"{len(loose):,} images of {folder} are in none of its folders ({loose[0]}), so they "
-            "have no class: move them into one, or leave --num-classes out"
-        )
-    numbers = {first: number for number, first in enumerate(sorted(set(firsts)))}
-    counts = Counter(firsts)
-    words = ", ".join(f"{number} {first} ({counts[first]:,})" for first, number in numbers.items())
-    say(f"{folder}: {len(numbers)} classes: {words}")
-    labels = torch.tensor([numbers[first] for first in firsts])
-    return {"label": labels}, {"label": Label(len(numbers))}
-
-
 def _dataset(name: str, source: Source, codec: str, encoder: EncoderPlace | None) -> Dataset:
-    if codec not in CODECS:
-        raise UserError(f"unknown codec {codec!r}: expected one of {', '.join(CODECS)}")
     train, (channels, height, width) = source.train, source.train.shape
     if height != width:
         raise UserError(f"{name} has images of {height}x{width}, expected square ones")
-    fitted = CODECS[codec].fitted(_differing(name, parts(train)))
+    fitted = codecs.fitted(codec, name, train)
     spec = ImageSpec(name, channels, height)
     if encoder:
         source, text = captions.captioned(source, encoder, name, CACHE / "texts")
@@ -225,14 +240,3 @@ def _dataset(name: str, source: Source, codec: str, encoder: EncoderPlace | None
         spec = replace(spec, text_encoder=folder, text_sha256=text.sha256)
     spec = replace(spec, sha256=source.train.fingerprint())
     return Dataset(spec, source.train, source.test, fitted, source.kinds)
-
-
-def _differing(name: str, parts: Iterator[Tensor]) -> Iterator[Tensor]:
-    """The parts of a dataset. UserError after the last where every pixel has the same value."""
-    level, differ = None, False
-    for part in parts:
-        level = part.flatten()[0] if level is None else level
-        differ = differ or bool((part != level).any())
-        yield part
-    if not differ:
-        raise UserError(f"every pixel of {name} has the same value: expected images that differ")

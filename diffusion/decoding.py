@@ -37,10 +37,29 @@ Reasons = dict[str, list[str]]
 """Why images were left out -> their names."""
 
 
+class Labels(NamedTuple):
+    """The class of each image, and the classes' names."""
+
+    numbers: list[int]
+    names: list[str]
+
+
+def numbered(classes: Sequence[str]) -> Labels:
+    """Classes in alphabetical order; those that are numbers are those, counted from 0."""
+    names = sorted(set(classes))
+    if all(name.isdecimal() and int(name) < 10**6 for name in names):
+        names = [str(number) for number in range(max(map(int, names)) + 1)]
+        return Labels([int(each) for each in classes], names)
+    number = {name: i for i, name in enumerate(names)}
+    return Labels([number[each] for each in classes], names)
+
+
 @dataclass(frozen=True)
 class Listing:
     """The images of a place, found and not opened yet."""
 
+    name: str
+    """By which a card knows the place, wherever a command is started."""
     place: str
     """As it is told to the user."""
     names: Sequence[str]
@@ -51,8 +70,14 @@ class Listing:
     """Another whenever any image is another."""
     bytes: int
     """Of all the files."""
+    labels: Callable[[Sequence[int]], Labels]
+    """Of the images of these numbers. UserError where one has no class."""
+    captions: Callable[[Sequence[int]], list[str]]
+    """Likewise, "" where one has none."""
     passed: Reasons = field(default_factory=dict)
     """What lies there too and is no image of the user's."""
+    held_out: range | None = None
+    """The images that are not to be trained on; None where the place does not say."""
 
 
 @dataclass
@@ -81,7 +106,8 @@ class Decoded(NamedTuple):
     """The images of a listing that could be read, in its order."""
 
     images: InMemory | OnDisk
-    names: list[str]
+    taken: list[int]
+    """The number of each in the listing."""
     skipped: Reasons
     tally: Tally
     repeated: int
@@ -96,7 +122,7 @@ def decoded(listing: Listing, form: Form, cache: Path) -> Decoded:
     """
     asked = [VERSION, PIL.__version__, asdict(form), listing.key]
     key = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
-    place = json.dumps([listing.place, asdict(form)])
+    place = json.dumps([listing.name, asdict(form)])
     index = cache / f"{hashlib.sha256(place.encode()).hexdigest()[:16]}.safetensors"
     job = _Job(listing, form, index, key)
     found = job.kept()
@@ -107,12 +133,6 @@ def decoded(listing: Listing, form: Form, cache: Path) -> Decoded:
         total = len(listing.names)
         why = f": {listed(found.skipped)}" if found.skipped else ""
         raise UserError(f"none of the {total} image files in {listing.place} could be read{why}")
-    count, total = sum(map(len, found.skipped.values())), len(listing.names)
-    say(
-        f"{listing.place}: {total:,} image{'s' * (total > 1)} found, {total - count:,} "
-        f"taken, {count:,} skipped{f': {listed(found.skipped)}' if count else ''}"
-        f"{also(listing.passed)}"
-    )
     return found
 
 
@@ -235,8 +255,8 @@ class _Job:
         self, images: InMemory | OnDisk, digests: np.ndarray, skipped: Reasons, tally: Tally
     ) -> Decoded:
         left_out = {name for names in skipped.values() for name in names}
-        names = [name for name in self.listing.names if name not in left_out]
-        return Decoded(images, names, skipped, tally, len(digests) - len(np.unique(digests)))
+        taken = [i for i, name in enumerate(self.listing.names) if name not in left_out]
+        return Decoded(images, taken, skipped, tally, len(digests) - len(np.unique(digests)))
 
     def each(self) -> Iterator[tuple[int, Picture | Exception]]:
         """(0, 1, ..., the image or what its decoder raised), by all cores."""

@@ -1,4 +1,4 @@
-"""Networks built dry, on the meta device: their tensors' shapes, before any memory is asked for."""
+"""Networks built dry, on the meta device: shapes of what they hold and make, without memory."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 
+from diffusion.condition import Kinds
 from diffusion.console import UserError
 from diffusion.machine import free_memory, in_bytes
 
@@ -49,6 +50,37 @@ def check_memory(make: Callable[[], nn.Module]) -> None:
     words = f"a smaller network is needed: this one's training takes more than {in_bytes(free)}"
     words += ", which are free; give a lower --width"
     _dry(make, lambda count, size: words if COPIES * size > free else "")
+
+
+def check_output(
+    make: Callable[[], nn.Module], image: tuple[int, int, int], outputs: int, kinds: Kinds
+) -> None:
+    """UserError for a network that does not make (B, outputs, H, W) of B images (C, H, W)."""
+    shapes = f"x {(2, *image)}, t (2,)" + "".join(f", {name}" for name in kinds)
+    try:
+        with torch.device("meta"), Unfilled():
+            made = _output(make, image, kinds)
+    except UserError:
+        raise
+    except Exception:  # it may have to see its tensors' values: once more in earnest
+        try:
+            made = _output(make, image, kinds)
+        except (UserError, MemoryError):
+            raise
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise UserError(f"the network fails on {shapes} ({reason})") from error
+    shape, expected = getattr(made, "shape", type(made).__name__), (2, outputs, *image[1:])
+    if shape != expected:
+        came = shape if isinstance(shape, str) else tuple(shape)
+        raise UserError(f"the network made {came} of {shapes}, expected {expected}")
+
+
+@torch.no_grad()
+def _output(make: Callable[[], nn.Module], image: tuple[int, int, int], kinds: Kinds) -> Any:
+    """What the network makes of two images on the default device, and of usual conditions."""
+    condition = {name: kind.rows(torch.arange(2)) for name, kind in kinds.items()}
+    return make().eval()(torch.zeros(2, *image), torch.full((2,), 0.5), condition or None)
 
 
 def _dry(make: Callable[[], nn.Module], refusal: Callable[[int, int], str]) -> nn.Module | None:

@@ -32,6 +32,7 @@ CHECKSUM = "crc32"  # the field of it in a JSON object
 # By its field in a safetensors file's metadata, what is taken of a tensor's bytes: the first is
 # written, at the speed of memory; the other is of earlier files.
 DIGESTS = {"xxh3": xxhash.xxh3_64_intdigest, "crc32": zlib.crc32}
+LATER = "-" * 8  # in a checksum's place, until it is known
 
 
 held: set[Path] = set()  # the folders that this process owns: see diffusion.owner
@@ -165,14 +166,25 @@ def _alive(pid: str) -> bool:
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """A safetensors file with a checksum; metadata that holds a sha256 has its own."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    if "sha256" not in metadata:
-        kind = next(iter(DIGESTS))
-        metadata = metadata | {kind: _tensors_checksum(tensors, metadata, kind)}
-    with atomic_path(path) as part:
+    kind = next(iter(DIGESTS))
+    with ThreadPoolExecutor(1) as pool, atomic_path(path) as part:
+        checksum = None
+        if "sha256" not in metadata:
+            checksum = pool.submit(_tensors_checksum, tensors, metadata, kind)
         part.touch()
         mode = stat.S_IMODE(part.stat().st_mode)  # as the user's files are; safetensors' are 0600
-        safetensors.torch.save_file(tensors, part, metadata)
+        safetensors.torch.save_file(tensors, part, metadata | ({kind: LATER} if checksum else {}))
+        if checksum:  # made meanwhile
+            _fill_in(part, kind, checksum.result())
         part.chmod(mode)
+
+
+def _fill_in(path: Path, kind: str, checksum: str) -> None:
+    """Write the checksum in its place in a safetensors file's header."""
+    with open(path, "r+b") as file:
+        header = file.read(int.from_bytes(file.read(8), "little"))
+        file.seek(8 + header.index(f'"{kind}":"{LATER}"'.encode()) + len(f'"{kind}":"'))
+        file.write(checksum.encode())
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -1,7 +1,7 @@
 """Which folders are the suite's: it writes into those that it made, and takes no images there."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -32,6 +32,8 @@ class Mark(TypedDict, total=False):
 
     kind: str
     pictures: Annotated[int, Field(ge=0, le=MOST)]
+    npz: Annotated[int, Field(ge=0, le=MOST)]
+    webdataset: Annotated[int, Field(ge=0, le=MOST)]
 
 
 MARKS = TypeAdapter(Mark)
@@ -80,9 +82,10 @@ def check_home(folder: Path) -> None:
         raise _foreign(stranger)
 
 
-def write_mark(folder: Path, kind: str, pictures: int = 0) -> None:
-    """pictures: how many NNNNNN.png the folder may hold of ours."""
-    mark = {"about": WORDS, "kind": kind} | ({"pictures": pictures} if pictures else {})
+def write_mark(folder: Path, kind: str, files: Mapping[str, int] | None = None) -> None:
+    """files: how many the folder may hold of ours, by the mark's field: NNNNNN.png as `pictures`,
+    shards by their format."""
+    mark = {"about": WORDS, "kind": kind} | {name: n for name, n in (files or {}).items() if n}
     write_json(folder / MARK, mark)
 
 

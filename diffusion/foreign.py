@@ -7,22 +7,23 @@ Face hub. What is read is a teacher like any other: everything behind the card i
 import json
 import math
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from diffusion import codec, condition, networks
+from diffusion import codec, condition, networks, text_encoder
 from diffusion.checkpoint import Card, weights_sha256
 from diffusion.codec import Scale
-from diffusion.condition import Kinds, Label
+from diffusion.condition import Kind, Label, Text
 from diffusion.console import UserError, say
 from diffusion.data import ImageSpec
 from diffusion.denoiser import DenoiserConfig
 from diffusion.networks.diffusers import DiffusersConfig, Levels, levels, library
 from diffusion.plan import plan
+from diffusion.text_encoder import TextEncoder
 
 Checkpoint = tuple[dict[str, Tensor], Card, str]  # weights, card, the weights' sha256
 PIXELS = Scale(127.5, 127.5)  # images from -1 to 1, as diffusers trains on them
@@ -44,7 +45,7 @@ def name_of(path: Path) -> str:
 
 
 def of_diffusers(place: str) -> Checkpoint:
-    """A network of diffusers and its scheduler. UserError for what is not supported."""
+    """A network of diffusers, or a whole pipeline. UserError for what is not supported."""
     folder = _on_disk(place)
     inside = next((name for name in MODEL_FOLDERS if (folder / name).is_dir()), "")
     config = _json(folder / inside / "config.json", "a network's config")
@@ -59,23 +60,29 @@ def of_diffusers(place: str) -> Checkpoint:
         noise, shape = levels(scheduler), _shape(config)
         net = DiffusersConfig(*shape, architecture, _plain(config), _plain(scheduler))
         net.check()
-        kinds = _kinds(config)
+        denoiser, kinds = _denoiser(scheduler, noise), _label(config)
+        spec = ImageSpec("", *shape, classes="label" in kinds)
+        weights = _weights(folder / inside, architecture)
+        if architecture == "UNet2DConditionModel":
+            encoder = _encoder(folder, config)
+            kinds["text"] = Text(encoder.most, encoder.width, encoder.name, encoder.sha256)
+            weights["null_text"] = encoder([""], encoder.most)[0].float()
+            home = str((folder / "text_encoder").resolve())
+            spec = replace(spec, text_encoder=home, text_sha256=encoder.sha256)
     except UserError as error:
         raise UserError(f"{folder}: {error}") from error
-    weights = _weights(folder / inside, architecture)
-    denoiser = _denoiser(config, scheduler, noise)
-    angles = _usable(noise, folder)
-    sampler = "ancestral" if scheduler["_class_name"] == "DDPMScheduler" else "ddim"
     variance = denoiser.learned_variance
+    ancestral = "ancestral-learned" if variance else "ancestral"
+    sampler = ancestral if scheduler["_class_name"] == "DDPMScheduler" else "ddim"
     card = Card(
         method="teacher",
-        plans=(plan("ancestral-learned" if variance else sampler, angles),),
+        plans=(plan(sampler, _usable(noise, folder)),),
         abilities=("denoise", "variance") if variance else ("denoise",),
         net=networks.to_json(net),
         denoiser=denoiser.to_json(),
         condition=condition.to_json(kinds),
         codec=codec.to_json(PIXELS),
-        data=asdict(ImageSpec("", *shape, classes="label" in kinds)),
+        data=asdict(spec),
     )
     return weights, card, weights_sha256(weights)
 
@@ -141,23 +148,37 @@ def _shape(config: dict[str, Any]) -> tuple[int, int]:
     return channels, size
 
 
-def _kinds(config: dict[str, Any]) -> Kinds:
-    """The conditions that the network takes."""
-    classes = config.get("num_class_embeds")
-    if config["_class_name"] == "DiTTransformer2DModel":
-        classes = config.get("num_embeds_ada_norm")
+def _label(config: dict[str, Any]) -> dict[str, Kind]:
+    """The classes that the network takes."""
+    transformer = config["_class_name"] == "DiTTransformer2DModel"
+    classes = config.get("num_embeds_ada_norm" if transformer else "num_class_embeds")
     return {"label": Label(classes)} if classes else {}
 
 
-def _denoiser(config: dict[str, Any], scheduler: dict[str, Any], noise: Levels) -> DenoiserConfig:
-    """What its scheduler makes of its output."""
-    clip = scheduler.get(
-        "clip_sample", scheduler["_class_name"] in ("DDPMScheduler", "DDIMScheduler")
-    )
+def _encoder(folder: Path, config: dict[str, Any]) -> TextEncoder:
+    """What turns prompts into what the network takes."""
+    place = folder / "text_encoder"
+    if not place.is_dir():
+        raise UserError(
+            "its network takes texts, but no text_encoder/ is beside it: expected a whole "
+            "pipeline's folder, with text_encoder/ and tokenizer/"
+        )
+    encoder = text_encoder.load(place)
+    if encoder.width != config.get("cross_attention_dim"):
+        raise UserError(
+            f"its network takes texts of width {config.get('cross_attention_dim')!r:.40}, and its "
+            f"text encoder makes {encoder.width}"
+        )
+    return encoder
+
+
+def _denoiser(scheduler: dict[str, Any], noise: Levels) -> DenoiserConfig:
+    """What its scheduler makes of the network's output."""
+    kind = scheduler["_class_name"]
+    clip = scheduler.get("clip_sample", kind in ("DDPMScheduler", "DDIMScheduler"))
     reach = float(scheduler.get("clip_sample_range", 1.0))
-    ancestral = scheduler["_class_name"] == "DDPMScheduler"
-    variance = scheduler.get("variance_type", "fixed_small") if ancestral else "fixed_small"
-    if variance not in ("fixed_small", "fixed_small_log", "fixed_large", "learned_range"):
+    variance = scheduler.get("variance_type") if kind == "DDPMScheduler" else None
+    if variance not in (None, "fixed_small", "fixed_small_log", "fixed_large", "learned_range"):
         raise UserError(
             f"its variance_type is {variance!r:.80}: expected fixed_small, fixed_large or "
             "learned_range"

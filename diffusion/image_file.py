@@ -19,6 +19,7 @@ from torch import Tensor
 
 from diffusion.console import UserError
 
+Aspect = Literal["crop", "pad"]
 MODES = {1: "L", 3: "RGB"}  # Pillow's, by channels
 # Pillow lists these among images: pages, films, tables, and what starts another program.
 NO_PICTURES = {"BUFR", "EPS", "FLI", "GRIB", "HDF5", "IPTC", "MPEG", "PDF", "WMF"}
@@ -53,7 +54,7 @@ class Form:
     """1 for grey, 3 for colour."""
     background: str = "white"
     """The colour behind what is transparent, and beside what is padded: a name, or #rrggbb."""
-    aspect: Literal["crop", "pad"] = "crop"
+    aspect: Aspect = "crop"
     """What becomes of an image that is no square. crop: its middle is taken; pad: all of it is, and
     the background lies beside."""
 

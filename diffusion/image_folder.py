@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from diffusion import image_file
+from diffusion import captions, image_file
 from diffusion.console import UserError
-from diffusion.decoding import Listing, Reasons, also
+from diffusion.decoding import Labels, Listing, Reasons, also
 from diffusion.folders import MARK, is_ours
 
 
@@ -43,7 +43,7 @@ def listing(folder: Path) -> Listing:
             f"{folder} holds no images: expected files such as .png, .jpg or .webp"
             + also(survey.passed)
         )
-    key = hashlib.sha256(str(folder.resolve()).encode())
+    key = hashlib.sha256()
     for file in survey.files:
         key.update(json.dumps(file).encode())
 
@@ -52,14 +52,31 @@ def listing(folder: Path) -> Listing:
             raise image_file.Empty
         return folder / survey.files[i].name
 
+    names = [file.name for file in survey.files]
     return Listing(
+        name=str(folder.resolve()),
         place=str(folder),
-        names=[file.name for file in survey.files],
+        names=names,
         open=opened,
         key=key.hexdigest(),
         bytes=sum(file.size for file in survey.files),
+        labels=lambda which: _labels(folder, [names[i] for i in which]),
+        captions=lambda which: captions.of_folder(folder, [names[i] for i in which]),
         passed=survey.passed,
     )
+
+
+def _labels(folder: Path, names: list[str]) -> Labels:
+    """The class of each file: its first folder below `folder`, in alphabetical order."""
+    firsts = [Path(name).parts[0] for name in names]
+    if loose := [name for name, first in zip(names, firsts, strict=True) if name == first]:
+        raise UserError(
+            f"{len(loose):,} images of {folder} are in none of its folders ({loose[0]}), so they "
+            "have no class: move them into one, or leave --num-classes out"
+        )
+    classes = sorted(set(firsts))
+    number = {first: i for i, first in enumerate(classes)}
+    return Labels([number[first] for first in firsts], classes)
 
 
 def look(folder: Path) -> Survey:

@@ -149,16 +149,22 @@ class Model:
         kind has for them; empty where the network takes none."""
         return condition.usual(self.kinds, indices, given)
 
+    def told(self, plan: Plan, indices: Tensor, given: Condition | None = None) -> Condition | None:
+        """What the network is told beside x_t and t, of images number `indices` (B,): their
+        condition, with the guidance weight where the plan has one."""
+        condition, weight = self.conditions(indices, given), plan.guidance
+        if condition and weight not in (None, 1):  # 1 is the denoiser's own, in one call
+            condition["guidance"] = torch.full(indices.shape, float(weight), device=indices.device)
+        return condition or None
+
     def x0(self, plan: Plan, seed: int, indices: Tensor, given: Condition | None = None) -> Tensor:
         """Images number `indices` (B,) of the seed: (B, C, H, W) float32 on the indices' device.
 
         given: conditions (B, ...) by name, in place of what is usual for these images.
         """
-        condition, weight = self.conditions(indices, given), plan.guidance
-        if condition and weight not in (None, 1):  # 1 is the denoiser's own, in one call
-            condition["guidance"] = torch.full(indices.shape, float(weight), device=indices.device)
         noise, angles = Noise(seed, indices, self.shape), plan.on(indices.device)
-        return sample(self.denoiser, noise, plan.sampler, angles, condition or None)
+        condition = self.told(plan, indices, given)
+        return sample(self.denoiser, noise, plan.sampler, angles, condition)
 
     def sample(
         self, plan: Plan, seed: int, indices: Tensor, given: Condition | None = None
@@ -233,12 +239,18 @@ def read(path: Path) -> tuple[dict[str, Tensor], Card, str]:
     return other() if other else checkpoint.load(path)
 
 
-def load(path: Path, precision: str = "fp32", device: torch.device | None = None) -> Model:
+def load(
+    path: Path,
+    precision: str = "fp32",
+    device: torch.device | None = None,
+    autoencoder: Path | None = None,
+) -> Model:
     """The model of a checkpoint, of a run's folder or of another maker's network by its prefix, for
     inference, on this process's device."""
     with doing(f"reading {path}"):
         weights, card, sha256 = read(path)
     try:
+        card = replace(card, codec=codec.found(card.codec, path, autoencoder))
         denoiser = of_card(card, precision, weights)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error

@@ -2,6 +2,7 @@
 
 import io
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -14,12 +15,12 @@ from diffusion.files import write_atomic
 from diffusion.folders import SIGN
 
 
-def png(image: Tensor, software: str = "") -> bytes:
-    """(C, H, W) uint8, one or three channels, as PNG bytes. software: the file names it."""
+def png(image: Tensor, texts: Mapping[str, str] | None = None) -> bytes:
+    """(C, H, W) uint8, one or three channels, as PNG bytes. texts: what it says, by keyword."""
     pixels = image.permute(1, 2, 0).cpu().numpy()
     buffer, info = io.BytesIO(), PngInfo()
-    if software:
-        info.add_text("Software", software)
+    for keyword, text in (texts or {}).items():
+        info.add_text(keyword, text)
     picture = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
     picture.save(buffer, "PNG", pnginfo=info)
     return buffer.getvalue()
@@ -33,5 +34,11 @@ def grid(images: Tensor, columns: int | None = None) -> Tensor:
     return make_grid(images.cpu(), nrow=columns, padding=4, pad_value=255).to(torch.uint8)
 
 
-def save_grid(path: Path, images: Tensor) -> None:
-    write_atomic(path, png(grid(images), SIGN))
+def save_grid(
+    path: Path,
+    images: Tensor,
+    texts: Mapping[str, str] | None = None,
+    columns: int | None = None,
+) -> None:
+    """texts: what the file says, by keyword; if left out, that the suite made it."""
+    write_atomic(path, png(grid(images, columns), {"Software": SIGN} if texts is None else texts))

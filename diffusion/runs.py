@@ -7,8 +7,9 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 import torch
 from accelerate import PartialState
@@ -16,6 +17,7 @@ from pydantic import TypeAdapter
 from torch import nn
 
 from diffusion import checkpoint, machine, older
+from diffusion.autoencoder import FILE as AUTOENCODER
 from diffusion.checkpoint import Card, Settings
 from diffusion.config import FitConfig, check, settings_of
 from diffusion.console import UserError, doing, say, silence, track
@@ -42,7 +44,59 @@ from diffusion.training import DELETE, Method, Progress, fit
 from diffusion.typed import checked
 
 SETTINGS = TypeAdapter(Settings)
+FINISHED = {"model.safetensors": "card", AUTOENCODER: "autoencoder"}  # what says a run's settings
 GOES_ON = "the last save is kept, and the same command goes on from it"
+
+
+T = TypeVar("T", covariant=True)
+
+
+class Product(Protocol[T]):
+    """What a training makes, and how that lies in its run's folder."""
+
+    @property
+    def file(self) -> str:
+        """The name of what the run is finished by."""
+
+    def settings(self, config: FitConfig) -> dict:
+        """All that decides the result, as JSON has it: what a run is recognised by."""
+
+    def show(self, run: Path, student: nn.Module) -> None:
+        """Write samples.png of a student that is not finished."""
+
+    def leave(self, run: Path, method: Method, training: dict) -> None:
+        """Write the run's files, at last the one that finishes it. training: what was done."""
+
+    def load(self, run: Path, precision: str) -> tuple[T, dict]:
+        """What a finished run made, verified, and its settings."""
+
+
+@dataclass(frozen=True)
+class AModel(Product[Model]):
+    """A model with its card, whose `training` names the objective's settings."""
+
+    card: Card
+    dataset: Dataset
+    beside: Mapping[str, Denoiser]
+    file = "model.safetensors"
+
+    def settings(self, config: FitConfig) -> dict:
+        return settings_of_run(self.card, self.dataset, config)
+
+    def show(self, run: Path, student: nn.Module) -> None:
+        assert isinstance(student, Denoiser)
+        draw(run, Model(student, self.card, sha256=""), calls=16)
+
+    def leave(self, run: Path, method: Method, training: dict) -> None:
+        card, student = replace(self.card, training=training), method.players["student"].module
+        assert isinstance(student, Denoiser)
+        for name, denoiser in self.beside.items():  # first: a run that has its model is whole
+            checkpoint.save(run / name, denoiser.net.state_dict(), card)
+        leave(run, student, card)
+
+    def load(self, run: Path, precision: str) -> tuple[Model, dict]:
+        model = load(run, precision)
+        return model, dict(model.card.training.get("settings", {}))
 
 
 def train_model(
@@ -63,12 +117,23 @@ def train_model(
     how a training of more than an hour could be faster. beside: by a file's name, what is kept of
     the method's followers.
     """
+    return train(run, method, dataset, config, AModel(card, dataset, beside or {}), advice)
+
+
+def train(
+    run: Path,
+    method: Method,
+    dataset: Dataset,
+    config: FitConfig,
+    product: Product[T],
+    advice: Callable[[], str] | None = None,
+) -> T:
+    """What this run makes: loaded where it is finished, else trained from where it was stopped."""
     config = settled(config, run)
     check(config)
     check_claim(run)
-    finished = run / "model.safetensors"
-    with nullcontext() if finished.exists() else owned(run):
-        return _train(run, method, dataset, config, card, advice, beside or {})
+    with nullcontext() if (run / product.file).exists() else owned(run):
+        return _train(run, method, dataset, config, product, advice)
 
 
 def _train(
@@ -76,28 +141,28 @@ def _train(
     method: Method,
     dataset: Dataset,
     config: FitConfig,
-    card: Card,
+    product: Product[T],
     advice: Callable[[], str] | None,
-    beside: Mapping[str, Denoiser],
-) -> Model:
-    """The model of a run that this command alone writes, or that is finished."""
+) -> T:
+    """What a run makes that this command alone writes, or that is finished."""
     processes = PartialState()
     if config.minutes and not settings_before(run):
         config = in_minutes(method, dataset, config)
     if "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:  # accelerate launch --cpu
         say("accelerate launch --cpu starts one process; --multi_gpu starts several, CPUs or GPUs")
-    settings = settings_of_run(card, dataset, config)
-    size = config.batch_size * math.prod(dataset.spec.shape) / processes.num_processes
+    settings = product.settings(config)
+    shape = dataset.codec.shape(dataset.spec.shape)
+    size = config.batch_size * math.prod(shape) / processes.num_processes
     machine.require_memory("--batch-size", config.batch_size, 16 * size)  # x0, eps, x_t, prediction
-    finished = run / "model.safetensors"
+    finished = run / product.file
     if finished.exists():
-        model = load(run, config.precision)
-        require_same(run, model.card.training.get("settings", {}), settings)
+        made, before = product.load(run, config.precision)
+        require_same(run, before, settings)
         if processes.is_main_process:
             with suppress(OSError):  # it may lie where one cannot write
                 tidy(run)  # a kill may have come between the model and this
         say(f"{run}  finished before: {finished}")
-        return model
+        return made
     state = run / "state" / "state.safetensors"
     processes.wait_for_everyone()  # all have looked at the folder before the first writes
     if processes.is_main_process:
@@ -105,7 +170,7 @@ def _train(
         if state.exists():
             require_same(run, settings_before(run), settings)
     processes.wait_for_everyone()
-    preview = Preview(run, card)
+    preview = Preview(run, product)
     lines = fit(method, dataset, config, state, preview=preview, settings=settings)
     progress = _logged(with_warning(lines, config, advice), run / "log.jsonl")
     with doing(f"training {run}", lambda: GOES_ON if state.exists() else "nothing was saved"):
@@ -118,27 +183,25 @@ def _train(
         "total_images": images + settings.get("earlier_images", 0),
         "seconds": last.seconds,
     }
-    card = replace(card, training=training)
     if processes.is_main_process:
-        student = method.players["student"].module
-        assert isinstance(student, Denoiser)
-        for name, denoiser in beside.items():  # first: a run that has its model is whole
-            checkpoint.save(run / name, denoiser.net.state_dict(), card)
-        leave(run, student, card)
+        product.leave(run, method, training)
         tidy(run)
         paths = f"{finished}, {run / 'samples.png'}"
         say(f"{run}  loss {last.loss:.4f} after {last.seconds:.0f} s: {paths}")
     processes.wait_for_everyone()
-    return load(run, config.precision)
+    return product.load(run, config.precision)[0]
 
 
 def settings_of_run(card: Card, dataset: Dataset, config: FitConfig) -> dict:
     """All that decides a run's result, as JSON has it: what a run is recognised by."""
     plans = {plan.num_steps: list(plan.angles) for plan in card.plans}
+    anywhere = ("autoencoder",)  # its sha256 says which it is
     scale = {
-        name: value for name, value in card.codec.items() if (name, value) != ("name", "scale")
+        name: value
+        for name, value in card.codec.items()
+        if (name, value) != ("name", "scale") and name not in anywhere
     }
-    said_elsewhere = ("sha256", "background", "classes", "text_encoder", "text_sha256")
+    said_elsewhere = ("sha256", "background", "aspect", "classes", "text_encoder", "text_sha256")
     images = {k: v for k, v in card.data.items() if k not in said_elsewhere}
     settings = {
         **card.training,
@@ -179,9 +242,11 @@ def settings_before(run: Path) -> dict:
     """
     if not is_ours(run):
         return {}
-    if (run / "model.safetensors").exists():
+    for name, described in FINISHED.items():
+        if not (run / name).exists():
+            continue
         try:
-            card = json.loads(metadata(run / "model.safetensors")["card"])
+            card = json.loads(metadata(run / name)[described])
             return card["training"].get("settings", {})
         except (AttributeError, LookupError, TypeError, ValueError):  # loading it says what it is
             return {}
@@ -203,17 +268,16 @@ class Preview:
 
     SHARE = 0.05  # of the time since the picture before
 
-    def __init__(self, run: Path, card: Card):
-        self.run, self.card = run, card
+    def __init__(self, run: Path, product: Product):
+        self.run, self.product = run, product
         self.drawn, self.took = time.monotonic(), 0.0
 
-    def __call__(self, denoiser: nn.Module) -> None:
-        assert isinstance(denoiser, Denoiser)
+    def __call__(self, student: nn.Module) -> None:
         begun = time.monotonic()
         if not self.took:
             say(f"{self.run / 'samples.png'}  its samples, drawn anew as it trains")
         if self.took <= self.SHARE * (begun - self.drawn):
-            draw(self.run, Model(denoiser, self.card, sha256=""), calls=16)
+            self.product.show(self.run, student)
             self.drawn = time.monotonic()
             self.took = self.drawn - begun
 
@@ -243,7 +307,7 @@ def tidy(run: Path) -> None:
     """Delete what only an unfinished run needs; whatever else lies there is not the run's."""
     for name in ("state.safetensors", "settings.json"):
         remove(run / "state" / name)
-    for name in ("model.safetensors", "log.jsonl", "samples.png"):
+    for name in (*FINISHED, "log.jsonl", "samples.png"):
         remove_parts(run / name)
     with suppress(OSError):  # not empty
         (run / "state").rmdir()

@@ -44,10 +44,17 @@ class TextEncoder:
     """Tokens of a text that are read, at most."""
     tokenizer: Any
     network: Any
+    whole: bool = False
+    """Whether what fills a text up to `most` tokens is embedded as any token is: in a pipeline's
+    folder, whose network was trained on such texts (Rombach et al. 2022)."""
 
     def lengths(self, texts: Sequence[str]) -> list[int]:
         """How many tokens each text has, its beginning and its end among them."""
         return [len(ids) for ids in self.tokenizer(list(texts))["input_ids"]] if texts else []
+
+    def tokens(self, texts: Sequence[str]) -> int:
+        """How many tokens a table of these texts has room for."""
+        return self.most if self.whole else min(self.most, max(self.lengths(texts)))
 
     @torch.no_grad()
     def __call__(self, texts: Sequence[str], tokens: int) -> Tensor:
@@ -65,13 +72,17 @@ class TextEncoder:
         for _, numbers in done if len(batches) > 1 else enumerate(batches):
             batch = self.tokenizer(
                 [texts[i] for i in numbers],
-                padding=True,
+                padding="max_length" if self.whole else True,
                 truncation=True,
                 max_length=tokens,
                 return_tensors="pt",
             ).to(self.network.device)
+            tokens_alone = batch["attention_mask"]
+            if self.whole and not getattr(self.network.config, "use_attention_mask", False):
+                del batch["attention_mask"]  # as diffusers' pipelines call it
             hidden = self.network(**batch).last_hidden_state.float()
-            hidden = hidden * batch["attention_mask"][..., None]
+            if not self.whole:
+                hidden = hidden * tokens_alone[..., None]
             limit = torch.finfo(torch.float16).max
             embeddings[numbers, : hidden.shape[1]] = hidden.clamp(-limit, limit).half().cpu()
         return embeddings
@@ -98,7 +109,7 @@ class TextEncoder:
 
 def load(folder: Path) -> TextEncoder:
     """The encoder in a folder that holds a network and its tokenizer, as save_pretrained writes
-    them; a tokenizer may lie in a folder `tokenizer` beside, as in a pipeline's folder.
+    them; in a pipeline's folder the tokenizer lies in `tokenizer` beside it.
 
     UserError where either is missing or not whole.
     """
@@ -121,11 +132,13 @@ def load(folder: Path) -> TextEncoder:
     if not isinstance(width, int):
         raise UserError(f"{folder}: expected a text encoder whose config has a hidden_size")
     weights = {k: v for k, v in network.state_dict().items() if POOLER not in k}
-    identity = json.dumps([weights_sha256(weights), vocabulary])
+    whole = (folder.parent / "model_index.json").is_file()
+    identity = json.dumps([weights_sha256(weights), vocabulary, *["whole"] * whole])
     sha256 = hashlib.sha256(identity.encode()).hexdigest()
     most = min(MOST_TOKENS, getattr(network.config, "max_position_embeddings", MOST_TOKENS))
     name = "/".join(folder.resolve().parts[-2:])
-    return TextEncoder(name, sha256, width, most, tokenizer, network.to(this_device()))
+    network = network.to(this_device())
+    return TextEncoder(name, sha256, width, most, tokenizer, network, whole)
 
 
 def _tokenizer(folder: Path, library: Any) -> Any:

@@ -5,7 +5,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Generator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
 from itertools import chain
@@ -20,7 +20,7 @@ from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 from diffusion import older
-from diffusion.batches import Batch, Batches
+from diffusion.batches import Batch, Batches, split
 from diffusion.config import FitConfig, check, learning_rate
 from diffusion.console import Interrupted, UserError
 from diffusion.data import Dataset
@@ -235,7 +235,7 @@ def fit(
             rate = learning_rate(config, i)
             movers = tuple(name for name, each in method.players.items() if each.moves(i))
             turn = Turn(i, progress, movers)
-            sums += team.step(batches.draw(i), turn, rate, config.clip)
+            sums += team.step(batches.draw(i), turn, rate, config)
             counted += 1
             if moves(i):
                 student_steps += 1
@@ -292,17 +292,28 @@ class Team:
         self.shared = {name: worker.prepare(net) for name, net in self.bare.items()}
         self.optimizers = {name: worker.prepare(each) for name, each in optimizers.items()}
 
-    def step(self, batch: Batch, turn: Turn, rate: float, clip: float) -> Tensor:
-        """Move those whose turn it is. (2,): the loss, and the norm of its gradient."""
+    def step(self, batch: Batch, turn: Turn, rate: float, config: FitConfig) -> Tensor:
+        """Move those whose turn it is. (2,): the loss, and the norm of its gradient.
+
+        batch: this process's share. Each image counts alike, however unevenly they are shared out:
+        the processes' gradients are averaged, so each divides its sum by their mean share.
+        """
         still = self.bare.keys() - {*turn.movers}
         waiting = list(chain(*(self.trained[name] for name in still)))
         for parameter in waiting:
             parameter.requires_grad_(False)
         nets = {name: (self.bare if name in still else self.shared)[name] for name in self.bare}
-        loss = self.method.loss(nets, batch, turn).mean()
-        self.worker.backward(loss)
+        total, share = 0, config.batch_size / self.worker.num_processes
+        for number, part in enumerate(split(batch, config.accumulate), 1):
+            with ExitStack() as alone:
+                if number < config.accumulate:
+                    for name in turn.movers:
+                        alone.enter_context(self.worker.no_sync(self.shared[name]))
+                loss = self.method.loss(nets, part, turn).sum() / share
+                self.worker.backward(loss)
+            total = total + loss.detach()
         moved = list(chain(*(self.trained[name] for name in turn.movers)))
-        norm = self.worker.clip_grad_norm_(moved, clip)
+        norm = self.worker.clip_grad_norm_(moved, config.clip)
         for name in turn.movers:
             optimizer = self.optimizers[name]
             for group in optimizer.param_groups:
@@ -311,7 +322,7 @@ class Team:
             optimizer.zero_grad(set_to_none=True)
         for parameter in waiting:
             parameter.requires_grad_(True)
-        return torch.stack([loss.detach(), norm])
+        return torch.stack([torch.as_tensor(total), norm])
 
 
 @dataclass(frozen=True)

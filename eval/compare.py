@@ -113,7 +113,8 @@ def plan(options: Options, paths: tuple[Path, ...]) -> list[Row]:
     if not paths:
         return []
     counts = counts_of(options.steps)
-    models = [(path, load(path, options.precision)) for path in find_runs(paths)]
+    place = options.autoencoder
+    models = [(path, load(path, options.precision, autoencoder=place)) for path in find_runs(paths)]
     models.sort(key=lambda item: item[1].card.parent is not None)
     spec = next((model.spec for _, model in models if model.spec.name), None)
     if spec is None:
@@ -293,7 +294,8 @@ def write_results(store: Store, compared: Comparison, train: Tensor | None, form
     write_atomic(folder / "table.md", table.markdown(compared))
     table.show(form, compared)
     say(f"{folder}: {', '.join(['results.jsonl', 'table.md', *files])}")
-    say(closing.take(rows))
+    for words in closing.take(rows).splitlines():
+        say(words)
     say(f"make a page of it: {closing.python()} -m {closing.quoted('eval.report', str(folder))}")
 
 

@@ -20,7 +20,7 @@ from diffusion import data as datasets
 from diffusion.console import UserError, at_least, out, plain, run, say
 from diffusion.files import write_atomic
 from diffusion.folders import check_file
-from diffusion.image_file import Form
+from diffusion.image_file import Aspect, Form
 from diffusion.images import some
 from diffusion.machine import require_memory
 from diffusion.noise import check_seed, seed32
@@ -102,7 +102,7 @@ def images_of(source: str, options: Make, shape: tuple | None) -> Tensor:
     path = Path(source)
     if source.startswith(REAL):
         size, channels = (shape[-1], shape[0]) if shape else (32, 3)
-        form = Form(size, channels, background_of(options))
+        form = Form(size, channels, *look_of(options))
         dataset = datasets.load(source.removeprefix(REAL), options.data_dir, form)
         images = _shuffled(some(dataset.train).images, options.seed)
     elif path.suffix == ".npz":
@@ -124,16 +124,17 @@ def images_of(source: str, options: Make, shape: tuple | None) -> Tensor:
     return images[: options.pairs]
 
 
-def background_of(options: Make) -> str:
-    """The colour behind real images: the one that is given, else that of a side's checkpoint."""
-    if options.background:
-        return options.background
+def look_of(options: Make) -> tuple[str, Aspect]:
+    """The colour behind real images and what becomes of those that are no squares: a side's
+    checkpoint's, but for a background that is given."""
+    background = options.background or Form.background
     for source in (options.a, options.b):
         if source.startswith(REAL) or source.endswith(".npz") or _holds_images(Path(source)):
             continue
         _, card, _ = checkpoint.load(_checkpoint(source)[0])
-        return card.data.get("background") or Form.background
-    return Form.background
+        form = datasets.ImageSpec(**card.data).form
+        return options.background or form.background, form.aspect
+    return background, Form.aspect
 
 
 def _holds_images(path: Path) -> bool:

@@ -93,7 +93,8 @@ def nearest(
     """A row's images above the training images nearest to them; None, with a line that says why,
     where those are not on this disk."""
     real = line.record.data
-    form = Form(made.shape[-1], made.shape[1], real.get("background", Form.background))
+    look = real.get("background", Form.background), real.get("aspect", Form.aspect)
+    form = Form(made.shape[-1], made.shape[1], *look)
     try:
         images = _measured_against(real, form, data, data_dir)
     except UserError as error:

@@ -44,6 +44,10 @@ class ImageModel(ABC):
     kinds: Kinds
     """The conditions that it takes, such as a label, by name."""
     device: torch.device
+    method: str
+    """How it was made, such as consistency-cd."""
+    sha256: str
+    """Identity of its weights."""
 
     @abstractmethod
     def plan(
@@ -180,6 +184,7 @@ class Checkpoint(ImageModel):
     def __init__(self, model: Model, name: str):
         self.model, self.name = model, name
         self.spec, self.kinds, self.device = model.spec, model.kinds, model.device
+        self.method, self.sha256 = model.card.method, model.sha256
 
     def plan(
         self,
@@ -207,6 +212,7 @@ def load(
     *,
     device: str | torch.device | None = None,
     precision: Literal["auto", "fp32", "bf16"] = "auto",
+    autoencoder: str | Path | None = None,
     trust: bool = False,
 ) -> ImageModel:
     """What makes images: a run's folder or a checkpoint, what students.export wrote (a folder, or
@@ -214,8 +220,9 @@ def load(
     that was just trained.
 
     device: such as "cuda:1"; the first GPU if left out, or the CPU. precision: the network's number
-    format; auto is the faster one on this machine. A graph has its own. trust: load a .pt2 file,
-    which can run code of its maker.
+    format; auto is the faster one on this machine. A graph has its own. autoencoder: where that of
+    a model in latents is now, if it has moved. trust: load a .pt2 file, which can run code of its
+    maker.
     Raises UserError for what is no model.
     """
     if isinstance(path, Model):
@@ -225,10 +232,10 @@ def load(
         raise UserError(f"device must be cpu or cuda, whose numbers have 64 bits, got {device}")
     from students import exported  # torch.export is slow to import
 
-    chosen = machine.precision(precision)
+    chosen, apart = machine.precision(precision), Path(autoencoder) if autoencoder else None
     if made := exported.load(Path(path), where, chosen, trust):
         return made
-    return Checkpoint(models.load(Path(path), chosen, where), str(path))
+    return Checkpoint(models.load(Path(path), chosen, where, apart), str(path))
 
 
 def to_numpy(images: Tensor) -> Images:

@@ -1,42 +1,31 @@
 """Make images with any checkpoint: `python -m students.generate CHECKPOINT --num 64`."""
 
-import io
 import math
-import os
 import re
-import zipfile
-from collections.abc import Generator, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 import tyro
+from accelerate import PartialState
 from torch import Tensor
 
 from diffusion import machine
-from diffusion.console import UserError, at_least, doing, run, say, track
+from diffusion.console import UserError, at_least, doing, run, say, silence, track
 from diffusion.files import write_atomic
-from diffusion.folders import (
-    MARK,
-    SIGN,
-    check_claim,
-    check_file,
-    claim,
-    read_mark,
-    strangers,
-    write_mark,
-)
+from diffusion.folders import check_file
 from diffusion.model import Model, load
 from diffusion.noise import check_seed
-from diffusion.owner import owned
-from diffusion.pictures import png, save_grid
+from diffusion.pictures import save_grid
 from diffusion.plan import MOST_STEPS, Plan
 from diffusion.samplers import SOLVERS
-from students.api import Checkpoint
+from students.api import Checkpoint, ImageModel
+from students.provenance import Texts, provenance
+from students.shards import FORMATS, Batch, Job, files_before, npz, shared, write_shards
 
 
 @dataclass(frozen=True)
@@ -76,9 +65,18 @@ class Options:
     """Images that the network makes at a time."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Number format of the network. auto: the faster one on this machine."""
+    autoencoder: Path | None = None
+    """Where the autoencoder of a model in latents is now, if it has moved: a run of
+    teachers.autoencoder, or diffusers:FOLDER."""
     out: Path = Path("grid.png")
-    """Where the images go: a .png (one grid), an .npz (uint8 `images`, N x H x W x C), or a folder
-    (one PNG each). What an earlier call made there is replaced; anything else is refused."""
+    """Where the images go: a .png (one grid), an .npz (uint8 `images`, N x H x W x C), or a folder.
+    What an earlier call made there is replaced; anything else is refused."""
+    format: Literal[tuple(FORMATS)] = "png"  # ty: ignore[invalid-type-form]
+    """What a folder holds: one PNG an image, or npz or WebDataset files of --shard images each."""
+    shard: int = 10_000
+    """Images of one shard of a folder. A stopped call goes on from the shards that are whole."""
+    metadata: bool = True
+    """Files say how they were made: the model's sha256, seed, number, sampler and steps."""
 
 
 def plan_of(model: Model, options: Options) -> Plan:
@@ -113,123 +111,113 @@ def generate(model: Model, options: Options) -> Iterator[Tensor]:
 
     Raises UserError for images that are not finite, which as uint8 would be black.
     """
-    maker = Checkpoint(model, str(options.checkpoint))
-    condition = maker.labels(options.label, options.num)
-    numbers, plan = range(options.num), plan_of(model, options)
-    yield from maker.batches(plan, options.seed, numbers, condition, options.batch_size)
+    maker = Generator(Checkpoint(model, str(options.checkpoint)), plan_of(model, options), options)
+    yield from (batch.images for batch in maker(range(options.num)))
 
 
-def _tracked(model: Model, options: Options) -> Iterator[tuple[int, Tensor]]:
-    """(number of the batch's first image, images), shown as they come."""
+@dataclass(frozen=True)
+class Generator:
+    """The batches of the images of some numbers, as the options ask for them."""
 
-    def counted() -> Iterator[tuple[int, Tensor]]:
-        done = 0
-        for images in generate(model, options):
-            yield done, images
-            done += len(images)
+    maker: ImageModel
+    plan: Plan
+    options: Options
 
-    yield from track(
-        counted(), "generate", lambda item: (item[0] + len(item[1]), options.num, "images")
-    )
+    @cached_property
+    def texts(self) -> Texts:
+        options, maker = self.options, self.maker
+        if not options.metadata:
+            return {}
+        return provenance(maker.sha256, maker.method, self.plan, options.seed)
 
+    def __call__(self, numbers: range) -> Iterator[Batch]:
+        maker, options = self.maker, self.options
+        given = maker.labels(options.label, len(numbers))
+        labels = given.get("label")
+        if labels is None and "label" in maker.kinds:
+            labels = maker.kinds["label"].rows(torch.tensor(numbers))
+        row = 0
+        for images in maker.batches(self.plan, options.seed, numbers, given, options.batch_size):
+            rows = slice(row, row + len(images))
+            facts = {} if labels is None else {"label": labels[rows].cpu().numpy()}
+            yield Batch(numbers[row], images, facts, self.texts)
+            row = rows.stop
 
-PART = ".part"  # within a folder of pictures: those under way
+    def tracked(self, parts: Sequence[range]) -> Iterator[Batch]:
+        """All batches of these parts, shown as they come."""
+        done, total = 0, sum(map(len, parts))
 
+        def counted() -> Iterator[Batch]:
+            nonlocal done
+            for part in parts:
+                for batch in self(part):
+                    done += len(batch.images)
+                    yield batch
 
-def picture(number: int) -> str:
-    return f"{number:06d}.png"
-
-
-def pictures_before(folder: Path) -> list[Path]:
-    """The pictures that an earlier call made. UserError where the folder holds anything else."""
-    check_claim(folder, "pictures")
-    made = [picture(i) for i in range(read_mark(folder).get("pictures", 0))]
-    if others := strangers(folder, {*made, PART}):
-        raise UserError(
-            f"{folder} holds {others[0]}, which students.generate did not make: expected a new or "
-            "empty folder, or one of its pictures alone; give another --out"
-        )
-    return [folder / name for name in made if (folder / name).exists()]
-
-
-@contextmanager
-def new_pictures(folder: Path, count: int) -> Generator[Path]:
-    """A folder to write so many pictures to, which then take the place of those made before.
-
-    A failure leaves everything as it was.
-    """
-    before, marked = pictures_before(folder), (folder / MARK).exists()
-    with owned(folder):
-        claim(folder, "pictures")
-        part, done = folder / PART, False
-        part.mkdir(exist_ok=True)
-        try:
-            yield part
-            if before:
-                say(f"{folder}: the {len(before)} pictures of an earlier call are replaced")
-            write_mark(folder, "pictures", max(count, read_mark(folder).get("pictures", 0)))
-            done = True  # from here on all that is there is known as ours
-            for path in before:
-                path.unlink()
-            for i in range(count):
-                os.replace(part / picture(i), folder / picture(i))
-            write_mark(folder, "pictures", count)
-        finally:
-            with suppress(FileNotFoundError):  # the folder was deleted meanwhile
-                for path in part.iterdir():
-                    path.unlink()
-                part.rmdir()
-                if not (done or marked):
-                    (folder / MARK).unlink()
+        yield from track(counted(), "generate", lambda _: (done, total, "images"))
 
 
-def write_folder(folder: Path, model: Model, options: Options) -> None:
-    """One PNG an image, 000000.png onwards."""
-    with new_pictures(folder, options.num) as part:
-        for start, images in _tracked(model, options):
-            for i, image in enumerate(images, start):
-                write_atomic(part / picture(i), png(image))
+def one_file(options: Options) -> str:
+    """The suffix of the file that --out names; "" for a folder."""
+    suffix = re.sub(r"^\.\d+$", "", options.out.suffix)  # run_v1.5 is a folder's name
+    if suffix not in ("", ".png", ".npz"):
+        raise UserError(f"--out must be a .png or .npz file or a folder, got {options.out}")
+    if suffix and options.format != "png":
+        raise UserError(f"--format {options.format} is a folder's: got --out {options.out}")
+    return suffix
 
 
-def write_npz(path: Path, model: Model, options: Options) -> None:
-    images = torch.cat([images for _, images in _tracked(model, options)])
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, images=images.permute(0, 2, 3, 1).numpy())
-    with zipfile.ZipFile(buffer, "a") as archive:
-        archive.comment = SIGN.encode()
-    write_atomic(path, buffer.getvalue())
-
-
-def write_grid(path: Path, model: Model, options: Options) -> None:
-    save_grid(path, torch.cat([images for _, images in _tracked(model, options)]))
+def write(maker: Generator) -> None:
+    """The images, where the options say; of several processes each makes its share."""
+    options, plan = maker.options, maker.plan
+    if not one_file(options):
+        about = {
+            "model": maker.maker.sha256,
+            "plan": asdict(plan),
+            "options": [options.seed, options.label, options.precision, options.metadata],
+        }
+        job = Job(options.num, options.shard, options.format, about)
+        write_shards(options.out, job, maker.tracked)
+        return
+    made = shared(Job(options.num, options.batch_size, "", {}), maker.tracked)
+    if not PartialState().is_main_process:
+        return
+    if options.out.suffix == ".npz":
+        write_atomic(options.out, npz(made))
+    else:
+        images = torch.cat([batch.images for batch in made])
+        save_grid(options.out, images, maker.texts)
 
 
 COPIES = 32  # bytes that a batch takes at least for each number: noise in float64, x_t, x0
-WRITERS = {".png": write_grid, ".npz": write_npz, "": write_folder}
 
 
 def main() -> None:
     config = (tyro.conf.OmitArgPrefixes,)
     options = tyro.cli(Options, prog="python -m students.generate", config=config)
-    at_least(1, options, "num", "batch_size")
+    at_least(1, options, "num", "batch_size", "shard")
     at_least(1, options, "steps", most=MOST_STEPS)
     check_seed(options.seed)
-    suffix = re.sub(r"^\.\d+$", "", options.out.suffix)  # run_v1.5 is a folder's name
-    if suffix not in WRITERS:
-        raise UserError(f"--out must be a .png or .npz file or a folder, got {options.out}")
+    suffix = one_file(options)
     if suffix:
         check_file(options.out)
     else:
-        pictures_before(options.out)
-    model = load(options.checkpoint, machine.precision(options.precision))
+        files_before(options.out)
+    machine.this_device()
+    if not PartialState().is_main_process:
+        silence()
+    precision = machine.precision(options.precision)
+    model = load(options.checkpoint, precision, autoencoder=options.autoencoder)
     plan = plan_of(model, options)
     pixels = math.prod(model.spec.shape)
-    # a folder's pictures go to the disk batch by batch, of which only the numbers are held
-    machine.require_memory("--num", options.num, options.num * (3 * pixels if suffix else 8))
+    # a shard of pictures goes to the disk batch by batch
+    held = options.num if suffix else min(options.shard, options.num)
+    machine.require_memory("--num" if suffix else "--shard", held, held * 3 * pixels)
     batch = min(options.batch_size, options.num)
     machine.require_memory("--batch-size", batch, batch * COPIES * math.prod(model.shape))
-    with doing(f"making {options.num} images", f"{options.out} is as it was"):
-        WRITERS[suffix](options.out, model, options)
+    maker = Generator(Checkpoint(model, str(options.checkpoint)), plan, options)
+    with doing(f"making {options.num} images", f"{options.out} is not whole yet"):
+        write(maker)
     steps = f"{plan.num_steps} steps"
     if model.calls_per_step(plan) == 2:
         steps += " of 2 network calls"

@@ -11,7 +11,7 @@ from diffusion.config import FitConfig, check
 from diffusion.console import UserError
 from diffusion.data import Dataset
 from diffusion.folders import check_claim
-from diffusion.model import Model, load
+from diffusion.model import Model, load, read
 from diffusion.runs import settled
 from diffusion.schedules import check_shift
 from teachers import ddpm
@@ -32,6 +32,8 @@ class StudentOptions:
     """The folder that holds a named dataset's files."""
     text_encoder: Path | None = None
     """The folder that the encoder of the images' captions is in now, if it has moved."""
+    autoencoder: Path | None = None
+    """Where the autoencoder of a teacher in latents is now, if it has moved."""
     out: Path | None = None
     """The run's folder. If left out: a folder beside the teacher's, named after the method."""
     shift: float | None = None
@@ -62,7 +64,7 @@ def preset_for(presets: Mapping[str, Options], teacher: Path, data: str = "") ->
     """
     if foreign.door(teacher):
         return for_data(presets, data)
-    return for_data(presets, load(teacher).spec.name if _trained(teacher) else "digits")
+    return for_data(presets, read(teacher)[1].data["name"] if _trained(teacher) else "digits")
 
 
 def begin(
@@ -79,7 +81,7 @@ def begin(
     if not _trained(options.teacher) and options.teacher == StudentOptions.teacher:
         ddpm.train_teacher(ddpm.Options.default("digits"))
     check(fit)
-    teacher = load(options.teacher, fit.precision)
+    teacher = load(options.teacher, fit.precision, autoencoder=options.autoencoder)
     if options.shift is not None:
         check_shift(options.shift)
         if teacher.card.shifted and options.shift != teacher.card.shift:
@@ -95,9 +97,8 @@ def begin(
     place = {name: getattr(dataset.spec, name) for name in ("name", "sha256", "text_encoder")}
     spec = replace(teacher.spec, **place)
     dataset = replace(dataset, spec=spec, codec=teacher.codec)  # the teacher's scale
-    if (
-        teacher.spec.sha256 or not teacher.spec.name
-    ):  # its students' cards say where its images are now
+    # its students' cards say where its images are now
+    if teacher.spec.sha256 or not teacher.spec.name:
         teacher = replace(teacher, card=replace(teacher.card, data=asdict(dataset.spec)))
     return replace(options, fit=fit), teacher, dataset, out
 

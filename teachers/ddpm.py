@@ -1,21 +1,19 @@
 """Train a DDPM teacher: `python -m teachers.ddpm --data digits`."""
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, TypeVar
 
 import torch
 import tyro
 from torch import Tensor, nn
-from tyro.conf import Suppress
 
+from diffusion import autoencoder, condition, networks
 from diffusion import codec as codecs
-from diffusion import condition, networks
 from diffusion import data as datasets
 from diffusion.batches import Batch
 from diffusion.captions import EncoderPlace
@@ -26,12 +24,12 @@ from diffusion.config import FitConfig, check
 from diffusion.console import UserError, at_least, run
 from diffusion.data import Dataset
 from diffusion.denoiser import DenoiserConfig, check_prediction
-from diffusion.dry import check_memory
+from diffusion.dry import check_memory, check_output
 from diffusion.folders import check_claim
-from diffusion.image_file import Form
+from diffusion.image_file import Aspect, Form
 from diffusion.machine import this_device
 from diffusion.model import Model, build
-from diffusion.networks import NetworkConfig, UNetConfig
+from diffusion.networks import DiTConfig, NetworkConfig, UNetConfig
 from diffusion.noise import seed32
 from diffusion.pace import passes_per_second
 from diffusion.plan import plan
@@ -40,7 +38,7 @@ from diffusion.runs import settled, train_model
 from diffusion.schedules import SCHEDULES, check_shift
 from diffusion.training import Followers, one_network
 from teachers.levels import ImportanceSampling, Levels, LossHistory, log_normal, uniform
-from teachers.presets import preset
+from teachers.presets import network, preset
 from teachers.variance import VariationalBound
 
 
@@ -53,6 +51,11 @@ class TrainingOptions(Entry, Protocol):
 
 
 T = TypeVar("T", bound=TrainingOptions)
+
+if TYPE_CHECKING:
+    AnyNetwork = NetworkConfig
+else:  # tyro then has the options of the default's type
+    AnyNetwork = Any
 
 
 @dataclass(frozen=True)
@@ -100,12 +103,16 @@ class Options:
 
     data: str = "digits"
     """The images to learn: digits, fashion-mnist, cifar10, emoji (32x32, or --size 64), or a
-    folder, whose images are cropped to a square of --size with --channels."""
+    folder, whose images are brought to a square of --size with --channels; hf:FOLDER for a dataset
+    of Hugging Face's library, wds:FOLDER for WebDataset's shards."""
     data_dir: Path | None = None
     """The folder that holds a named dataset's files. If you give one, no other place is looked
     in."""
     background: str = "white"
     """The colour behind what is transparent in a folder's images: a name, or #rrggbb."""
+    aspect: Annotated[Aspect, tyro.conf.arg(name="fit")] = "crop"
+    """What becomes of a folder's images that are no squares. crop: their middle is taken; pad: all
+    is, and --background lies beside it."""
     out: Path | None = None
     """The run's folder. If left out: runs/DATA/teacher."""
     schedule: Literal["linear", "cosine", "sigmoid", "karras", "vp", "sub-vp", "ve"] = "cosine"
@@ -131,28 +138,51 @@ class Options:
     """The folder of a Hugging Face text encoder, which turns the images' captions into what the
     model is told: in a folder from metadata.jsonl, metadata.csv or a .txt beside each image; of
     emoji their names. If left out: captions are not read."""
-    codec: Suppress[str] = "scale"
-    """How pixels become what the network sees, by its name in diffusion.codec.CODECS."""
-    net: UNetConfig = field(default_factory=UNetConfig)
+    codec: str = "scale"
+    """What the network sees. scale: the pixels; an autoencoder, which is a run of
+    teachers.autoencoder or diffusers:FOLDER: its latents, which are fewer, so that larger images
+    cost less (Rombach et al. 2022)."""
+    net: AnyNetwork = field(default_factory=UNetConfig)
     denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
     fit: FitConfig = field(default_factory=FitConfig)
 
     @staticmethod
-    def default(data: str = "digits", size: int | None = None, channels: int = 3) -> "Options":
+    def default(
+        data: str = "digits",
+        size: int | None = None,
+        channels: int = 3,
+        net: str = "unet",
+        codec: str = "scale",
+    ) -> "Options":
         chosen = preset(data, size, channels)
+        shape = network(net, data, chosen)
+        if autoencoder.is_place(codec) and isinstance(shape, UNetConfig | DiTConfig):
+            # a patch of latents as large as it was, in pixels
+            patch = max(1, shape.patch // autoencoder.load(codec).factor)
+            shape = replace(shape, patch=patch)
         return Options(
             data=data,
             clamp=chosen.clamp,
             shift=chosen.shift,
-            net=chosen.net,
+            codec=codec,
+            net=shape,
             fit=chosen.teacher,
         )
+
+
+@dataclass(frozen=True)
+class Command(Options):
+    __doc__ = Options.__doc__
+
+    network: Annotated[str, tyro.conf.arg(name="net", metavar="NAME")] = "unet"
+    """The network: unet, dit (a transformer over patches), or module:PACKAGE.MODULE:CLASS, your own
+    torch module. Each has options of its own, shown last: --net dit --help."""
 
 
 def load_data(options: Options) -> Dataset:
     """The dataset, after a check that the network's shape and the flip suit it."""
     net = options.net
-    form = Form(net.size, net.channels, options.background)
+    form = Form(net.size, net.channels, options.background, options.aspect)
     classes = options.num_classes > 0
     encoder = EncoderPlace(options.text_encoder) if options.text_encoder else None
     dataset = datasets.load(
@@ -163,7 +193,7 @@ def load_data(options: Options) -> Dataset:
         classes=classes,
         encoder=encoder,
     )
-    spec, (channels, size, _) = dataset.spec, dataset.codec.shape(dataset.spec.shape)
+    spec, (channels, size, _) = dataset.spec, dataset.spec.shape
     if (net.channels, net.size) != (channels, size):
         raise UserError(
             f"{spec.name} images have {channels} channels and size {size}, but --channels is "
@@ -193,7 +223,6 @@ def kinds_of(options: Options, dataset: Dataset) -> Kinds:
 def train_teacher(options: Options) -> Model:
     """The teacher of these options: loaded where it is finished, else trained."""
     check(options.fit)
-    options.net.check()
     at_least(0, options, "num_classes")
     check_shift(options.shift)
     out = options.out or run_folder(options.data) / "teacher"
@@ -201,7 +230,12 @@ def train_teacher(options: Options) -> Model:
     options = replace(options, fit=settled(options.fit, out))
     dataset = load_data(options)
     codec, kinds = dataset.codec, kinds_of(options, dataset)
-    check_memory(lambda: options.net.build(options.net.channels, kinds))
+    channels, size, _ = codec.shape(dataset.spec.shape)
+    options = replace(options, net=replace(options.net, channels=channels, size=size))
+    options.net.check()
+    outputs, image = channels * (1 + options.denoiser.learned_variance), (channels, size, size)
+    check_memory(lambda: options.net.build(outputs, kinds))
+    check_output(lambda: options.net.build(outputs, kinds), image, outputs, kinds)
     angles = SCHEDULES[options.schedule]()
     check_prediction(options.denoiser.prediction, angles)
     config = replace(options.denoiser, bounds=codec.bounds if options.clamp else None)
@@ -250,8 +284,8 @@ def faster(net: NetworkConfig, fit: FitConfig) -> str:
 
 
 def run_folder(data: str) -> Path:
-    """runs/ and the last part of the data's name; of `.` and `..`, of the folder that they are."""
-    return Path("runs") / Path(os.path.abspath(data)).name
+    """runs/ and the data's name, or that of the folder that they lie in."""
+    return Path("runs") / datasets.title(data)
 
 
 def peek(flag: str, default: str) -> str:
@@ -287,8 +321,9 @@ def parse(
 def main() -> None:
     size, channels = (peek(name, "") for name in ("--size", "--channels"))
     shape = int(size) if size.isdecimal() else None, int(channels) if channels.isdecimal() else 3
-    default = Options.default(peek("--data", "digits"), *shape)
-    train_teacher(parse(default, "python -m teachers.ddpm"))
+    net, codec = peek("--net", "unet"), peek("--codec", "scale")
+    default = Options.default(peek("--data", "digits"), *shape, net, codec)
+    train_teacher(parse(Command(**vars(default), network=net), "python -m teachers.ddpm"))
 
 
 if __name__ == "__main__":

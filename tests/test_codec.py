@@ -14,9 +14,9 @@ from diffusion.model import load
 close = torch.testing.assert_close
 
 
-@pytest.fixture(params=CODECS)
+@pytest.fixture(params=[name for name, kind in CODECS.items() if hasattr(kind, "fitted")])
 def fitted(request, digits) -> codec.Codec:
-    """Each codec, fitted to the digits."""
+    """Each codec that images alone say all of, fitted to the digits."""
     return CODECS[request.param].fitted([digits.train.images])
 
 
@@ -67,7 +67,7 @@ def test_a_card_of_a_codec_that_is_not_registered_is_one_clear_error(teacher, tm
 
 
 def test_an_unknown_codec_is_refused_before_anything_is_fitted():
-    with pytest.raises(UserError, match="unknown codec 'latent': expected one of scale"):
+    with pytest.raises(UserError, match="unknown codec 'latent': expected scale"):
         data.load("digits", codec="latent")
 
 

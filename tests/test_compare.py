@@ -462,7 +462,9 @@ def test_images_of_a_long_plan_are_no_more_than_the_others(slow):
 
 
 @pytest.mark.parametrize("count", [3, 12, 40])
-def test_a_handful_of_images_is_compared_to_the_end(tmp_path, train_tiny, quick, digits, count):
+def test_a_handful_of_images_is_compared_to_the_end(
+    tmp_path, train_tiny, quick, digits, count, capsys
+):
     (tmp_path / "photos").mkdir()
     for i, image in enumerate(digits.train.images[:count, 0]):
         Image.fromarray(image.numpy()).save(tmp_path / "photos" / f"{i:02d}.png")
@@ -475,6 +477,7 @@ def test_a_handful_of_images_is_compared_to_the_end(tmp_path, train_tiny, quick,
     assert [(row.held_out, row.likelihood) for row in records] == [({}, {})] * len(records)
     words = (tmp_path / "runs" / "compare" / "table.md").read_text()
     assert "no images are held out" in words
+    assert "\nno student is among these rows" in capsys.readouterr().out
     page = report.write(report.Options((tmp_path / "runs" / "compare",)))
     assert "no images are held out" in page.read_text()
 

@@ -270,7 +270,7 @@ def test_pictures_of_an_earlier_call_are_replaced_with_a_word(pictures, tmp_path
     assert pictures(tmp_path / "two", 2, "--seed", "1").code == 0
     again = pictures(tmp_path / "four", 2, "--seed", "1")
     assert (again.code, again.err) == (0, "")
-    assert "the 4 pictures of an earlier call are replaced" in again.out
+    assert "the 4 files of an earlier call are replaced" in again.out
     assert contents(tmp_path / "four") == contents(tmp_path / "two")
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from diffusion import text_encoder
 from diffusion.condition import Condition
 from diffusion.config import FitConfig
 from diffusion.console import UserError
@@ -305,3 +306,78 @@ def test_what_is_not_supported_is_said_in_one_line(tmp_path, part, changes, word
 def test_a_folder_that_is_not_there_is_said(place):
     with pytest.raises(UserError, match=f"there is no folder {place}"):
         load(Path(f"diffusers:{place}"))
+
+
+CONDITIONED = BLOCKS | {
+    "in_channels": 3,
+    "out_channels": 3,
+    "cross_attention_dim": 16,
+    "attention_head_dim": 8,
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+}
+
+
+def conditioned(**changes) -> torch.nn.Module:
+    """A random UNet2DConditionModel."""
+    torch.manual_seed(0)
+    return diffusers.UNet2DConditionModel(**CONDITIONED | changes).eval()
+
+
+def save_reader(folder: Path) -> tuple:
+    """A random CLIP text encoder of 16 tokens and its tokenizer, of letters, as a pipeline has
+    them."""
+    transformers = pytest.importorskip("transformers")
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    words = [*letters, *(f"{each}</w>" for each in letters), "<|startoftext|>", "<|endoftext|>"]
+    files = folder / "vocab.json", folder / "merges.txt"
+    folder.mkdir(exist_ok=True)
+    files[0].write_text(json.dumps({word: i for i, word in enumerate(words)}))
+    files[1].write_text("#version: 0.2\n")
+    tokenizer = transformers.CLIPTokenizer(*map(str, files), model_max_length=16)
+    config = transformers.CLIPTextConfig(
+        vocab_size=len(words),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=16,
+        bos_token_id=52,
+        eos_token_id=53,
+        pad_token_id=53,
+    )
+    torch.manual_seed(1)
+    encoder = transformers.CLIPTextModel(config).eval()
+    tokenizer.save_pretrained(folder / "tokenizer")
+    encoder.save_pretrained(folder / "text_encoder")
+    (folder / "model_index.json").write_text("{}")
+    return encoder, tokenizer
+
+
+def test_texts_guide_as_in_a_pipeline_and_the_empty_one_is_the_encoders_own(tmp_path):
+    encoder, tokenizer = save_reader(tmp_path)
+    scheduler = diffusers.DDIMScheduler(**SCALED, clip_sample=False, **LEADING)
+    network = conditioned()
+    model = load(saved(tmp_path, network, scheduler))
+    prompts, weight = ["a red cat", "dog", "", "the moon and a star"], 3.0
+
+    def read(texts):
+        padded = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+        return encoder(tokenizer(texts, **padded).input_ids)[0]
+
+    scheduler.set_timesteps(8)
+    x = next(drawn(0, (4, 3, 8, 8)))
+    with torch.no_grad():
+        texts, silence = read(prompts), read([""] * 4)
+        for k in scheduler.timesteps:
+            given = network(x, k, encoder_hidden_states=texts).sample
+            unknown = network(x, k, encoder_hidden_states=silence).sample
+            x = scheduler.step(unknown + weight * (given - unknown), k, x).prev_sample
+    ours_read = text_encoder.load(tmp_path / "text_encoder")
+    condition = {
+        "text": ours_read.prompts(prompts, model.kinds["text"]),
+        "guidance": torch.full((4,), weight),
+    }
+    assert not condition["text"][2].any()  # says nothing: the network has its own null for it
+    made = ours(model, "ddim", at(model, scheduler.timesteps), condition)
+    torch.testing.assert_close(made, x, atol=1e-3, rtol=1e-3)

@@ -16,23 +16,37 @@ import torch
 from diffusion import checkpoint
 from diffusion.files import load_tensors
 from diffusion.folders import MARK
+from tests import two_networks
 
 ROOT = Path(__file__).parents[1]
 FIT = "--iterations 12 --batch-size 16 --warmup 4 --precision fp32 --log-every 1"
 NET = "--width 8 --multipliers 1 --blocks 1 --attention --dropout 0"
 HALVING = "--start-steps 4 --end-steps 2 --last-rounds 1"
+CONSISTENCY = "distill.consistency --teacher one/teacher"
 # A run, and what trains it; students of one process and of two have the same teacher.
 RUNS = {
     "teacher": f"teachers.ddpm {NET} {FIT}",
+    "importance": f"teachers.ddpm {NET} --levels importance {FIT}",
+    "uneven": f"teachers.ddpm {NET} {FIT} --batch-size 15",
+    "accumulated": f"teachers.ddpm {NET} {FIT} --batch-size 15 --accumulate 3",
+    "classes": f"teachers.ddpm {NET} --num-classes 10 {FIT}",
     "progressive/0002": f"distill.progressive --teacher one/teacher {HALVING} {FIT}",
-    "consistency": f"distill.consistency --teacher one/teacher --num-angles 4 {FIT}",
-    "frechet": f"distill.consistency --teacher one/teacher --num-angles 4 --frechet 1 {FIT}",
-    "continuous": f"distill.consistency --mode scm --teacher one/teacher {FIT}",
+    "consistency": f"{CONSISTENCY} --num-angles 4 {FIT}",
+    "frechet": f"{CONSISTENCY} --num-angles 4 --frechet 1 {FIT}",
+    "ct": f"{CONSISTENCY} --mode ct {FIT}",
+    "ict": f"{CONSISTENCY} --mode ict {FIT}",
+    "ect": f"{CONSISTENCY} --mode ect {FIT}",
+    "continuous": f"{CONSISTENCY} --mode scm {FIT}",
+    "midtraining": f"distill.midtraining --teacher one/teacher {FIT}",
+    "guided": f"distill.guidance --teacher one/classes {FIT}",
     "two_networks": f"tests.two_networks {FIT}",
 }
+# Each process takes the first of its own noise: other trajectories than one process would take.
+OWN_NOISE = {"midtraining"}
 LAUNCH_TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-# All in one launch: most of a launch's time is its imports.
+# All in one launch: most of a launch's time is its imports. Two networks are also stopped and gone
+# on with; what one process began two end, and this process ends what two began.
 SCRIPT = f"""
 import runpy, sys
 home = sys.argv[1]
@@ -40,6 +54,9 @@ for run, command in {RUNS!r}.items():
     module, *arguments = command.split()
     sys.argv[1:] = [*arguments, "--out", home + "/" + run.split("/")[0]]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
+compare = "--features random --num-images 100 --no-long --no-times --likelihood 0 --steps 2"
+sys.argv[1:] = ["one/teacher", "one/consistency", *compare.split(), "--out", home + "/compare"]
+runpy.run_module("eval.compare", run_name="__main__", alter_sys=True)
 from contextlib import suppress
 from accelerate import PartialState
 from diffusion import runs
@@ -52,8 +69,13 @@ def stopped(*arguments, **named):
         if done == 7:
             raise KeyboardInterrupt
 
-for runs.fit in (stopped, fit):
-    sys.argv[1:] = [*{FIT!r}.split(), "--save-every", "0", "--out", home + "/resumed"]
+for runs.fit, out in (
+    (stopped, home + "/resumed"), (fit, home + "/resumed"), (fit, "one/begun"),
+    (stopped, home + "/begun"),
+):
+    if out == "one/begun" and home == "one":
+        continue
+    sys.argv[1:] = [*{FIT!r}.split(), "--save-every", "0", "--out", out]
     with suppress(KeyboardInterrupt):
         two_networks.main()
 # written whole: of two processes the parts of a line may alternate
@@ -73,33 +95,69 @@ def runs(tmp_path_factory) -> Path:
             env=ENVIRONMENT,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=240,
         )
         assert process.returncode == 0, process.stderr
         assert process.stdout.count(f"processes: {count}\n") == count
     return folder
 
 
-@pytest.mark.parametrize("run", RUNS)
-def test_two_processes_train_what_one_trains(runs, run):
-    logs = []
-    for home in ("one", "two"):
-        text = (runs / home / run / "log.jsonl").read_text()
-        logs.append([json.loads(line) for line in text.splitlines()])
+def log(run: Path, name: str) -> list:
+    """That field of each line of its log."""
+    return [json.loads(line)[name] for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def agree(run: Path, other: Path) -> None:
+    """Logs and weights are the same but for rounding."""
     for name in ("iteration", "loss", "gradient_norm", "learning_rate"):
-        alone, both = ([line[name] for line in log] for log in logs)
-        assert len(alone) == 12
-        assert both == pytest.approx(alone, rel=1e-4)
-    alone, both = (checkpoint.load(runs / home / run)[0] for home in ("one", "two"))
-    torch.testing.assert_close(both, alone, rtol=0, atol=1e-4)  # weights have moved by 1e-2
+        assert len(log(run, name)) == 12
+        assert log(run, name) == pytest.approx(log(other, name), rel=1e-4)
+    mine, others = (checkpoint.load(each)[0] for each in (run, other))
+    torch.testing.assert_close(mine, others, rtol=0, atol=1e-4)  # weights have moved by 1e-2
+
+
+@pytest.mark.parametrize("run", [run for run in RUNS if run not in OWN_NOISE])
+def test_two_processes_train_what_one_trains(runs, run):
+    agree(runs / "two" / run, runs / "one" / run)
+
+
+@pytest.mark.parametrize("run", sorted(OWN_NOISE))
+def test_two_processes_train_with_the_noise_of_each(runs, run):
+    losses = [log(runs / home / run, "loss") for home in ("one", "two")]
+    assert losses[0] != losses[1]
+    assert losses[0] == pytest.approx(losses[1], rel=0.5)
+
+
+@pytest.mark.parametrize("home", ["one", "two"])
+def test_parts_of_a_batch_one_after_another_train_what_the_whole_trains(runs, home):
+    agree(runs / home / "accumulated", runs / "one" / "uneven")
 
 
 @pytest.mark.parametrize("home", ["one", "two"])
 def test_two_networks_stopped_and_resumed_end_with_the_same_bits_in_one_process_or_two(runs, home):
     whole, resumed = (checkpoint.load(runs / home / run)[2] for run in ("two_networks", "resumed"))
-    lines = (runs / home / "resumed" / "log.jsonl").read_text().splitlines()
-    assert [json.loads(line)["iteration"] for line in lines] == list(range(1, 13))
+    assert log(runs / home / "resumed", "iteration") == list(range(1, 13))
     assert whole == resumed
+
+
+def test_what_one_process_began_two_end_and_one_what_two_began(runs, monkeypatch):
+    begun = runs / "two" / "begun"
+    assert (begun / "state" / "state.safetensors").exists()
+    assert log(begun, "iteration")[-1] < 12
+    monkeypatch.setattr(sys, "argv", ["", *FIT.split(), "--save-every", "0", "--out", str(begun)])
+    two_networks.main()
+    for home in ("one", "two"):
+        agree(runs / home / "begun", runs / "one" / "two_networks")
+
+
+def test_two_processes_measure_what_one_measures(runs):
+    texts = [(runs / home / "compare" / "results.jsonl").read_text() for home in ("one", "two")]
+    (head, *one), (other, *two) = ([*map(json.loads, text.splitlines())] for text in texts)
+    assert len(one) == len(two) > 3
+    assert head["floor"] == pytest.approx(other["floor"], rel=1e-6)
+    for mine, theirs in zip(one, two, strict=True):
+        assert (mine["run"], mine["sampler"]) == (theirs["run"], theirs["sampler"])
+        assert mine["quality"] == pytest.approx(theirs["quality"], rel=1e-6)
 
 
 @pytest.mark.parametrize("run", RUNS)

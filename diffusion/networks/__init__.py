@@ -4,17 +4,33 @@ A network is a file: a config of its shape alone, a frozen dataclass that builds
 here.
 """
 
+from dataclasses import MISSING, Field, fields
 from typing import Protocol
 
 from torch import nn
 
 from diffusion import registry
 from diffusion.condition import Kinds
+from diffusion.console import UserError
 from diffusion.networks.diffusers import DiffusersConfig
+from diffusion.networks.dit import DiT, DiTConfig
+from diffusion.networks.module import MODULE, ModuleConfig, trust
 from diffusion.networks.unet import UNet, UNetConfig
 from diffusion.registry import Entry
 
-__all__ = ["NETWORKS", "NetworkConfig", "UNet", "UNetConfig", "from_json", "to_json"]
+__all__ = [
+    "NETWORKS",
+    "DiT",
+    "DiTConfig",
+    "ModuleConfig",
+    "NetworkConfig",
+    "UNet",
+    "UNetConfig",
+    "from_json",
+    "named",
+    "to_json",
+    "trust",
+]
 
 
 class NetworkConfig(Entry, Protocol):
@@ -37,8 +53,29 @@ class NetworkConfig(Entry, Protocol):
 
 NETWORKS: dict[str, type[NetworkConfig]] = {
     "unet": UNetConfig,
+    "dit": DiTConfig,
+    "module": ModuleConfig,
     "diffusers": DiffusersConfig,
 }
+
+
+def named(name: str, channels: int, size: int) -> NetworkConfig:
+    """The network that the user names, a registered one or module:PACKAGE.MODULE:CLASS, for images
+    of these channels and this size."""
+    if name.startswith(MODULE):
+        place = name.removeprefix(MODULE)
+        trust(place)
+        return ModuleConfig(place, channels, size)
+    # a network that needs to be told more is none to be had by its name alone
+    names = [each for each, config in NETWORKS.items() if all(map(_has_default, fields(config)))]
+    if name not in names:
+        expected = f"{', '.join(names)} or {MODULE}PACKAGE.MODULE:CLASS"
+        raise UserError(f"--net must be {expected}, got {name!r:.80}")
+    return from_json({"name": name, "channels": channels, "size": size})
+
+
+def _has_default(field: Field) -> bool:
+    return (field.default, field.default_factory) != (MISSING, MISSING)
 
 
 def to_json(config: NetworkConfig) -> dict:

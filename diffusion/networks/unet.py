@@ -98,7 +98,7 @@ class UNetConfig:
 
 
 LIMITS = {
-    "channels": ("1 or 3", lambda n: n in (1, 3)),
+    "channels": ("from 1 to 1024", lambda n: 1 <= n <= 1024),  # of latents more than 3
     "size": ("at least 1", lambda n: n >= 1),
     "width": ("a multiple of 8, from 8 to 65536", lambda n: 8 <= n <= 65536 and n % 8 == 0),
     "multipliers": (

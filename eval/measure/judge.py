@@ -87,6 +87,8 @@ class Judge:
             data["of"] = dataset.of
         if dataset.spec.background not in ("", Form.background):
             data["background"] = dataset.spec.background
+        if dataset.spec.aspect == "pad":
+            data["aspect"] = "pad"
         return Judge(
             dataset, extractor, cross, device, train, test, real, bank, near, data, tuple(further)
         )

@@ -79,6 +79,8 @@ class Data(TypedDict):
     """Identity of their uint8 pixels."""
     background: NotRequired[str]
     """The colour behind what is transparent in a folder's images, if not white."""
+    aspect: NotRequired[Literal["pad"]]
+    """What became of a folder's images that were no squares, if they were not cropped."""
     of: NotRequired[Positive]
     """Images of the source, where they are more than those that all is measured against."""
 
