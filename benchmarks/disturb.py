@@ -27,7 +27,7 @@ KINDS = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.chmod"}
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 NEEDS_SPACE = {"open", "os.mkdir", "fsync"}
 ENDS = {0, 2, 130, 143, -signal.SIGKILL, -signal.SIGTERM, -signal.SIGXFSZ}
-SECONDS = 60  # after which a command hangs
+SECONDS = 300  # after which a command hangs
 
 
 class Ended(NamedTuple):

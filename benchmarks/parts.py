@@ -1,7 +1,8 @@
 """What our parts cost over the bare work in them: `python -m benchmarks.parts NAME`.
 
 samplers, over their network calls; training-step, over its network passes; evaluation, over making
-the images and running the extractor; frechet-distance, beside clean-fid's.
+the images and running the extractor; frechet-distance, beside clean-fid's; checksums, beside the
+same work without them.
 """
 
 from collections.abc import Callable, Iterator
@@ -10,13 +11,14 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from unittest import mock
 
 import torch
 import tyro
 
 from benchmarks.subjects import Subject, objectives
 from benchmarks.turns import Comparison, TimingOptions, compare
-from diffusion import data
+from diffusion import data, files
 from diffusion.batches import Batch
 from diffusion.console import run
 from diffusion.denoiser import Denoiser
@@ -191,8 +193,53 @@ class FrechetDistance(TimingOptions):
             yield Comparison(f"Fréchet distance, dimensions: {dim}", calls)
 
 
+def unchecked(call: Callable[[], object]) -> object:
+    """The call's result where checksums take no time."""
+    none = mock.Mock(return_value="0" * 8)
+    with mock.patch.multiple(files, _tensors_checksum=none, _json_checksum=none):
+        return call()
+
+
+@dataclass(frozen=True)
+class Checksums(TimingOptions):
+    """Time saving and loading a state, and evaluating images, with checksums and without."""
+
+    checkpoint: tyro.conf.Positional[Path] = TEACHER
+    """A teacher's run or checkpoint."""
+    megabytes: int = 256
+    """The state's size."""
+    num_images: int = 10_000
+    """Images that are evaluated each time."""
+    repeats: int = 10
+    """How often each alternative is timed."""
+
+    def comparisons(self) -> Iterator[Comparison]:
+        tensors = {f"weight.{i}": torch.randn(512, 512) for i in range(self.megabytes)}
+
+        def save(path: Path) -> None:
+            files.save_tensors(path, tensors, {})
+
+        def load(path: Path) -> None:  # as a resumed training does; the file is only mapped before
+            for name, tensor in files.load_tensors(path)[0].items():
+                tensors[name].copy_(tensor)
+
+        with TemporaryDirectory() as folder:
+            bare, checked = Path(folder, "bare"), Path(folder, "checked")
+            for work in (save, load):
+                calls = {"without": partial(unchecked, partial(work, bare)),
+                         "with checksums": partial(work, checked)}  # fmt: skip
+                yield Comparison(f"{work.__name__}, megabytes: {self.megabytes}", calls)
+        evaluation = Evaluation(
+            checkpoint=self.checkpoint, steps=(1,), num_images=self.num_images, features="random"
+        )
+        for each in evaluation.comparisons():
+            evaluate = each.calls["with every figure"]
+            calls = {"without": partial(unchecked, evaluate), "with checksums": evaluate}
+            yield Comparison(each.title, calls)
+
+
 def main() -> None:
-    parts = Samplers | TrainingStep | Evaluation | FrechetDistance
+    parts = Samplers | TrainingStep | Evaluation | FrechetDistance | Checksums
     config = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
     options = tyro.cli(parts, prog="python -m benchmarks.parts", config=config)
     compare(options, options.comparisons())

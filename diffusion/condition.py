@@ -136,6 +136,16 @@ def take(condition: Condition | None, index: Tensor | slice) -> Condition | None
     return {name: rows[index] for name, rows in condition.items()}
 
 
+INSTEAD = "instead of "  # and a condition's name: rows that guidance leads away from
+
+
 def with_null(condition: Condition, kinds: Kinds) -> Condition:
-    """The condition's rows, then as many that say nothing: a batch of twice the size."""
-    return {name: torch.cat([rows, kinds[name].null(rows)]) for name, rows in condition.items()}
+    """The condition's rows, then as many that say nothing: a batch of twice the size.
+
+    Rows named INSTEAD and a condition's name, such as a negative prompt's, come in their stead.
+    """
+    return {
+        name: torch.cat([rows, condition.get(INSTEAD + name, kinds[name].null(rows))])
+        for name, rows in condition.items()
+        if not name.startswith(INSTEAD)
+    }

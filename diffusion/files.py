@@ -192,6 +192,8 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
     Files from before there were checksums are taken as they are.
     """
+    with open(path, "rb"):  # safetensors says of a file that one may not read that there is none
+        pass
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             names = file.keys()  # the file itself cannot be iterated

@@ -34,6 +34,7 @@ class Mark(TypedDict, total=False):
     pictures: Annotated[int, Field(ge=0, le=MOST)]
     npz: Annotated[int, Field(ge=0, le=MOST)]
     webdataset: Annotated[int, Field(ge=0, le=MOST)]
+    captions: Annotated[int, Field(ge=0, le=MOST)]
 
 
 MARKS = TypeAdapter(Mark)

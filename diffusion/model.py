@@ -11,7 +11,7 @@ from torch import Tensor
 from diffusion import checkpoint, codec, condition, foreign, networks
 from diffusion.checkpoint import Card
 from diffusion.codec import Codec
-from diffusion.condition import Condition, Guidance, Kinds
+from diffusion.condition import INSTEAD, Condition, Guidance, Kinds
 from diffusion.console import UserError, doing
 from diffusion.data import ImageSpec
 from diffusion.denoiser import Denoiser, DenoiserConfig
@@ -134,7 +134,8 @@ class Model:
         low, high = self.guidance_range
         if not self.kinds:
             raise UserError(
-                "--guidance needs a model with classes, and this one has none: leave it out"
+                "--guidance needs a model with classes or captions, and this one has none: leave "
+                "it out"
             )
         if not low <= guidance <= high:
             raise UserError(f"--guidance must be from {low:g} to {high:g}, got {guidance:g}")
@@ -151,8 +152,15 @@ class Model:
 
     def told(self, plan: Plan, indices: Tensor, given: Condition | None = None) -> Condition | None:
         """What the network is told beside x_t and t, of images number `indices` (B,): their
-        condition, with the guidance weight where the plan has one."""
+        condition, with the guidance weight where the plan has one.
+
+        given: conditions (B, ...) by name, in place of what is usual for these images; and under
+        INSTEAD and a name what guidance of two calls leads away from, in place of nothing.
+        """
         condition, weight = self.conditions(indices, given), plan.guidance
+        if self.calls_per_step(plan) == 2:
+            named = (given or {}).items()
+            condition |= {k: v.to(indices.device) for k, v in named if k.startswith(INSTEAD)}
         if condition and weight not in (None, 1):  # 1 is the denoiser's own, in one call
             condition["guidance"] = torch.full(indices.shape, float(weight), device=indices.device)
         return condition or None
@@ -160,7 +168,7 @@ class Model:
     def x0(self, plan: Plan, seed: int, indices: Tensor, given: Condition | None = None) -> Tensor:
         """Images number `indices` (B,) of the seed: (B, C, H, W) float32 on the indices' device.
 
-        given: conditions (B, ...) by name, in place of what is usual for these images.
+        given: as `told` takes it.
         """
         noise, angles = Noise(seed, indices, self.shape), plan.on(indices.device)
         condition = self.told(plan, indices, given)

@@ -63,7 +63,7 @@ def cached(
     One process makes them, and others wait. A damaged file is made anew. A cache that cannot be
     written is said before the work, and what is made is not kept.
     """
-    with suppress(FileNotFoundError, NotADirectoryError):
+    with suppress(FileNotFoundError, NotADirectoryError, PermissionError):
         return _whole(path)
     with alone(path) as writable:
         with suppress(FileNotFoundError, NotADirectoryError):

@@ -37,7 +37,8 @@ class Options(StudentOptions):
     The guidance weight becomes an input of the network."""
 
     teacher: Path = Path("runs/digits-classes/teacher")
-    """The run or checkpoint of a teacher that was trained with --num-classes."""
+    """The run or checkpoint of a teacher that was trained with --num-classes or
+    --text-encoder."""
     guidance: tuple[float, float] = (1.0, 4.0)
     """The least and the greatest weight that the student learns. 1 is no guidance and must be
     within."""
@@ -105,8 +106,8 @@ def distill(options: Options) -> Model:
     options, teacher, dataset, out = begin(options, "guided")
     if not teacher.kinds:
         raise UserError(
-            f"{options.teacher} knows no classes to guide towards: train a teacher with "
-            "--num-classes"
+            f"{options.teacher} knows no classes and no captions to guide towards: train a "
+            "teacher with --num-classes or --text-encoder"
         )
     if "guidance" in teacher.kinds:
         raise UserError(

@@ -157,7 +157,8 @@ def write(options: Options) -> Path:
     name = rows[0].record.data["name"]
     count = sum(len(line.trainings) for line in rows)
     say(f"{path}: {count} rows of {name}, their tables, charts and pictures")
-    say(closing.take(rows))
+    for words in closing.take(rows).splitlines():
+        say(words)
     say(f"open the page: {closing.opener(path)}")
     return path
 

@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 import tyro
 from accelerate import PartialState
@@ -24,6 +25,7 @@ from diffusion.pictures import save_grid
 from diffusion.plan import MOST_STEPS, Plan
 from diffusion.samplers import SOLVERS
 from students.api import Checkpoint, ImageModel
+from students.prompts import Prompts, encode, from_file
 from students.provenance import Texts, provenance
 from students.shards import FORMATS, Batch, Job, files_before, npz, shared, write_shards
 
@@ -55,8 +57,18 @@ class Options:
     teacher has it."""
     label: int | None = None
     """The class to make, for a conditional model. If left out: every class in turn."""
+    prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """What images shall show, for a model of captions. Given several times: the images take the
+    prompts in turn. If left out: anything."""
+    prompts: Path | None = None
+    """A file with a prompt in each line, which follow those of --prompt."""
+    negative_prompt: str | None = None
+    """What images shall not show: --guidance leads away from it."""
+    text_encoder: Path | None = None
+    """The folder that the model's text encoder is in now, if it has moved."""
     guidance: float | None = None
-    """How strongly images are pushed towards their class, for a conditional model; 1: not at all. A
+    """How strongly images are pushed towards their class or prompt, for a conditional model; 1: not
+    at all. A
     step of a teacher then takes 2 network calls, of a guided student 1. If left out: the
     checkpoint's own weight."""
     seed: int = 0
@@ -111,8 +123,26 @@ def generate(model: Model, options: Options) -> Iterator[Tensor]:
 
     Raises UserError for images that are not finite, which as uint8 would be black.
     """
-    maker = Generator(Checkpoint(model, str(options.checkpoint)), plan_of(model, options), options)
-    yield from (batch.images for batch in maker(range(options.num)))
+    yield from (batch.images for batch in generator(model, options)(range(options.num)))
+
+
+def generator(model: Model, options: Options) -> "Generator":
+    """What makes the images that the options ask for."""
+    plan = plan_of(model, options)
+    maker = Checkpoint(model, str(options.checkpoint))
+    return Generator(maker, plan, options, prompts_of(model, plan, options))
+
+
+def prompts_of(model: Model, plan: Plan, options: Options) -> Prompts | None:
+    """The prompts that the options give, encoded; None for none."""
+    texts = options.prompt + (from_file(options.prompts) if options.prompts else ())
+    if len(texts) > options.num:
+        raise UserError(f"--num {options.num} leaves out some of {len(texts)} prompts: raise it")
+    if not texts and options.negative_prompt is None:
+        if options.text_encoder:
+            raise UserError("--text-encoder encodes prompts: give a --prompt, or leave it out")
+        return None
+    return encode(model, plan, texts or ("",), options.negative_prompt, options.text_encoder)
 
 
 @dataclass(frozen=True)
@@ -122,6 +152,7 @@ class Generator:
     maker: ImageModel
     plan: Plan
     options: Options
+    prompts: Prompts | None = None
 
     @cached_property
     def texts(self) -> Texts:
@@ -132,16 +163,19 @@ class Generator:
 
     def __call__(self, numbers: range) -> Iterator[Batch]:
         maker, options = self.maker, self.options
-        given = maker.labels(options.label, len(numbers))
-        labels = given.get("label")
-        if labels is None and "label" in maker.kinds:
-            labels = maker.kinds["label"].rows(torch.tensor(numbers))
-        row = 0
-        for images in maker.batches(self.plan, options.seed, numbers, given, options.batch_size):
-            rows = slice(row, row + len(images))
-            facts = {} if labels is None else {"label": labels[rows].cpu().numpy()}
-            yield Batch(numbers[row], images, facts, self.texts)
-            row = rows.stop
+        for start in range(0, len(numbers), options.batch_size):
+            part = numbers[start : start + options.batch_size]
+            given, facts = maker.labels(options.label, len(part)), {}
+            labels = given.get("label")
+            if labels is None and "label" in maker.kinds:
+                labels = maker.kinds["label"].rows(torch.tensor(part))
+            if labels is not None:
+                facts["label"] = labels.cpu().numpy()
+            if self.prompts:
+                given |= self.prompts.condition(torch.tensor(part))
+                facts["text"] = np.array([self.prompts.text(number) for number in part])
+            for images in maker.batches(self.plan, options.seed, part, given, options.batch_size):
+                yield Batch(part[0], images, facts, self.texts)
 
     def tracked(self, parts: Sequence[range]) -> Iterator[Batch]:
         """All batches of these parts, shown as they come."""
@@ -171,7 +205,9 @@ def write(maker: Generator) -> None:
     """The images, where the options say; of several processes each makes its share."""
     options, plan = maker.options, maker.plan
     if not one_file(options):
+        prompts = maker.prompts
         about = {
+            "prompts": [prompts.texts, options.negative_prompt] if prompts else None,
             "model": maker.maker.sha256,
             "plan": asdict(plan),
             "options": [options.seed, options.label, options.precision, options.metadata],
@@ -215,7 +251,7 @@ def main() -> None:
     machine.require_memory("--num" if suffix else "--shard", held, held * 3 * pixels)
     batch = min(options.batch_size, options.num)
     machine.require_memory("--batch-size", batch, batch * COPIES * math.prod(model.shape))
-    maker = Generator(Checkpoint(model, str(options.checkpoint)), plan, options)
+    maker = generator(model, options)
     with doing(f"making {options.num} images", f"{options.out} is not whole yet"):
         write(maker)
     steps = f"{plan.num_steps} steps"

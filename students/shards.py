@@ -25,7 +25,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
 from diffusion.console import UserError, say
-from diffusion.files import Damaged, atomic_path, read_json, write_atomic, write_json
+from diffusion.files import Damaged, append, atomic_path, read_json, write_atomic, write_json
 from diffusion.folders import MARK, check_claim, claim, read_mark, strangers, write_mark
 from diffusion.owner import owned
 from diffusion.pictures import png
@@ -81,7 +81,8 @@ def write_npz(path: Path, batches: Iterable[Batch]) -> None:
 
 
 def write_tar(path: Path, batches: Iterable[Batch]) -> None:
-    """A shard of a WebDataset: for each image NNNNNN.png, .cls where it has a class, and .json."""
+    """A shard of a WebDataset: for each image NNNNNN.png, .cls where it has a class, .txt where it
+    has a prompt, and .json."""
     with atomic_path(path) as part, tarfile.open(part, "w", format=tarfile.USTAR_FORMAT) as archive:
         for batch in batches:
             for i, number in enumerate(batch.numbers):
@@ -89,6 +90,8 @@ def write_tar(path: Path, batches: Iterable[Batch]) -> None:
                 files = {"png": png(batch.images[i], texts)}
                 if "label" in batch.facts:
                     files["cls"] = str(batch.facts["label"][i]).encode()
+                if "text" in batch.facts:
+                    files["txt"] = str(batch.facts["text"][i]).encode()
                 if texts:
                     files["json"] = json.dumps(texts).encode()
                 for suffix, content in files.items():
@@ -98,7 +101,8 @@ def write_tar(path: Path, batches: Iterable[Batch]) -> None:
 
 
 def write_pictures(path: Path, batches: Iterable[Batch]) -> None:
-    """A folder of PNGs, NNNNNN.png each; it appears when all are on the disk."""
+    """A folder of PNGs, NNNNNN.png each, and where they have prompts a metadata.jsonl of them; it
+    appears when all are on the disk."""
     part = path.with_name(f"{path.name}.{os.getpid()}{UNDER_WAY}")
     part.mkdir()
     try:
@@ -108,11 +112,22 @@ def write_pictures(path: Path, batches: Iterable[Batch]) -> None:
                     file.write(png(batch.images[i], batch.texts_of(i)))
                     file.flush()
                     os.fsync(file.fileno())
+            if "text" in batch.facts and batch.texts:
+                append(part / CAPTIONS, _captions(batch))
         os.replace(part, path)
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
 
+def _captions(batch: Batch) -> str:
+    """Lines as Hugging Face's image folders have them, and data.load reads them."""
+    texts = batch.facts["text"].tolist()
+    named = zip(map(PICTURE.format, batch.numbers), texts, strict=True)
+    lines = [json.dumps({"file_name": name, "text": text}) for name, text in named]
+    return "".join(f"{line}\n" for line in lines)
+
+
+CAPTIONS = "metadata.jsonl"  # of a folder of PNGs that were made of prompts
 PART = ".part"  # within the folder: the shards of a call under way
 UNDER_WAY = ".under-way"
 JOB = "job.json"  # within PART: what they are shards of
@@ -162,6 +177,8 @@ def files_before(folder: Path) -> list[Path]:
     made = [
         name.format(i) for field, name, _ in FORMATS.values() for i in range(mark.get(field, 0))
     ]
+    if mark.get("captions"):
+        made.append(CAPTIONS)
     if others := strangers(folder, {*made, PART}):
         raise UserError(
             f"{folder} holds {others[0]}, which students.generate did not make: expected a new or "
@@ -238,13 +255,18 @@ def _finish(folder: Path, job: Job, paths: list[Path], before: list[Path]) -> No
     field, mark = FORMATS[job.format][0], read_mark(folder)
     counts = {each: mark.get(each, 0) for each, _, _ in FORMATS.values()}
     # from here on all that is there is known as ours
-    write_mark(folder, "pictures", counts | {field: max(job.count, counts[field])})
+    counts |= {field: max(job.count, counts[field]), "captions": 1}
+    write_mark(folder, "pictures", counts)
     for path in before:
         path.unlink()
+    files = [path / CAPTIONS for path in paths if (path / CAPTIONS).exists()]
+    if files:
+        write_atomic(folder / CAPTIONS, "".join(file.read_text() for file in files))
     for path in paths:
         for file in path.iterdir() if path.is_dir() else [path]:
-            os.replace(file, folder / file.name)
-    write_mark(folder, "pictures", {field: job.count})
+            if file.name != CAPTIONS:
+                os.replace(file, folder / file.name)
+    write_mark(folder, "pictures", {field: job.count, "captions": len(files)})
     shutil.rmtree(folder / PART)
 
 

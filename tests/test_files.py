@@ -124,6 +124,18 @@ def test_a_saved_file_has_the_rights_of_the_users_other_files(tmp_path):
     assert (tmp_path / "one").stat().st_mode == (tmp_path / "two").stat().st_mode
 
 
+def test_a_file_that_one_may_not_read_is_not_said_to_be_missing(tmp_path):
+    files.save_tensors(tmp_path / "f", {"w": torch.ones(2)}, {})
+    (tmp_path / "f").chmod(0)
+    user = os.geteuid()
+    os.seteuid(user or 65534)  # root may read everything
+    try:
+        with pytest.raises(PermissionError):
+            files.load_tensors(tmp_path / "f")
+    finally:
+        os.seteuid(user)
+
+
 def test_a_link_is_written_through_and_stays(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "elsewhere" / "file")
     write_atomic(tmp_path / "link", "text")

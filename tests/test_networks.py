@@ -249,20 +249,12 @@ def test_the_command_offers_the_options_of_the_network_that_it_names(command, tm
 
 # A module of the user's own
 
-MYNETS = """
-import torch
-from torch import nn
+PAGE = Path(__file__).parents[1] / "docs" / "networks.md"
+DOCUMENTED = PAGE.read_text().split("```python")[1].split("```")[0]
+MYNETS = (
+    DOCUMENTED
+    + """
 print("imported", end="")
-
-class MLP(nn.Module):
-    def __init__(self, channels, size, outputs, width=32, act="silu"):
-        super().__init__()
-        pixels, self.shape = channels * size * size, (outputs, size, size)
-        act = {"silu": nn.SiLU(), "relu": nn.ReLU()}[act]
-        self.layers = nn.Sequential(nn.Linear(pixels + 1, width), act,
-                                    nn.Linear(width, outputs * size * size))
-    def forward(self, x, t, condition=None):
-        return self.layers(torch.cat([x.flatten(1), t[:, None]], 1)).unflatten(1, self.shape)
 
 class Flat(MLP):
     def forward(self, x, t, condition=None):
@@ -270,7 +262,12 @@ class Flat(MLP):
 
 class Broken(MLP):
     def forward(self, x, t, condition=None):
-        return self.layers(x)
+        return self.first(x.flatten(1))
+
+class Picky(MLP):
+    def __init__(self, channels, size, outputs, act):
+        super().__init__(channels, size, outputs)
+        self.act = {"relu": nn.ReLU()}[act]
 
 class Choosy(MLP):  # sees values, which no network has while it is built dry
     def forward(self, x, t, condition=None):
@@ -287,6 +284,7 @@ class Told(MLP):
 def function():
     pass
 """
+)
 
 
 @pytest.fixture
@@ -302,20 +300,21 @@ def mynets(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_an_mlp_is_taught_halved_distilled_generated_and_compared(mynets, command, monkeypatch):
+def test_the_documented_module_takes_less_than_ten_lines():
+    lines = [line for line in DOCUMENTED.splitlines() if line and "import" not in line]
+    assert 5 < len(lines) < 10
+
+
+def test_it_is_taught_halved_distilled_generated_and_compared(mynets, command, monkeypatch):
     run = mynets / "run"
     quick = ["--iterations", "20", "--batch-size", "32", "--warmup", "5", "--precision", "fp32"]
-    words = ["--net", "module:mynets:MLP", "--arguments", "width=16", "act=relu"]
+    words = ["--net", "module:mynets:MLP", "--arguments", "width=16"]
     done = command(ddpm.main, *words, *quick, "--out", run / "teacher")
     assert done.code == 0, done.err
+    shape = {"channels": 1, "size": 8, "arguments": ["width=16"]}
     model = load(run / "teacher")
-    assert model.card.net == {
-        "name": "module", "place": "mynets:MLP", "channels": 1, "size": 8,
-        "arguments": ["width=16", "act=relu"],
-    }  # fmt: skip
-    assert [type(layer).__name__ for layer in model.denoiser.net.layers] == [
-        "Linear", "ReLU", "Linear"
-    ]  # fmt: skip
+    assert model.card.net == {"name": "module", "place": "mynets:MLP", **shape}
+    assert model.denoiser.net.first.weight.shape == (16, 65)
     monkeypatch.setattr(module, "_named", set())  # as in the next command's process
     monkeypatch.setenv(module.VARIABLE, "other, mynets")
     teacher = ["--teacher", run / "teacher"]
@@ -362,7 +361,7 @@ def test_a_cards_module_is_not_imported_unless_the_user_allows_it(mynets, comman
         ("mynets:function", "is no subclass of torch.nn.Module"),
         ("mynets:MLP --arguments depth=3", "--arguments depth: mynets:MLP takes channels, size, "),
         ("mynets:MLP --arguments width", "NAME=VALUE, such as width=64, got 'width'"),
-        ("mynets:MLP --arguments act=tanh", "the network fails on .*KeyError: 'tanh'"),
+        ("mynets:Picky --arguments act=tanh", "the network fails on .*KeyError: 'tanh'"),
         ("mynets:Flat", "made \\(2, 64\\) of x \\(2, 1, 8, 8\\), t \\(2,\\), expected"),
         ("mynets:Broken", "fails on x \\(2, 1, 8, 8\\), t \\(2,\\) \\(RuntimeError: mat1 and mat2"),
     ],

@@ -131,7 +131,9 @@ def test_the_interval_of_a_median_holds_it_in_95_of_100_samples():
     assert interval([3.0, 1.0, 2.0]) == (2.0, 1.0, 3.0)
 
 
-@pytest.mark.parametrize("name", ["samplers", "training-step", "evaluation", "frechet-distance"])
+@pytest.mark.parametrize(
+    "name", ["samplers", "training-step", "evaluation", "frechet-distance", "checksums"]
+)
 def test_each_part_is_timed_beside_the_bare_work_in_it(name, command, teacher, monkeypatch):
     sizes = {
         "samplers": (teacher, "--steps", 2, "--batch-size", 4),
@@ -141,14 +143,14 @@ def test_each_part_is_timed_beside_the_bare_work_in_it(name, command, teacher, m
             *("--features", "random"),
         ),
         "frechet-distance": ("--dims", 4),
+        "checksums": (teacher, "--megabytes", 1, "--num-images", 40),
     }
+    comparisons = {"training-step": 10, "checksums": 3}.get(name, 1)
     calls = []
     monkeypatch.setattr("benchmarks.turns.timed", lambda call, device: (calls.append(call()), 1.0))
     outcome = command(parts.main, name, *sizes[name], "--repeats", 1)
     assert outcome.code == 0, outcome
-    assert outcome.out.count("1.000 (1.000–1.000) times as long") == len(calls) / 2 - (
-        10 if name == "training-step" else 1
-    )
+    assert outcome.out.count("1.000 (1.000–1.000) times as long") == len(calls) / 2 - comparisons
     if name == "frechet-distance":
         theirs, ours, known = calls[:3]
         assert ours == known == pytest.approx(theirs, rel=1e-6)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -13,11 +14,20 @@ from PIL import Image
 from diffusion import captions, text_encoder
 from diffusion import data as datasets
 from diffusion.captions import EncoderPlace
-from diffusion.condition import Text, is_token
+from diffusion.condition import INSTEAD, Text, is_token, with_null
+from diffusion.config import FitConfig
 from diffusion.console import UserError
+from diffusion.denoiser import guide
 from diffusion.image_file import Form
+from diffusion.model import load as load_model
 from diffusion.networks import UNetConfig
 from diffusion.networks.text import CrossAttention, TextInput, Tokens
+from diffusion.noise import Noise
+from diffusion.samplers import sample
+from distill import cd, guidance, progressive
+from students import generate
+from students.prompts import encode
+from teachers import ddpm
 from tests.analytic import normal, random_denoiser, random_unet
 
 transformers = pytest.importorskip("transformers")
@@ -348,9 +358,168 @@ def test_a_text_adds_parameters_and_without_it_there_are_none():
     assert names == {"text", "down", "middle", "up"}
 
 
+def test_what_is_given_instead_stands_in_the_place_of_the_null():
+    text, other = told(2, 3, 1), told(4, 4, 4)
+    both = with_null({"text": text, INSTEAD + "text": other}, {"text": KIND})
+    assert both.keys() == {"text"}
+    assert torch.equal(both["text"], torch.cat([text, other]))
+
+
 def test_an_untrained_network_of_texts_predicts_zero_and_reads_a_token_for_no_text():
     torch.manual_seed(0)
     tokens = TextInput(KIND, 16)(None, 3)
     assert tokens.count.tolist() == [[True]] * 3
     net = UNetConfig(size=8, width=16).build(1, {"text": KIND})
     assert not net(normal(0, 3, 1, 8, 8), ANGLES.float(), {"text": told(1, 2, 3)}).any()
+
+
+# From captions to prompts: a teacher of coloured squares, its students, and what is asked of them
+
+COLOURS = {"red": (220, 30, 30), "green": (30, 190, 40), "blue": (30, 40, 210)}
+FIT = FitConfig(
+    iterations=150, batch_size=48, learning_rate=4e-3, warmup=10, ema=0.95, precision="fp32"
+)
+NET = UNetConfig(channels=3, size=8, width=16, multipliers=(1,), blocks=1, attention=(), patch=2)
+
+
+@pytest.fixture(scope="module")
+def captioned(tmp_path_factory, encoder) -> Path:
+    """A teacher: it knows 102 squares of three colours; one in seven has no caption."""
+    place, random = tmp_path_factory.mktemp("words"), np.random.default_rng(0)
+    folder = place / "squares"
+    for i in range(102):
+        name, colour = list(COLOURS.items())[i % 3]
+        shade = np.clip(np.array(colour) + random.integers(-25, 26, 3), 0, 255)
+        save(folder / f"{i:03d}.png", "#{:02x}{:02x}{:02x}".format(*shade))
+        if i % 7:
+            (folder / f"{i:03d}.txt").write_text(f"a {name} square")
+    options = replace(ddpm.Options.default(str(folder), 8), net=NET, fit=FIT)
+    options = replace(options, text_encoder=encoder, out=place / "runs" / "teacher")
+    ddpm.train_teacher(options)
+    return place / "runs" / "teacher"
+
+
+def nearest(images: np.ndarray) -> list[str]:
+    """The colour that each image (N, H, W, C) is nearest to."""
+    mean = images.reshape(len(images), -1, 3).mean(1)
+    distance = ((mean[:, None] - np.array(list(COLOURS.values()))) ** 2).sum(-1)
+    return [list(COLOURS)[i] for i in distance.argmin(1)]
+
+
+def made(command, *arguments: object) -> np.ndarray:
+    outcome = command(generate.main, *arguments)
+    assert outcome.code == 0, outcome.err
+    return np.load(arguments[arguments.index("--out") + 1])["images"]
+
+
+BY = ("--sampler", "ddim", "--steps", 8)
+
+
+def test_prompts_ask_for_images_in_turn_and_get_them(captioned, command, tmp_path):
+    lines = tmp_path / "prompts.txt"
+    lines.write_text("a green square\n\n  a blue   square\n")
+    asked = ("--prompt", "a red square", "--prompts", lines, "--guidance", 2, "--num", 30)
+    images = made(command, captioned, *asked, *BY, "--out", tmp_path / "a.npz")
+    right = [a == b for a, b in zip(nearest(images), [*COLOURS] * 10, strict=True)]
+    assert sum(right) >= 28
+    again = made(command, captioned, *asked, *BY, "--batch-size", 7, "--out", tmp_path / "b.npz")
+    assert (images.astype(int) - again).max() <= 1  # whatever the batch
+
+
+def test_a_folder_of_pictures_has_their_prompts_beside_as_a_folder_to_train_on(
+    captioned, command, tmp_path
+):
+    folder, asked = tmp_path / "made", ("--prompt", "a red square", "--prompt", "a blue square")
+    rest = (*BY, "--num", 5, "--batch-size", 2, "--shard", 3, "--out", folder)
+    assert command(generate.main, captioned, *asked, *rest).code == 0
+    names = [f"{i:06d}.png" for i in range(5)]
+    expected = [f"a {colour} square" for colour in ("red", "blue", "red", "blue", "red")]
+    assert captions.of_folder(folder, names) == expected
+    assert Image.open(folder / names[1]).text["Text"] == "a blue square"
+    assert command(generate.main, captioned, *rest).code == 0  # without prompts: none are left
+    assert not (folder / "metadata.jsonl").exists()
+    (folder / "metadata.jsonl").write_text("mine")
+    outcome = command(generate.main, captioned, *rest)
+    assert (outcome.code, (folder / "metadata.jsonl").read_text()) == (2, "mine")
+
+
+def test_a_negative_prompt_leads_away_from_what_it_names(captioned, command, tmp_path):
+    def reds(*more: object) -> int:
+        asked = (captioned, "--num", 48, *BY, *more, "--out", tmp_path / "a.npz")
+        return nearest(made(command, *asked)).count("red")
+
+    anything = reds()
+    assert 8 <= anything <= 24  # a third
+    assert reds("--negative-prompt", "a red square", "--guidance", 3) <= anything / 2
+
+
+def test_a_negative_prompt_stands_in_for_the_null_and_nothing_else(captioned):
+    model = load_model(captioned)
+    plan = model.plan(4, "ddim", guidance=2.5)
+    prompts = encode(model, plan, ["a red square"], "a blue square")
+    numbers = torch.arange(5)
+    guided = model.x0(plan, 0, numbers, prompts.condition(numbers))
+    red, blue = ({"text": rows.expand(5, -1, -1)} for rows in (prompts.rows, prompts.negative))
+
+    def denoise(x_t, t, condition=None):
+        return guide(model.denoiser(x_t, t, red), model.denoiser(x_t, t, blue), weight)
+
+    weight = torch.full((5,), 2.5)
+    expected = sample(denoise, Noise(0, numbers, model.shape), "ddim", plan.on(model.device), None)
+    close(guided, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--negative-prompt", "a red square"], "acts by --guidance: give a weight above 1"),
+        (["--prompt", "red", "--text-encoder", "nowhere"], "not at nowhere: name the folder"),
+        (["--text-encoder", "nowhere"], "encodes prompts: give a --prompt"),
+        (["--prompt", "red", "--prompt", "blue", "--num", 1], "leaves out some of 2 prompts"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_prompted_is_one_clear_line(captioned, command, tmp_path, arguments, words):
+    outcome = command(generate.main, captioned, *arguments, "--out", tmp_path / "a.png")
+    assert outcome.code == 2
+    assert words in outcome.err
+    assert outcome.err.count("\n") == 1
+
+
+def test_a_model_without_captions_takes_no_prompt(teacher, command, tmp_path):
+    outcome = command(generate.main, teacher, "--prompt", "7", "--out", tmp_path / "a.png")
+    assert outcome.code == 2
+    assert "--prompt needs a model of captions" in outcome.err
+
+
+def test_a_prompt_longer_than_every_caption_is_cut_and_said(captioned, command, tmp_path):
+    words = "a red square on white on white"
+    asked = (captioned, "--prompt", words, *BY, "--num", 1, "--out", tmp_path / "a.png")
+    assert "has 9 tokens, of which the model takes 5" in command(generate.main, *asked).out
+
+
+def test_students_carry_the_text_through(captioned, command, tmp_path):
+    fit = replace(FIT, iterations=40, learning_rate=1e-3)
+    rounds = progressive.Options(teacher=captioned, start_steps=8, rounds=(4,), fit=fit)
+    progressive.distill(rounds)
+    loss = cd.PRESETS["folder"].loss
+    cd.distill(cd.Options(teacher=captioned, loss=loss, fit=fit))
+    for student in ("progressive/0004", "consistency"):
+        run = captioned.parent / student
+        assert load_model(run).kinds == load_model(captioned).kinds
+        asked = [word for name in COLOURS for word in ("--prompt", f"a {name} square")]
+        images = made(command, run, *asked, "--num", 30, "--out", tmp_path / "a.npz")
+        right = [a == b for a, b in zip(nearest(images), [*COLOURS] * 10, strict=True)]
+        assert sum(right) >= 26, student
+
+
+def test_a_guided_student_takes_prompts_in_one_call_and_no_other(captioned, command, tmp_path):
+    fit = replace(FIT, iterations=30, learning_rate=1e-3)
+    guidance.distill(guidance.Options(teacher=captioned, guidance=(1, 3), own_guidance=2, fit=fit))
+    run = captioned.parent / "guided"
+    model = load_model(run)
+    assert model.calls_per_step(model.plan(8, "ddim", guidance=2.0)) == 1
+    asked = (run, "--prompt", "a green square", *BY, "--num", 12, "--out", tmp_path / "a.npz")
+    assert nearest(made(command, *asked)).count("green") >= 11
+    outcome = command(generate.main, *asked, "--negative-prompt", "a red square")
+    assert outcome.code == 2
+    assert "this student does both in one: leave it out" in outcome.err
