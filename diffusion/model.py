@@ -165,10 +165,12 @@ class Model:
             condition["guidance"] = torch.full(indices.shape, float(weight), device=indices.device)
         return condition or None
 
-    def x0(self, plan: Plan, seed: int, indices: Tensor, given: Condition | None = None) -> Tensor:
+    def x0(
+        self, plan: Plan, seed: int | Tensor, indices: Tensor, given: Condition | None = None
+    ) -> Tensor:
         """Images number `indices` (B,) of the seed: (B, C, H, W) float32 on the indices' device.
 
-        given: as `told` takes it.
+        seed: one for all, or each image's (B,). given: as `told` takes it.
         """
         noise, angles = Noise(seed, indices, self.shape), plan.on(indices.device)
         condition = self.told(plan, indices, given)

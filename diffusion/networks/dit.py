@@ -185,7 +185,7 @@ class DiT(Conditioned):
         tokens with which of them may be read."""
         condition = condition or {}
         embedding = F.silu(self.embedding(t, condition))
-        text, mask = self.read(condition.get("text"), len(x))
+        text, mask = self.read(condition.get("text"), x.shape[0])
         h = self.stem(F.pixel_unshuffle(x, self.config.patch).flatten(2).mT) + self.positions
         for block in self.blocks[: len(self.blocks) // 2]:
             h = block(h, embedding, text, mask)

@@ -16,6 +16,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from diffusion.console import UserError, printable, say, track
+from diffusion.images import InMemory, told
 from diffusion.samplers import SOLVERS
 from eval.measure import likelihood, machine, nfe, stream
 from eval.measure.judge import Judge
@@ -95,7 +96,7 @@ def template(bench: Bench, row: Row | Outside) -> Record:
             conditions=conditions,
         )
     card = row.model.card
-    spent = ("iterations", "images", "total_images", "seconds")
+    spent = ("iterations", "images", "total_images", "passes", "seconds")
     training = Training(**{name: card.training[name] for name in spent if name in card.training})
     if "settings" in card.training:
         training["recipe"] = recipe(card.training["settings"])
@@ -266,7 +267,9 @@ def likelihood_of(bench: Bench, row: Row, record: Record) -> Record:
     model = replace(row.model, denoiser=exact)
     # compiled was the other precision, and "fp32" alone leaves convolutions in TF32 on a GPU
     with torch.compiler.set_stance("force_eager"), machine.full_float32():
-        known = {name: real.test_condition[name][some] for name in model.kinds}
+        known = {k: rows[some] for k, rows in real.test_condition.items() if k in model.kinds}
+        held_out = told(InMemory(real.test[some], known), model.kinds)
+        known = held_out.take(torch.arange(len(held_out))).condition
         bits = likelihood.bits_per_dim(model, real.test[some], known or None, batch_size=64)
     return replace(record, likelihood=bits)
 

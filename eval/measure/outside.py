@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffusion.codec import Scale
+from diffusion.condition import Condition, Kinds
 from diffusion.console import UserError, printable
 from diffusion.data import ImageSpec
 from diffusion.image_file import Form, kinds, read, reason, unlimited
@@ -41,6 +43,7 @@ class Outside:
     """(seed, numbers of images) -> x0 (B, C, H, W) on the device."""
     plan = None
     long = False
+    kinds: ClassVar[Kinds] = {}
 
     @property
     def title(self) -> str:
@@ -50,8 +53,8 @@ class Outside:
     def name(self) -> str:
         return printable(self.path.stem if self.path.suffix in SCORED else self.path.name)
 
-    def x0(self, plan: None, seed: int, indices: Tensor) -> Tensor:
-        """As a Model's."""
+    def x0(self, plan: None, seed: int, indices: Tensor, given: Condition | None = None) -> Tensor:
+        """As a Model's; it is told nothing."""
         return self.make(seed, indices)
 
 

@@ -1,10 +1,11 @@
 """The real images that everything is judged by."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
 
+from diffusion.condition import Kinds
 from diffusion.data import Dataset, ImageSpec
 from diffusion.images import InMemory, some
 
@@ -24,13 +25,21 @@ class Real:
     """Of the labels among it; 0 for none."""
     of: int
     """How many training images the source has."""
+    given: Callable[[Tensor, Kinds], Mapping[str, Tensor]] = lambda numbers, kinds: {}
+    """What images of these numbers are told, of the real images': as Dataset.given has it."""
 
     @staticmethod
     def sample(dataset: Dataset) -> "Real":
         train, test = some(dataset.train), some(dataset.test)
         counts = dataset.num_classes, len(dataset.train)
         return Real(
-            dataset.spec, train.images, test.images, train.condition, test.condition, *counts
+            dataset.spec,
+            train.images,
+            test.images,
+            train.condition,
+            test.condition,
+            *counts,
+            dataset.given,
         )
 
     @property

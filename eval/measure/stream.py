@@ -13,6 +13,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from diffusion.codec import Codec
+from diffusion.condition import Condition, Kinds
 from diffusion.console import UserError, say
 from diffusion.files import Damaged, load_tensors, remove, save_tensors
 from diffusion.plan import Plan
@@ -32,7 +33,12 @@ class Maker(Protocol):
     @property
     def codec(self) -> Codec: ...
 
-    def x0(self, plan: Any, seed: int, indices: Tensor, /) -> Tensor: ...
+    @property
+    def kinds(self) -> Kinds: ...
+
+    def x0(
+        self, plan: Any, seed: int, indices: Tensor, given: Condition | None = None, /
+    ) -> Tensor: ...
 
 
 def indices(model: Maker, start: int, end: int) -> Tensor:
@@ -68,7 +74,8 @@ def look(
     for start in left[rank::count]:
         numbers = indices(model, start, min(start + batch_size, num_images))
         try:
-            call = partial(model.x0, plan, seed, numbers)
+            given = judge.dataset.given(numbers, model.kinds)
+            call = partial(model.x0, plan, seed, numbers, given)
             total += judge.see(watch(call, len(numbers)), start, model.codec)
         except (MemoryError, RuntimeError) as error:
             if not out_of_memory(error):
