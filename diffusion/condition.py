@@ -122,7 +122,8 @@ class Small:
         return self.channels, self.size, self.size
 
     def null(self, rows: Tensor) -> Tensor:
-        return self.noisy(torch.zeros_like(rows[:, :-1]), rows.new_full(rows.shape[:1], math.pi / 2))
+        noise = rows.new_full(rows.shape[:1], math.pi / 2)
+        return self.noisy(torch.zeros_like(rows[:, :-1]), noise)
 
     def rows(self, indices: Tensor) -> Tensor:
         """Small images that say nothing."""
