@@ -78,6 +78,7 @@ class Exported(ImageModel):
     def __init__(self, about: About, name: str, device: torch.device, run: Run):
         """run: inputs by name -> (images (B, H, W, C) uint8, x0), on the device."""
         self.about, self.name, self.device, self.run = about, name, device, run
+        self.method, self.sha256 = about.card.method, about.sha256
         self.spec = ImageSpec(**about.card.data)
         self.kinds = condition.from_json(about.card.condition)
         self.latent = codec.from_json(about.card.codec).shape(self.spec.shape)
@@ -104,13 +105,15 @@ class Exported(ImageModel):
             )
         return own.guided(guidance)
 
-    def inputs(self, plan: Plan, seed: int, numbers: Tensor, given: Condition) -> dict[str, Tensor]:
+    def inputs(
+        self, plan: Plan, seed: int | Tensor, numbers: Tensor, given: Condition
+    ) -> dict[str, Tensor]:
         """What its graph is given for images of these numbers, by name."""
         conditions = condition.usual(self.kinds, numbers, given)
         made = inputs(conditions, plan, seed, numbers, self.latent, self.about.draws)
         return {name: made[name] for name in self.about.inputs}
 
-    def make(self, plan: Plan, seed: int, numbers: Tensor, condition: Condition) -> Tensor:
+    def make(self, plan: Plan, seed: int | Tensor, numbers: Tensor, condition: Condition) -> Tensor:
         images, x0 = self.run(self.inputs(plan, seed, numbers, condition))
         if not x0.isfinite().all():
             raise UserError(f"{self.name} makes images that are not finite (NaN or infinite)")

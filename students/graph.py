@@ -43,7 +43,7 @@ class Sampling(nn.Module):
         x0 = sample(self.denoiser, steps, self.plan.sampler, angles, condition or None)
         return self.codec.decode(x0).permute(0, 2, 3, 1), x0
 
-    def inputs(self, model: Model, seed: int, numbers: Tensor) -> tuple[Tensor, ...]:
+    def inputs(self, model: Model, seed: int | Tensor, numbers: Tensor) -> tuple[Tensor, ...]:
         """What it is called with for images of these numbers (B,): those that the model makes."""
         rows = inputs(model.conditions(numbers), self.plan, seed, numbers, model.shape, self.draws)
         return tuple(rows[name] for name in self.names)
@@ -52,7 +52,7 @@ class Sampling(nn.Module):
 def inputs(
     conditions: dict[str, Tensor],
     plan: Plan,
-    seed: int,
+    seed: int | Tensor,
     numbers: Tensor,
     shape: tuple[int, int, int],
     draws: int,
