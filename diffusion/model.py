@@ -148,12 +148,7 @@ class Model:
     def conditions(self, indices: Tensor, given: Condition | None = None) -> dict[str, Tensor]:
         """The condition of images number `indices` (B,): what is given, and for the rest what its
         kind has for them; empty where the network takes none."""
-        given = given or {}
-        return {
-            name: given[name].to(indices.device) if name in given else kind.rows(indices)
-            for name, kind in self.kinds.items()
-            if not isinstance(kind, Guidance)
-        }
+        return condition.usual(self.kinds, indices, given)
 
     def told(self, plan: Plan, indices: Tensor, given: Condition | None = None) -> Condition | None:
         """What the network is told beside x_t and t, of images number `indices` (B,): their
@@ -248,9 +243,9 @@ def _weights(kinds: Kinds) -> tuple[float, float]:
     return next(iter(ranges), (0.0, MOST_GUIDANCE) if kinds else (1.0, 1.0))
 
 
-def read(path: Path) -> tuple[dict[str, Tensor], Card, str]:
+def read(path: Path, trust: bool = False) -> tuple[dict[str, Tensor], Card, str]:
     """Weights, card and the weights' sha256 of a checkpoint, ours or another maker's."""
-    other = foreign.door(path)
+    other = foreign.door(path, trust)
     return other() if other else checkpoint.load(path)
 
 
@@ -259,11 +254,15 @@ def load(
     precision: str = "fp32",
     device: torch.device | None = None,
     autoencoder: Path | None = None,
+    trust: bool = False,
 ) -> Model:
     """The model of a checkpoint, of a run's folder or of another maker's network by its prefix, for
-    inference, on this process's device."""
+    inference, on this process's device.
+
+    trust: whether a file of another maker may be loaded that may run code.
+    """
     with doing(f"reading {path}"):
-        weights, card, sha256 = read(path)
+        weights, card, sha256 = read(path, trust)
     try:
         card = replace(card, codec=codec.found(card.codec, path, autoencoder))
         denoiser = of_card(card, precision, weights)

@@ -13,7 +13,7 @@ from diffusion.plan import Plan
 from students.api import Checkpoint, ImageModel
 
 AUGMENTATION = 0.2  # angle of the noise on a small image that a model made
-GOLDEN = 0x9E3779B97F4A7C15
+GOLDEN, MASK = 0x9E3779B97F4A7C15, 2**63 - 1
 KEPT = 65_536  # small images, at most, that are not made again
 
 
@@ -79,9 +79,8 @@ class Cascade(ImageModel):
         if lacking:
             which = torch.tensor(lacking, device=numbers.device)
             told = {k: rows[which] for k, rows in condition.items() if k in self.first.kinds}
-            images = self.first.make(
-                self.first_plan, seeds.to(which.device)[which], numbers[which], told
-            ).cpu()
+            some = seeds.to(numbers.device)[which] if isinstance(seed, Tensor) else seed
+            images = self.first.make(self.first_plan, some, numbers[which], told).cpu()
             if len(self.made) + len(lacking) > KEPT:
                 self.made = {key: image for key, image in self.made.items() if key in keys}
             self.made |= {keys[row]: image for row, image in zip(lacking, images, strict=True)}
@@ -89,11 +88,8 @@ class Cascade(ImageModel):
 
 
 def other(seed: int | Tensor, number: int) -> int | Tensor:
-    """A seed whose noise is none of the seed's own; of several seeds (B,), as many."""
-    if isinstance(seed, Tensor):
-        others = [(each + number * GOLDEN) % 2**63 for each in seed.tolist()]
-        return torch.tensor(others, device=seed.device)
-    return (seed + number * GOLDEN) % 2**63
+    """A seed, or one for each image, whose noise is none of the seed's own."""
+    return (seed + (number * GOLDEN & MASK)) & MASK
 
 
 def stages(

@@ -45,7 +45,8 @@ class Options:
     """
 
     checkpoint: tyro.conf.Positional[Path]
-    """The model: a run's folder, a .safetensors file, or another maker's, as diffusers:PATH."""
+    """The model: a run's folder, a .safetensors file, or another maker's: diffusers:PATH,
+    or edm:PACKAGE.MODULE:FUNCTION."""
     num: int = 64
     """How many images to make."""
     steps: int | None = None
@@ -118,6 +119,9 @@ class Options:
     """The score from which an image is blocked."""
     metadata: bool = True
     """Files say how they were made: the model's sha256, seed, number, sampler and steps."""
+    trust: bool = False
+    """Load a model as edm:FILE.pt2. Such a file can run any code of its maker on this machine, as a
+    program can: trust one only if you made it or know who did."""
 
 
 def plan_of(model: Model, options: Options) -> Plan:
@@ -336,8 +340,8 @@ def main() -> None:
     machine.this_device()
     if not PartialState().is_main_process:
         silence()
-    precision = machine.precision(options.precision)
-    model = load(options.checkpoint, precision, autoencoder=options.autoencoder)
+    precision, place = machine.precision(options.precision), options.autoencoder
+    model = load(options.checkpoint, precision, autoencoder=place, trust=options.trust)
     pixels = math.prod(model.spec.shape)
     # a shard of pictures goes to the disk batch by batch
     held = options.num if suffix else min(options.shard, options.num)
