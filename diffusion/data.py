@@ -19,7 +19,7 @@ from diffusion.condition import Kinds, Label, of_images
 from diffusion.console import UserError, printable
 from diffusion.decoding import Listing, decoded
 from diffusion.image_file import Aspect, Form
-from diffusion.images import Images, Source
+from diffusion.images import Captioned, Images, Source
 from diffusion.machine import CACHE
 from diffusion.report import show
 from diffusion.typed import Sha256
@@ -88,10 +88,21 @@ class Dataset:
         """
         if not (names := of_images(self.kinds)):
             return {}
+        images, which = self._beside(numbers)
+        rows = images.take(which)
+        return {name: rows.condition[name].to(numbers.device) for name in names}
+
+    def captions_given(self, numbers: Tensor) -> list[str]:
+        """The captions that `given` tells them; none of images without."""
+        images, which = self._beside(numbers)
+        return images.captions(which) if isinstance(images, Captioned) else []
+
+    def _beside(self, numbers: Tensor) -> tuple[Images, Tensor]:
+        """Held-out images, or where there are none training images, and which stand beside images
+        of these numbers."""
         images = self.test if len(self.test) else self.train
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-        rows = images.take(order[numbers.cpu() % len(images)].to(images.device))
-        return {name: rows.condition[name].to(numbers.device) for name in names}
+        return images, order[numbers.cpu() % len(images)].to(images.device)
 
 
 # Name -> (folder of its files or None, the cache, whether it may be fetched, the form asked for) ->

@@ -266,7 +266,8 @@ def likelihood_of(bench: Bench, row: Row, record: Record) -> Record:
     model = replace(row.model, denoiser=exact)
     # compiled was the other precision, and "fp32" alone leaves convolutions in TF32 on a GPU
     with torch.compiler.set_stance("force_eager"), machine.full_float32():
-        known = {name: real.test_condition[name][some] for name in model.kinds}
+        rows = real.known(some)
+        known = {name: rows[name] for name in model.kinds}
         bits = likelihood.bits_per_dim(model, real.test[some], known or None, batch_size=64)
     return replace(record, likelihood=bits)
 

@@ -14,6 +14,7 @@ from diffusion.image_file import Form
 from diffusion.machine import CACHE
 from diffusion.owner import cached
 from eval.measure import sets
+from eval.measure.agreement import Agreement
 from eval.measure.features import Extractor
 from eval.measure.inception import file_sha256
 from eval.measure.intervals import uncertainty
@@ -50,6 +51,8 @@ class Judge:
     """The real images' name, split, number and sha256."""
     more: tuple[Representation, ...] = ()
     """Further extractors, whose distances are further figures."""
+    agreement: Agreement | None = None
+    """How well an image agrees with a text; None where no network for that was named."""
     known_balls: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     @staticmethod
@@ -60,6 +63,7 @@ class Judge:
         device: torch.device,
         more: Sequence[Extractor] = (),
         statistics: Path | None = None,
+        agreement: Agreement | None = None,
     ) -> "Judge":
         """more: further extractors. statistics: a file of saved ones, in place of those of the
         training images; where the dataset is empty they are all that is known."""
@@ -89,9 +93,8 @@ class Judge:
             data["background"] = dataset.spec.background
         if dataset.spec.aspect == "pad":
             data["aspect"] = "pad"
-        return Judge(
-            dataset, extractor, cross, device, train, test, real, bank, near, data, tuple(further)
-        )
+        known = dataset, extractor, cross, device, train, test, real, bank, near, data
+        return Judge(*known, tuple(further), agreement)
 
     @cached_property
     def some(self) -> Tensor:
@@ -111,8 +114,9 @@ class Judge:
             self.known_balls[count] = some, sets.radius(some, NEIGHBOURS)
         return self.known_balls[count]
 
-    def see(self, x0: Tensor, start: int, codec: Codec) -> Seen:
-        """Look at generated images, number `start` onwards: x0 (B, C, H, W), as sampled."""
+    def see(self, x0: Tensor, start: int, codec: Codec, asked: Tensor | None = None) -> Seen:
+        """Look at generated images, number `start` onwards: x0 (B, C, H, W), as sampled. asked:
+        (B,) the class that each was asked for."""
         values, outside = x0.flatten(1), torch.zeros(len(x0), device=x0.device).double()
         if codec.grey_levels:
             mean, std = codec.grey_levels
@@ -125,12 +129,21 @@ class Judge:
             ~values.isfinite().all(1),
             pixels.amax(1) == pixels.amin(1),
         ]
-        seen = self.see_images(images, start)
+        source, numbers = self.dataset.source, torch.arange(start, start + len(images))
+        texts = source.captions_given(numbers) if source else []
+        seen = self.see_images(images, start, asked, texts)
         seen.odd = torch.stack([value.double().sum() for value in (*odd, outside)])
         return seen
 
-    def see_images(self, images: Tensor, start: int = 0) -> Seen:
-        """Look at uint8 images (B, C, H, W) on the device, number `start` onwards."""
+    def see_images(
+        self,
+        images: Tensor,
+        start: int = 0,
+        asked: Tensor | None = None,
+        texts: Sequence[str] = (),
+    ) -> Seen:
+        """Look at uint8 images (B, C, H, W) on the device, number `start` onwards. asked: (B,) the
+        class that each should show; texts: what each should."""
         ours = self.extractor.extract(images)
         left = {name: max(0, limit - start) for name, limit in KEPT.items()}
         rows = {"features": ours[: left["features"]], "pixels": images[: left["pixels"]]}
@@ -140,6 +153,11 @@ class Judge:
             features = space.extractor.extract(images)
             moments[f"more{i}"] = Moments.of(features)
             rows[f"more{i}"] = features[: left["features"]]
+        if asked is not None:
+            rows["asked"] = asked[: left["features"]]
+        if self.agreement and texts:
+            kept = slice(0, left["features"])
+            rows["agreement"] = self.agreement(images[kept], texts[kept])
         odd = torch.zeros(4, dtype=torch.float64, device=images.device)
         return Seen(moments, odd, {start: rows})
 

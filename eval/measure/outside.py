@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffusion.codec import Scale
+from diffusion.condition import Condition
 from diffusion.console import UserError, printable
 from diffusion.data import ImageSpec
 from diffusion.image_file import Form, kinds, read, reason, unlimited
@@ -49,8 +50,8 @@ class Outside:
     def name(self) -> str:
         return printable(self.path.stem if self.path.suffix in SCORED else self.path.name)
 
-    def x0(self, plan: None, seed: int, indices: Tensor) -> Tensor:
-        """As a Model's."""
+    def x0(self, plan: None, seed: int, indices: Tensor, given: Condition | None = None) -> Tensor:
+        """As a Model's; nobody can tell it anything."""
         return self.make(seed, indices)
 
 

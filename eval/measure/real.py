@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from diffusion.data import Dataset, ImageSpec
-from diffusion.images import InMemory, some
+from diffusion.images import Captioned, InMemory, some, spread
 
 
 @dataclass(frozen=True)
@@ -24,14 +24,40 @@ class Real:
     """Of the labels among it; 0 for none."""
     of: int
     """How many training images the source has."""
+    source: Dataset | None = None
+    """All of it."""
 
     @staticmethod
     def sample(dataset: Dataset) -> "Real":
         train, test = some(dataset.train), some(dataset.test)
         counts = dataset.num_classes, len(dataset.train)
         return Real(
-            dataset.spec, train.images, test.images, train.condition, test.condition, *counts
+            dataset.spec,
+            train.images,
+            test.images,
+            train.condition,
+            test.condition,
+            *counts,
+            dataset,
         )
+
+    def given(self, numbers: Tensor) -> dict[str, Tensor]:
+        """What generated images number `numbers` are told: as Dataset.given."""
+        return self.source.given(numbers) if self.source else {}
+
+    def known(self, some: slice) -> Mapping[str, Tensor]:
+        """What is known of those held-out images, their texts too."""
+        if self.source is None:
+            return {name: rows[some] for name, rows in self.test_condition.items()}
+        which = spread(self.source.test, len(self.test))[some]
+        return self.source.test.take(which.to(self.source.test.device)).condition
+
+    def captions(self, some: slice) -> list[str]:
+        """The captions of those held-out images, "" for none; no list where there are none."""
+        test = self.source.test if self.source else None
+        if not isinstance(test, Captioned):
+            return []
+        return test.captions(spread(test, len(self.test))[some])
 
     @property
     def train_labels(self) -> Tensor | None:

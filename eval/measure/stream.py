@@ -13,6 +13,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from diffusion.codec import Codec
+from diffusion.condition import Condition, Label
 from diffusion.console import UserError, say
 from diffusion.files import Damaged, load_tensors, remove, save_tensors
 from diffusion.plan import Plan
@@ -32,7 +33,7 @@ class Maker(Protocol):
     @property
     def codec(self) -> Codec: ...
 
-    def x0(self, plan: Any, seed: int, indices: Tensor, /) -> Tensor: ...
+    def x0(self, plan: Any, seed: int, indices: Tensor, given: Condition | None, /) -> Tensor: ...
 
 
 def indices(model: Maker, start: int, end: int) -> Tensor:
@@ -68,8 +69,10 @@ def look(
     for start in left[rank::count]:
         numbers = indices(model, start, min(start + batch_size, num_images))
         try:
-            call = partial(model.x0, plan, seed, numbers)
-            total += judge.see(watch(call, len(numbers)), start, model.codec)
+            given = judge.dataset.given(numbers)
+            call = partial(model.x0, plan, seed, numbers, given)
+            x0 = watch(call, len(numbers))
+            total += judge.see(x0, start, model.codec, asked_of(model, numbers))
         except (MemoryError, RuntimeError) as error:
             if not out_of_memory(error):
                 raise
@@ -90,6 +93,12 @@ def look(
     if count > 1:
         total = reduce(add, (Seen.of(tensors, model.device) for _, tensors in gathered if tensors))
     yield num_images, total
+
+
+def asked_of(model: Maker, numbers: Tensor) -> Tensor | None:
+    """(B,) the class that each of a model's images is asked for; None for none."""
+    kind = getattr(model, "kinds", {}).get("label")
+    return kind.rows(numbers) if isinstance(kind, Label) else None
 
 
 def forget(part: Path) -> None:
