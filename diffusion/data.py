@@ -97,6 +97,13 @@ class Dataset:
         images, which = self._beside(numbers)
         return images.captions(which) if isinstance(images, Captioned) else []
 
+    def labels_given(self, numbers: Tensor) -> Tensor | None:
+        """The classes of the images whose rows `given` tells them; None where it tells nothing."""
+        if not of_images(self.kinds) or "label" not in self.kinds:
+            return None
+        images, which = self._beside(numbers)
+        return images.take(which).condition["label"].to(numbers.device)
+
     def _beside(self, numbers: Tensor) -> tuple[Images, Tensor]:
         """Held-out images, or where there are none training images, and which stand beside images
         of these numbers."""

@@ -13,11 +13,12 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from diffusion.codec import Codec
-from diffusion.condition import Condition, Label
+from diffusion.condition import Condition, Label, of_images
 from diffusion.console import UserError, say
 from diffusion.files import Damaged, load_tensors, remove, save_tensors
 from diffusion.plan import Plan
 from eval.measure.judge import Judge
+from eval.measure.real import Real
 from eval.measure.seen import Seen
 from eval.measure.timing import out_of_memory
 
@@ -72,7 +73,8 @@ def look(
             given = judge.dataset.given(numbers)
             call = partial(model.x0, plan, seed, numbers, given)
             x0 = watch(call, len(numbers))
-            total += judge.see(x0, start, model.codec, asked_of(model, numbers))
+            asked = asked_of(judge.dataset, model, numbers)
+            total += judge.see(x0, start, model.codec, asked)
         except (MemoryError, RuntimeError) as error:
             if not out_of_memory(error):
                 raise
@@ -95,10 +97,13 @@ def look(
     yield num_images, total
 
 
-def asked_of(model: Maker, numbers: Tensor) -> Tensor | None:
-    """(B,) the class that each of a model's images is asked for; None for none."""
-    kind = getattr(model, "kinds", {}).get("label")
-    return kind.rows(numbers) if isinstance(kind, Label) else None
+def asked_of(real: Real, model: Maker, numbers: Tensor) -> Tensor | None:
+    """(B,) the class that each of a model's images is asked for, or that of the real image whose
+    caption it is told; None for none."""
+    kinds = getattr(model, "kinds", {})
+    if isinstance(kind := kinds.get("label"), Label):
+        return kind.rows(numbers)
+    return real.source.labels_given(numbers) if real.source and of_images(kinds) else None
 
 
 def forget(part: Path) -> None:
