@@ -7,11 +7,11 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from diffusion.codec import prepared
-from diffusion.condition import Condition, Guidance, Kinds, take
+from diffusion.condition import Condition, Guidance, Kinds, Small, take
 from diffusion.config import FitConfig
 from diffusion.console import UserError
 from diffusion.data import Dataset
-from diffusion.images import Ahead, Rows
+from diffusion.images import Ahead, Rows, told
 from diffusion.noise import seed32
 
 
@@ -74,7 +74,8 @@ class Batches:
         self.config, self.device = config, worker.device
         self.shape = dataset.codec.shape(dataset.spec.shape)
         self.rank, self.world = worker.process_index, worker.num_processes
-        source, self.x0 = prepared(dataset.codec, dataset.train, config.flip)
+        train = told(dataset.train, kinds or {})
+        source, self.x0 = prepared(dataset.codec, train, config.flip)
         self.images = source.near(worker.device)
         self.generator = torch.Generator(worker.device)
         self.picker = torch.Generator(self.images.device)
@@ -84,7 +85,7 @@ class Batches:
         self.guidance = weights[0] if weights else None
         self.kinds = {name: kind for name, kind in kinds.items() if kind is not self.guidance}
         for name in [*self.kinds] or ["label"] * bool(self.guidance):
-            if name not in dataset.kinds:
+            if name not in dataset.kinds and not isinstance(kinds.get(name), Small):
                 raise UserError(
                     f"the network takes a {name} for each image, but {dataset.spec.name} has none: "
                     "choose data with one"
@@ -126,6 +127,11 @@ class Batches:
             kept = kept >= self.config.label_dropout
             for name, kind in self.kinds.items():
                 known = rows.condition[name]
+                if isinstance(kind, Small):
+                    share_of_angle = torch.rand(size, generator=random, device=device)[share]
+                    noise = torch.randn(size, *kind.shape, generator=random, device=device)[share]
+                    turned = mirrored if self.config.flip else None
+                    known = kind.trained(known, turned, share_of_angle, noise)
                 row_kept = kept.reshape(-1, *(1,) * (known.ndim - 1))
                 condition[name] = known.where(row_kept, kind.null(known))
         if self.guidance:

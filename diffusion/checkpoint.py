@@ -48,6 +48,7 @@ class Training(TypedDict, total=False, extra_items=Any):
     iterations: Count
     images: Count
     total_images: Count
+    passes: Count
     seconds: Amount
 
 

@@ -4,11 +4,13 @@ A condition is a mapping of names to tensors (B, ...): a label, a guidance weigh
 network takes. None says nothing. What a name means is its Kind, which a checkpoint's card holds.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Protocol
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
@@ -94,7 +96,76 @@ def is_token(text: Tensor) -> Tensor:
     return text.ne(0).any(-1)
 
 
-KINDS: dict[str, type[Kind]] = {"label": Label, "guidance": Guidance, "text": Text}
+@dataclass(frozen=True)
+class Small:
+    """A smaller version of the image, to be refined: (B, C + 1, s, s) float32.
+
+    The first C channels are cos(a) y + sin(a) eps, where y is the small image of about unit
+    variance: noise makes what an earlier model got wrong look like what training shows (Ho et al.
+    2021, section 4). The last channel is the angle a: 0 for a clean one, pi/2 for one that says
+    nothing.
+    """
+
+    channels: Annotated[int, Field(ge=1, le=1024)]
+    size: Annotated[int, Field(ge=1, le=65536)]
+    """s, its height and width."""
+    mean: Annotated[float, Field(ge=0, le=255)]
+    """Grey level that becomes 0."""
+    std: Annotated[float, Field(ge=1e-6, le=255)]
+    """Grey levels of one unit."""
+    most: Annotated[float, Field(ge=0, le=math.pi / 2)] = math.pi / 4
+    """The largest a in training, where it is uniform from 0."""
+    from_images: ClassVar[bool] = True
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.channels, self.size, self.size
+
+    def null(self, rows: Tensor) -> Tensor:
+        return self.noisy(torch.zeros_like(rows[:, :-1]), rows.new_full((len(rows),), math.pi / 2))
+
+    def rows(self, indices: Tensor) -> Tensor:
+        """Small images that say nothing."""
+        nothing = torch.zeros(len(indices), self.channels + 1, *self.shape[1:])
+        return self.null(nothing.to(indices.device))
+
+    def reduced(self, images: Tensor) -> Tensor:
+        """Images (B, C, H, W) uint8 as small ones, uint8: means of squares of pixels."""
+        small = F.adaptive_avg_pool2d(images.float(), self.size)
+        return small.round().to(torch.uint8)
+
+    def clean(self, small: Tensor) -> Tensor:
+        """Rows of small images (B, C, s, s) uint8, without noise."""
+        y = (small.float() - self.mean) / self.std
+        return self.noisy(y, y.new_zeros(len(y)))
+
+    def of(self, images: Tensor) -> Tensor:
+        """Rows, without noise, of images (B, C, H, W) uint8."""
+        return self.clean(self.reduced(images))
+
+    def noisy(self, y: Tensor, angle: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Rows of small images y (B, C, s, s), turned by these angles (B,) to the noise."""
+        turn = angle[:, None, None, None].expand(-1, 1, *y.shape[2:])
+        turned = turn.cos() * y if noise is None else turn.cos() * y + turn.sin() * noise
+        return torch.cat([turned, turn], dim=1)
+
+    def trained(
+        self, rows: Tensor, mirrored: Tensor | None, share: Tensor, noise: Tensor
+    ) -> Tensor:
+        """An image's clean rows as training shows them: noisy at a share (B,) of the largest angle,
+        and mirrored with the image."""
+        y = rows[:, :-1]
+        if mirrored is not None:
+            y = torch.where(mirrored[:, None, None, None], y.flip(-1), y)
+        return self.noisy(y, share * self.most, noise)
+
+
+KINDS: dict[str, type[Kind]] = {
+    "label": Label,
+    "guidance": Guidance,
+    "text": Text,
+    "small": Small,
+}
 Kinds = Mapping[str, Kind]  # a condition's names -> their kinds
 
 

@@ -19,7 +19,7 @@ from diffusion.condition import Kinds, Label, of_images
 from diffusion.console import UserError, printable
 from diffusion.decoding import Listing, decoded
 from diffusion.image_file import Aspect, Form
-from diffusion.images import Captioned, Images, Source
+from diffusion.images import Captioned, Images, Source, told
 from diffusion.machine import CACHE
 from diffusion.report import show
 from diffusion.typed import Sha256
@@ -80,16 +80,18 @@ class Dataset:
         label = self.kinds.get("label")
         return label.num_classes if isinstance(label, Label) else 0
 
-    def given(self, numbers: Tensor) -> dict[str, Tensor]:
+    def given(self, numbers: Tensor, kinds: Kinds | None = None) -> dict[str, Tensor]:
         """What images number `numbers` (B,) are told, if they are to be compared with real ones.
 
         Of what has no usual rows (`condition.of_images`), those of held-out images, in an order
-        that is always the same; of training images where none is held out.
+        that is always the same; of training images where none is held out. kinds: what a model is
+        told, if that is not all that is known of the images.
         """
-        if not (names := of_images(self.kinds)):
+        kinds = self.kinds if kinds is None else kinds
+        if not (names := of_images(kinds)):
             return {}
         images, which = self._beside(numbers)
-        rows = images.take(which)
+        rows = told(images, kinds).take(which)
         return {name: rows.condition[name].to(numbers.device) for name in names}
 
     def captions_given(self, numbers: Tensor) -> list[str]:
@@ -98,8 +100,8 @@ class Dataset:
         return images.captions(which) if isinstance(images, Captioned) else []
 
     def labels_given(self, numbers: Tensor) -> Tensor | None:
-        """The classes of the images whose rows `given` tells them; None where it tells nothing."""
-        if not of_images(self.kinds) or "label" not in self.kinds:
+        """The classes of the images whose rows `given` tells them; None of images without."""
+        if "label" not in self.kinds:
             return None
         images, which = self._beside(numbers)
         return images.take(which).condition["label"].to(numbers.device)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import AfterValidator, Field
@@ -68,6 +68,9 @@ class Denoiser(nn.Module):
     without. All of this is in `forward`, for gradients are synchronised of no other call.
     """
 
+    passes: ClassVar[int] = 0
+    """Images that any denoiser's network was called on in this process."""
+
     def __init__(
         self,
         net: nn.Module,
@@ -130,6 +133,7 @@ class Denoiser(nn.Module):
         dropout: torch.Generator | None = None,
     ) -> Any:
         """What the network, or a part of it, makes in this denoiser's precision and layout."""
+        Denoiser.passes += len(x_t)
         if dropout and self.training:  # a network's own dropout layers draw from torch's generator
             torch.manual_seed(dropout.initial_seed())
         with torch.autocast(x_t.device.type, torch.bfloat16, enabled=self.precision == "bf16"):

@@ -45,7 +45,8 @@ def check_claim(folder: Path, kind: str = "run") -> None:
 
     It writes nothing, so that it can come before the work: `claim` comes when that has begun.
     """
-    kinds = _kinds(folder)
+    stranger = next(_entries(folder), None)  # before the mark, which is the first of our files:
+    kinds = _kinds(folder)  # another command may be making the folder
     if kind in kinds:  # a finished run may lie where one cannot write
         return
     if kinds:
@@ -54,7 +55,7 @@ def check_claim(folder: Path, kind: str = "run") -> None:
             "give another --out"
         )
     require_folder(folder)
-    if stranger := next(_entries(folder), None):
+    if stranger:
         raise _foreign(stranger)
 
 

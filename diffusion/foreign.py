@@ -1,7 +1,8 @@
 """Checkpoints of other makers, by a prefix: each is read once into weights and a card like ours.
 
 `diffusers:PATH` is a folder that `save_pretrained` of diffusers wrote, or a name on the Hugging
-Face hub. What is read is a teacher like any other: everything behind the card is the same.
+Face hub; `edm:PACKAGE.MODULE:FUNCTION` a denoiser of the user's own code. What is read is a teacher
+like any other: everything behind the card is the same.
 """
 
 import json
@@ -14,15 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusion import codec, condition, networks, text_encoder
+from diffusion import autoencoder, codec, condition, networks, text_encoder
 from diffusion.checkpoint import Card, weights_sha256
-from diffusion.codec import Scale
+from diffusion.codec import Codec, Scale
 from diffusion.condition import Kind, Label, Text
 from diffusion.console import UserError, say
 from diffusion.data import ImageSpec
 from diffusion.denoiser import DenoiserConfig
+from diffusion.latents import Latents
+from diffusion.networks import edm
 from diffusion.networks.diffusers import DiffusersConfig, Levels, levels, library
 from diffusion.plan import plan
+from diffusion.schedules import karras
 from diffusion.text_encoder import TextEncoder
 
 Checkpoint = tuple[dict[str, Tensor], Card, str]  # weights, card, the weights' sha256
@@ -31,20 +35,46 @@ LEAST_SIGNAL = 1e-3  # cos t below which eps says nothing of x0
 MODEL_FOLDERS = ("unet", "transformer", "model")
 
 
-def door(path: Path) -> Callable[[], Checkpoint] | None:
-    """What reads the checkpoint that the path names by a prefix; None for a path of the disk."""
+def door(path: Path, trust: bool = False) -> Callable[[], Checkpoint] | None:
+    """What reads the checkpoint that the path names by a prefix; None for a path of the disk.
+
+    trust: whether a file may be loaded that may run code.
+    """
     prefix, colon, place = str(path).partition(":")
     if not colon or prefix not in DOORS:
         return None
-    return lambda: DOORS[prefix](place)
+    return lambda: DOORS[prefix](place, trust)
 
 
 def name_of(path: Path) -> str:
-    """The last part of what stands after the prefix: the name of its students' folder."""
-    return Path(str(path).partition(":")[2]).name
+    """The name of its students' folder: the last part of a folder, a file or a module."""
+    place = str(path).partition(":")[2]
+    return Path(place.partition(":")[0]).name.removesuffix(edm.EXPORTED).rpartition(".")[2]
 
 
-def of_diffusers(place: str) -> Checkpoint:
+def of_edm(place: str, trust: bool) -> Checkpoint:
+    """A denoiser D(x, sigma) of images from -1 to 1."""
+    exported = place.endswith(edm.EXPORTED)
+    if exported:
+        place = str(Path(place).resolve())
+    if trust or not exported:  # a module is the user's own: he has just named it
+        networks.trust(place)
+    weights, net, classes = edm.described(place)
+    kinds: dict[str, Kind] = {"label": Label(classes)} if classes else {}
+    card = Card(
+        method="teacher",
+        plans=(plan("ddim", karras(1000, net.sigma_min, net.sigma_max)),),
+        abilities=("denoise",),
+        net=networks.to_json(net),
+        denoiser=DenoiserConfig().to_json(),
+        condition=condition.to_json(kinds),
+        codec=codec.to_json(PIXELS),
+        data=asdict(ImageSpec("", net.channels, net.size, classes=classes > 0)),
+    )
+    return weights, card, weights_sha256(weights)
+
+
+def of_diffusers(place: str, trust: bool) -> Checkpoint:
     """A network of diffusers, or a whole pipeline. UserError for what is not supported."""
     folder = _on_disk(place)
     inside = next((name for name in MODEL_FOLDERS if (folder / name).is_dir()), "")
@@ -61,7 +91,8 @@ def of_diffusers(place: str) -> Checkpoint:
         net = DiffusersConfig(*shape, architecture, _plain(config), _plain(scheduler))
         net.check()
         denoiser, kinds = _denoiser(scheduler, noise), _label(config)
-        spec = ImageSpec("", *shape, classes="label" in kinds)
+        seen = _codec(folder, net.channels)
+        spec = _images(seen, net, classes="label" in kinds)
         weights = _weights(folder / inside, architecture)
         if architecture == "UNet2DConditionModel":
             encoder = _encoder(folder, config)
@@ -81,7 +112,7 @@ def of_diffusers(place: str) -> Checkpoint:
         net=networks.to_json(net),
         denoiser=denoiser.to_json(),
         condition=condition.to_json(kinds),
-        codec=codec.to_json(PIXELS),
+        codec=codec.to_json(seen),
         data=asdict(spec),
     )
     return weights, card, weights_sha256(weights)
@@ -146,6 +177,31 @@ def _shape(config: dict[str, Any]) -> tuple[int, int]:
             "side of square images, and a number"
         )
     return channels, size
+
+
+def _codec(folder: Path, channels: int) -> Codec:
+    """Pixels from -1 to 1, or a pipeline's latents, scaled as its network takes them."""
+    if not (folder / "vae").is_dir():
+        return PIXELS
+    place = f"{autoencoder.FOREIGN}{(folder / 'vae').resolve()}"
+    network = autoencoder.load(place)
+    if network.latent_channels != channels:
+        raise UserError(
+            f"its network takes {channels} channels, and its autoencoder makes "
+            f"{network.latent_channels}: expected as many"
+        )
+    config = _json(folder / "vae" / "config.json", "an autoencoder's config")
+    scale, shift = config.get("scaling_factor") or 1.0, config.get("shift_factor") or 0.0
+    mean, std = (float(shift),) * channels, (1 / float(scale),) * channels
+    return Latents(autoencoder.absolute(place), network.sha256, network.factor, mean, std)
+
+
+def _images(seen: Codec, net: DiffusersConfig, classes: bool) -> ImageSpec:
+    """The shape of its images, of which nothing else is known."""
+    if isinstance(seen, Latents):
+        pixels = autoencoder.load(seen.autoencoder, seen.sha256).channels, net.size * seen.factor
+        return ImageSpec("", *pixels, classes=classes)
+    return ImageSpec("", net.channels, net.size, classes=classes)
 
 
 def _label(config: dict[str, Any]) -> dict[str, Kind]:
@@ -219,4 +275,4 @@ def _weights(folder: Path, architecture: str) -> dict[str, Tensor]:
     return {name: value.contiguous() for name, value in network.state_dict().items()}
 
 
-DOORS: dict[str, Callable[[str], Checkpoint]] = {"diffusers": of_diffusers}
+DOORS: dict[str, Callable[[str, bool], Checkpoint]] = {"diffusers": of_diffusers, "edm": of_edm}

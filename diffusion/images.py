@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from diffusion.condition import Kinds
+from diffusion.condition import Kinds, Small
 from diffusion.machine import free_memory
 
 SAMPLE = 60_000  # images, evenly spread, that stand for a source in scales, features and copies
@@ -169,6 +169,46 @@ class Captioned:
         another machine, and they are the same."""
         both = f"{self.images.fingerprint()} {self.texts.sha256}"
         return hashlib.sha256(both.encode()).hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
+class Reduced:
+    """Images, of whatever source, with conditions that are made of their pixels."""
+
+    images: Images
+    kinds: Mapping[str, Small]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.images.shape
+
+    @property
+    def device(self) -> torch.device:
+        return self.images.device
+
+    @property
+    def slow(self) -> bool:
+        return self.images.slow
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def take(self, indices: Tensor) -> Rows:
+        rows = self.images.take(indices)
+        made = {name: kind.of(rows.images) for name, kind in self.kinds.items()}
+        return rows._replace(condition={**rows.condition, **made})
+
+    def near(self, device: torch.device) -> "Reduced":
+        return replace(self, images=self.images.near(device))
+
+    def fingerprint(self) -> str:
+        return self.images.fingerprint()
+
+
+def told(images: Images, kinds: Kinds) -> Images:
+    """The images with all that a model of these kinds is told which their pixels say."""
+    small = {name: kind for name, kind in kinds.items() if isinstance(kind, Small)}
+    return Reduced(images, small) if small else images
 
 
 def spread(images: Images, most: int) -> Tensor:

@@ -170,10 +170,12 @@ class Model:
             condition["guidance"] = torch.full(indices.shape, float(weight), device=indices.device)
         return condition or None
 
-    def x0(self, plan: Plan, seed: int, indices: Tensor, given: Condition | None = None) -> Tensor:
+    def x0(
+        self, plan: Plan, seed: int | Tensor, indices: Tensor, given: Condition | None = None
+    ) -> Tensor:
         """Images number `indices` (B,) of the seed: (B, C, H, W) float32 on the indices' device.
 
-        given: as `told` takes it.
+        seed: one for all, or each image's (B,). given: as `told` takes it.
         """
         noise, angles = Noise(seed, indices, self.shape), plan.on(indices.device)
         condition = self.told(plan, indices, given)
@@ -246,9 +248,9 @@ def _weights(kinds: Kinds) -> tuple[float, float]:
     return next(iter(ranges), (0.0, MOST_GUIDANCE) if kinds else (1.0, 1.0))
 
 
-def read(path: Path) -> tuple[dict[str, Tensor], Card, str]:
+def read(path: Path, trust: bool = False) -> tuple[dict[str, Tensor], Card, str]:
     """Weights, card and the weights' sha256 of a checkpoint, ours or another maker's."""
-    other = foreign.door(path)
+    other = foreign.door(path, trust)
     return other() if other else checkpoint.load(path)
 
 
@@ -257,11 +259,15 @@ def load(
     precision: str = "fp32",
     device: torch.device | None = None,
     autoencoder: Path | None = None,
+    trust: bool = False,
 ) -> Model:
     """The model of a checkpoint, of a run's folder or of another maker's network by its prefix, for
-    inference, on this process's device."""
+    inference, on this process's device.
+
+    trust: whether a file of another maker may be loaded that may run code.
+    """
     with doing(f"reading {path}"):
-        weights, card, sha256 = read(path)
+        weights, card, sha256 = read(path, trust)
     try:
         card = replace(card, codec=codec.found(card.codec, path, autoencoder))
         denoiser = of_card(card, precision, weights)

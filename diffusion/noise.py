@@ -51,9 +51,10 @@ class Noise:
     indices: (B,) int64, the images' global numbers; the noise lives on their device.
     """
 
-    def __init__(self, seed: int, indices: Tensor, shape: tuple[int, ...]):
+    def __init__(self, seed: int | Tensor, indices: Tensor, shape: tuple[int, ...]):
+        """seed: one for all, or (B,) int64."""
         self.shape, self.drawn = tuple(shape), 0
-        start = _hash(torch.tensor(seed, dtype=torch.int64, device=indices.device) + _GOLDEN)
+        start = _hash(torch.as_tensor(seed, dtype=torch.int64, device=indices.device) + _GOLDEN)
         self.streams = _hash(start ^ _hash(indices * _GOLDEN + 1))[:, None]
         self.pairs = (math.prod(shape) + 1) // 2
         self.counter = torch.arange(self.pairs, device=indices.device)

@@ -85,14 +85,14 @@ class AModel(Product[Model]):
 
     def show(self, run: Path, student: nn.Module) -> None:
         assert isinstance(student, Denoiser)
-        draw(run, Model(student, self.card, sha256=""), calls=16)
+        draw(run, Model(student, self.card, sha256=""), 16, self.dataset)
 
     def leave(self, run: Path, method: Method, training: dict) -> None:
         card, student = replace(self.card, training=training), method.players["student"].module
         assert isinstance(student, Denoiser)
         for name, denoiser in self.beside.items():  # first: a run that has its model is whole
             checkpoint.save(run / name, denoiser.net.state_dict(), card)
-        leave(run, student, card)
+        leave(run, student, card, self.dataset)
 
     def load(self, run: Path, precision: str) -> tuple[Model, dict]:
         model = load(run, precision)
@@ -181,6 +181,7 @@ def _train(
         "iterations": config.iterations,
         "images": images,
         "total_images": images + settings.get("earlier_images", 0),
+        "passes": last.passes,
         "seconds": last.seconds,
     }
     if processes.is_main_process:
@@ -282,24 +283,29 @@ class Preview:
             self.took = self.drawn - begun
 
 
-def draw(run: Path, model: Model, calls: int = 50) -> None:
-    """Write samples.png, 64 images by the model's own plan, or where that is longer by a solver."""
+def draw(run: Path, model: Model, calls: int = 50, dataset: Dataset | None = None) -> None:
+    """Write samples.png, 64 images by the model's own plan, or where that is longer by a solver.
+
+    dataset: whose held-out images say what the model is told, where nothing is usual.
+    """
     indices, steps = torch.arange(64, device=model.device), model.card.plans[0].num_steps
     # a teacher's 1000 calls would take longer than its training where there is no GPU
     sampler = next((name for name in QUICK if name in model.solvers), None)
     plan = model.plan(calls, sampler) if steps > calls and sampler else model.card.plans[0]
     with torch.compiler.set_stance("force_eager"):  # to compile for one batch would take longer
-        images = model.sample(plan, 0, indices)
+        given = dataset.given(indices, model.kinds) if dataset else None
+        images = model.sample(plan, 0, indices, given)
     save_grid(run / "samples.png", images)
 
 
 QUICK = ("unipc", "dpm-solver++", "ddim")  # solvers of few calls, the best first
 
 
-def leave(run: Path, denoiser: Denoiser, card: Card) -> None:
+def leave(run: Path, denoiser: Denoiser, card: Card, dataset: Dataset | None = None) -> None:
     """Write the run's samples.png, then its model.safetensors: the run is finished."""
     weights = {name: value.cpu() for name, value in denoiser.net.state_dict().items()}
-    draw(run, Model(denoiser.requires_grad_(False), card, checkpoint.weights_sha256(weights)))
+    model = Model(denoiser.requires_grad_(False), card, checkpoint.weights_sha256(weights))
+    draw(run, model, dataset=dataset)
     checkpoint.save(run / "model.safetensors", weights, card)
 
 

@@ -165,6 +165,7 @@ class Progress(NamedTuple):
     images_per_second: Amount
     seconds: Amount
     number: Count = 0  # of lines with this one; 0 in a state from before they were counted
+    passes: Count = 0  # forward, of all networks, on an image each; 0 as above
 
 
 LINE = TypeAdapter(Progress)
@@ -212,8 +213,8 @@ def fit(
     followers = {"average": average, **method.followers}
     optimizers = {name: _optimizer(trained[name], config, fused) for name in nets}
     before = _restore(state, nets, followers, optimizers)
-    start, spent, number = (
-        (before.iteration, before.seconds, before.number) if before else (0, 0, 0)
+    start, spent, number, passes = (
+        (before.iteration, before.seconds, before.number, before.passes) if before else (0,) * 4
     )
     if config.compile:  # what is never called is never compiled
         averaged = (getattr(follower, "module", None) for follower in followers.values())
@@ -247,16 +248,18 @@ def fit(
                 due = time.monotonic() - begun > EARLY
             if not due and not (stop and alone):
                 continue
-            means = torch.cat([sums / counted, _largest(nets), sums.new_tensor([len(stop)])])
-            mean_loss, mean_norm, largest, stopped = worker.reduce(means, "mean").tolist()
+            mine = sums.new_tensor([len(stop), team.passes])
+            means = worker.reduce(torch.cat([sums / counted, _largest(nets), mine]), "mean")
+            mean_loss, mean_norm, largest, stopped, passed = means.tolist()
             now = time.monotonic()
             if not math.isfinite(mean_loss + mean_norm + largest):
                 raise _diverged(done, kept, state, config)
             seconds = spent + now - begun
             pace = counted * config.batch_size / (now - logged)
-            means = mean_loss, mean_norm
+            passes += round(passed * worker.num_processes)
             number += 1
-            line = Progress(done, config.iterations, *means, rate, pace, seconds, number)
+            means = mean_loss, mean_norm
+            line = Progress(done, config.iterations, *means, rate, pace, seconds, number, passes)
             save = stopped or done == config.iterations or now - saved >= config.save_every
             if worker.is_main_process and save:
                 _save(state, nets, followers, optimizers, line, settings)
@@ -269,7 +272,7 @@ def fit(
                 number = stop[0] if stop else signal.SIGTERM
                 raise Interrupted(f"{where}; the same command resumes", number)
             sums.zero_()
-            counted, logged = 0, now
+            counted, team.passes, logged = 0, 0, now
             yield line
     student.load_state_dict(average.module.state_dict())
     for net in nets.values():
@@ -291,6 +294,7 @@ class Team:
         self.bare = {name: player.module for name, player in method.players.items()}
         self.shared = {name: worker.prepare(net) for name, net in self.bare.items()}
         self.optimizers = {name: worker.prepare(each) for name, each in optimizers.items()}
+        self.passes = 0  # images that a denoiser's network was called on within the losses
 
     def step(self, batch: Batch, turn: Turn, rate: float, config: FitConfig) -> Tensor:
         """Move those whose turn it is. (2,): the loss, and the norm of its gradient.
@@ -309,7 +313,9 @@ class Team:
                 if number < config.accumulate:
                     for name in turn.movers:
                         alone.enter_context(self.worker.no_sync(self.shared[name]))
+                before = Denoiser.passes
                 loss = self.method.loss(nets, part, turn).sum() / share
+                self.passes += Denoiser.passes - before
                 self.worker.backward(loss)
             total = total + loss.detach()
         moved = list(chain(*(self.trained[name] for name in turn.movers)))

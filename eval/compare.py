@@ -115,8 +115,11 @@ def plan(options: Options, paths: tuple[Path, ...]) -> list[Row]:
     if not paths:
         return []
     counts = counts_of(options.steps)
-    place = options.autoencoder
-    models = [(path, load(path, options.precision, autoencoder=place)) for path in find_runs(paths)]
+    place, trust = options.autoencoder, options.trust
+    models = [
+        (path, load(path, options.precision, autoencoder=place, trust=trust))
+        for path in find_runs(paths)
+    ]
     models.sort(key=lambda item: item[1].card.parent is not None)
     spec = next((model.spec for _, model in models if model.spec.name), None)
     if spec is None:

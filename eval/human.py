@@ -7,13 +7,16 @@ import random
 from base64 import b64encode
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import tyro
+from pydantic import TypeAdapter, with_config
 from rich import box
 from rich.table import Table
 from scipy.stats import binomtest
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from diffusion import checkpoint, model
 from diffusion import data as datasets
@@ -25,15 +28,28 @@ from diffusion.images import some
 from diffusion.machine import require_memory
 from diffusion.noise import check_seed, seed32
 from diffusion.pictures import png
-from diffusion.typed import parse
+from diffusion.typed import OPEN, Text, checked, parse
 from eval.measure import outside
 from eval.show import page
 from students import generate
 
 FORMAT = "fewstep-human-2"
-ANSWERS = ("a", "b", "neither")
 REAL = "real:"
 QUESTIONS = {True: "Which of the two is real?", False: "Which of the two looks better?"}
+
+
+@with_config(OPEN)
+class Judged(TypedDict):
+    """What the page saves of one judge's session."""
+
+    format: Literal["fewstep-human-2"]
+    a: Text
+    b: Text
+    session: str
+    answers: list[Literal["a", "b", "neither"]]
+
+
+JUDGED = TypeAdapter(Judged)
 
 
 @dataclass(frozen=True)
@@ -201,21 +217,17 @@ def make(options: Make) -> None:
 def tally(path: Path) -> Tally:
     """The judgements of one file: wins are A's, or the generated images' against real ones."""
     try:
-        results = parse(path.read_bytes())
-        if results["format"] != FORMAT:
-            raise ValueError(f"format {results['format']!r}, expected {FORMAT!r}")
-        a, b, session = (str(results[name]) for name in ("a", "b", "session"))
-        answers = results["answers"]
-        if not isinstance(answers, list) or {*answers} - {*ANSWERS}:
-            raise ValueError(f"expected answers out of {', '.join(ANSWERS)}")
+        values = parse(path.read_bytes())
     except FileNotFoundError:
         raise UserError(f"no file {path}: expected what the page's Download button saved") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except ValueError as error:
         raise UserError(f"{path} is not a results file of eval.human ({error!s:.200})") from error
-    wins, losses, neither = map(answers.count, ANSWERS)
+    judged = checked(JUDGED, values, f"{path} is not a results file of eval.human")
+    a, b, answers = judged["a"], judged["b"], judged["answers"]
+    wins, losses, neither = (answers.count(each) for each in ("a", "b", "neither"))
     if a.startswith(REAL) and not b.startswith(REAL):
         a, b, wins, losses = b, a, losses, wins
-    return Tally(a, b, wins, losses, neither, session)
+    return Tally(a, b, wins, losses, neither, judged["session"])
 
 
 def read(options: Read) -> Table:

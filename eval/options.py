@@ -79,8 +79,9 @@ class Options:
     fashion-mnist; for other data inception where its weights are on this machine, else
     efficientnet-lite0."""
     trust: bool = False
-    """Load a .pt or .pt2 file of --features. Such a file can run any code of its maker on this
-    machine, as a program can: trust one only if you made it or know who did."""
+    """Load a .pt or .pt2 file of --features, or a model as edm:FILE.pt2. Such a file can run any
+    code of its maker on this machine, as a program can: trust one only if you made it or know who
+    did."""
     inception: Path | None = None
     """Where clean-fid's weights are: the file inception-2015-12-05.pt or its folder. If left out:
     the cache, or downloaded to it."""

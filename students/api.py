@@ -61,9 +61,10 @@ class ImageModel(ABC):
         for all that is left out. UserError for what it cannot do."""
 
     @abstractmethod
-    def make(self, plan: Plan, seed: int, numbers: Tensor, condition: Condition) -> Tensor:
+    def make(self, plan: Plan, seed: int | Tensor, numbers: Tensor, condition: Condition) -> Tensor:
         """Images of these numbers (B,) of the seed, as one batch: (B, C, H, W) uint8.
 
+        seed: one for all, or each image's (B,).
         condition: rows (B, ...) by name; what it lacks is as usual for images of these numbers.
         """
 
@@ -195,7 +196,7 @@ class Checkpoint(ImageModel):
     ) -> Plan:
         return self.model.plan(steps, sampler, shift, guidance)
 
-    def make(self, plan: Plan, seed: int, numbers: Tensor, condition: Condition) -> Tensor:
+    def make(self, plan: Plan, seed: int | Tensor, numbers: Tensor, condition: Condition) -> Tensor:
         """Raises UserError for images that are not finite, which as uint8 would be black."""
         x0 = self.model.x0(plan, seed, numbers, condition)
         if not x0.isfinite().all():

@@ -16,6 +16,7 @@ from accelerate import PartialState
 from torch import Tensor
 
 from diffusion import machine
+from diffusion.condition import Small
 from diffusion.console import UserError, at_least, doing, run, say, silence, track
 from diffusion.files import write_atomic
 from diffusion.folders import check_file
@@ -24,6 +25,7 @@ from diffusion.noise import check_seed
 from diffusion.pictures import save_grid
 from diffusion.plan import MOST_STEPS, Plan
 from diffusion.samplers import SOLVERS
+from students import cascade
 from students.api import Checkpoint, ImageModel
 from students.prompts import Prompts, encode, from_file
 from students.provenance import Texts, provenance
@@ -39,7 +41,8 @@ class Options:
     """
 
     checkpoint: tyro.conf.Positional[Path]
-    """The model: a run's folder, a .safetensors file, or another maker's, as diffusers:PATH."""
+    """The model: a run's folder, a .safetensors file, or another maker's: diffusers:PATH,
+    or edm:PACKAGE.MODULE:FUNCTION."""
     num: int = 64
     """How many images to make."""
     steps: int | None = None
@@ -71,6 +74,12 @@ class Options:
     at all. A
     step of a teacher then takes 2 network calls, of a guided student 1. If left out: the
     checkpoint's own weight."""
+    then: tuple[Path, ...] = ()
+    """Models that refine the images, each those of the one before: what teachers.ddpm --from-size
+    made, and students of it. The smaller images are written first, as grid-16.png beside
+    grid.png."""
+    then_steps: tuple[int, ...] = ()
+    """Network calls of each --then model for each image. If left out: each one's own number."""
     seed: int = 0
     """Seed of the noise, from 0 to 2^63 - 1."""
     batch_size: int = 256
@@ -89,6 +98,9 @@ class Options:
     """Images of one shard of a folder. A stopped call goes on from the shards that are whole."""
     metadata: bool = True
     """Files say how they were made: the model's sha256, seed, number, sampler and steps."""
+    trust: bool = False
+    """Load a model as edm:FILE.pt2. Such a file can run any code of its maker on this machine, as a
+    program can: trust one only if you made it or know who did."""
 
 
 def plan_of(model: Model, options: Options) -> Plan:
@@ -225,6 +237,37 @@ def write(maker: Generator) -> None:
         save_grid(options.out, images, maker.texts)
 
 
+def makers(model: Model, options: Options) -> list[Generator]:
+    """What makes the images of each size that the options ask for, the smallest first.
+
+    UserError for a model that refines, and is given nothing to refine.
+    """
+    only = generator(model, options)
+    first = only.maker
+    if isinstance(small := first.kinds.get("small"), Small):
+        raise UserError(
+            f"{options.checkpoint} refines images of {small.size}x{small.size}: name what makes "
+            f"those first, and then --then {options.checkpoint}"
+        )
+    counts = options.then_steps or (None,) * len(options.then)
+    if len(counts) != len(options.then):
+        raise UserError(
+            f"--then-steps takes a number for each of {len(options.then)} --then models, got "
+            f"{len(counts)}"
+        )
+    precision, place = machine.precision(options.precision), options.autoencoder
+    then = [
+        Checkpoint(load(path, precision, autoencoder=place), str(path)) for path in options.then
+    ]
+    chain = cascade.stages(first, only.plan, then, counts)
+    sizes = [maker.spec.size for maker, _ in chain]
+    outs = [*(cascade.place(options.out, size) for size in sizes[:-1]), options.out]
+    return [
+        replace(only, maker=maker, plan=plan, options=replace(options, out=out))
+        for (maker, plan), out in zip(chain, outs, strict=True)
+    ]
+
+
 COPIES = 32  # bytes that a batch takes at least for each number: noise in float64, x_t, x0
 
 
@@ -235,15 +278,13 @@ def main() -> None:
     at_least(1, options, "steps", most=MOST_STEPS)
     check_seed(options.seed)
     suffix = one_file(options)
-    if suffix:
-        check_file(options.out)
-    else:
-        files_before(options.out)
+    check_out = check_file if suffix else files_before
+    check_out(options.out)
     machine.this_device()
     if not PartialState().is_main_process:
         silence()
-    precision = machine.precision(options.precision)
-    model = load(options.checkpoint, precision, autoencoder=options.autoencoder)
+    precision, place = machine.precision(options.precision), options.autoencoder
+    model = load(options.checkpoint, precision, autoencoder=place, trust=options.trust)
     plan = plan_of(model, options)
     pixels = math.prod(model.spec.shape)
     # a shard of pictures goes to the disk batch by batch
@@ -251,13 +292,16 @@ def main() -> None:
     machine.require_memory("--num" if suffix else "--shard", held, held * 3 * pixels)
     batch = min(options.batch_size, options.num)
     machine.require_memory("--batch-size", batch, batch * COPIES * math.prod(model.shape))
-    maker = generator(model, options)
-    with doing(f"making {options.num} images", f"{options.out} is not whole yet"):
-        write(maker)
-    steps = f"{plan.num_steps} steps"
-    if model.calls_per_step(plan) == 2:
-        steps += " of 2 network calls"
-    say(f"{options.num} images by {plan.sampler} in {steps}: {options.out}")
+    chain = makers(model, options)
+    for maker in chain:
+        check_out(maker.options.out)
+    for maker in chain:
+        with doing(f"making {options.num} images", f"{maker.options.out} is not whole yet"):
+            write(maker)
+        steps = f"{maker.plan.num_steps} steps"
+        if maker is chain[0] and model.calls_per_step(plan) == 2:
+            steps += " of 2 network calls"
+        say(f"{options.num} images by {maker.plan.sampler} in {steps}: {maker.options.out}")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from diffusion import data as datasets
-from diffusion import foreign
+from diffusion import foreign, networks
 from diffusion.config import FitConfig, check
 from diffusion.console import UserError
 from diffusion.data import Dataset
@@ -24,7 +24,8 @@ class StudentOptions:
 
     teacher: Path = Path("runs/digits/teacher")
     """The teacher's run or checkpoint, or another maker's model: diffusers:PATH, a folder that its
-    save_pretrained wrote. The default teacher is trained first if there is none."""
+    save_pretrained wrote, or edm:PACKAGE.MODULE:FUNCTION, a denoiser of your own code. The default
+    teacher is trained first if there is none."""
     data: str | None = None
     """The folder that the teacher's images are in now, if it has moved. Of another maker's teacher:
     the dataset, or the folder of images, that its students are trained on."""
@@ -34,6 +35,9 @@ class StudentOptions:
     """The folder that the encoder of the images' captions is in now, if it has moved."""
     autoencoder: Path | None = None
     """Where the autoencoder of a teacher in latents is now, if it has moved."""
+    trust: bool = False
+    """Load a --teacher edm:FILE.pt2. Such a file can run any code of its maker on this machine, as
+    a program can: trust one only if you made it or know who did."""
     out: Path | None = None
     """The run's folder. If left out: a folder beside the teacher's, named after the method."""
     shift: float | None = None
@@ -81,7 +85,8 @@ def begin(
     if not _trained(options.teacher) and options.teacher == StudentOptions.teacher:
         ddpm.train_teacher(ddpm.Options.default("digits"))
     check(fit)
-    teacher = load(options.teacher, fit.precision, autoencoder=options.autoencoder)
+    decoder, trust = options.autoencoder, options.trust
+    teacher = load(options.teacher, fit.precision, autoencoder=decoder, trust=trust)
     if options.shift is not None:
         check_shift(options.shift)
         if teacher.card.shifted and options.shift != teacher.card.shift:
@@ -123,8 +128,16 @@ def _trained(teacher: Path) -> bool:
 
 
 def student_card(teacher: Model) -> dict[str, Any]:
-    """What a student's card takes over from its teacher's; its plans are shifted."""
+    """What a student's card takes over from its teacher's; its plans are shifted.
+
+    UserError for a teacher whose network no student can have.
+    """
     card = teacher.card
+    if getattr(networks.from_json(card.net), "exported", False):
+        raise UserError(
+            "the teacher's network is an exported program, which is not trained further: make a "
+            "network say the same by python -m distill.match, and distil that one"
+        )
     return {
         "net": card.net,
         "denoiser": card.denoiser,

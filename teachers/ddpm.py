@@ -19,7 +19,8 @@ from diffusion.batches import Batch
 from diffusion.captions import EncoderPlace
 from diffusion.checkpoint import Card, Training
 from diffusion.circle import add_noise, x0_loss
-from diffusion.condition import Kinds
+from diffusion.codec import Scale
+from diffusion.condition import Kinds, Small
 from diffusion.config import FitConfig, check
 from diffusion.console import UserError, at_least, run
 from diffusion.data import Dataset
@@ -27,6 +28,7 @@ from diffusion.denoiser import DenoiserConfig, check_prediction
 from diffusion.dry import check_memory, check_output
 from diffusion.folders import check_claim
 from diffusion.image_file import Aspect, Form
+from diffusion.images import parts
 from diffusion.machine import this_device
 from diffusion.model import Model, build
 from diffusion.networks import DiTConfig, NetworkConfig, UNetConfig
@@ -114,7 +116,7 @@ class Options:
     """What becomes of a folder's images that are no squares. crop: their middle is taken; pad: all
     is, and --background lies beside it."""
     out: Path | None = None
-    """The run's folder. If left out: runs/DATA/teacher."""
+    """The run's folder. If left out: runs/DATA/teacher; with --from-size 16 runs/DATA/from-16."""
     schedule: Literal["linear", "cosine", "sigmoid", "karras", "vp", "sub-vp", "ve"] = "cosine"
     """How the 1000 noise levels are spread from little noise to pure noise."""
     levels: Literal["uniform", "log-normal", "importance"] = "uniform"
@@ -138,6 +140,9 @@ class Options:
     """The folder of a Hugging Face text encoder, which turns the images' captions into what the
     model is told: in a folder from metadata.jsonl, metadata.csv or a .txt beside each image; of
     emoji their names. If left out: captions are not read."""
+    from_size: int = 0
+    """Make a model that refines images of this size to --size, for students.generate --then: it is
+    told a smaller version of each image, with some noise (Ho et al. 2021). 0: none."""
     codec: str = "scale"
     """What the network sees. scale: the pixels; an autoencoder, which is a run of
     teachers.autoencoder or diffusers:FOLDER: its latents, which are fewer, so that larger images
@@ -217,7 +222,23 @@ def load_data(options: Options) -> Dataset:
 def kinds_of(options: Options, dataset: Dataset) -> Kinds:
     """The conditions that the model takes: all that is known of the images, labels if asked for."""
     label = {"label"} if not options.num_classes else set()
-    return {name: kind for name, kind in dataset.kinds.items() if name not in label}
+    kinds = {name: kind for name, kind in dataset.kinds.items() if name not in label}
+    if options.from_size:
+        kinds["small"] = small_of(options.from_size, dataset)
+    return kinds
+
+
+def small_of(size: int, dataset: Dataset) -> Small:
+    """The small images of that size, in the scale of the training images."""
+    channels, whole, _ = dataset.spec.shape
+    if not 0 < size < whole or whole % size:
+        divisors = [str(side) for side in range(1, whole) if whole % side == 0]
+        raise UserError(
+            f"--from-size must divide the images' size {whole}: expected one of "
+            f"{', '.join(divisors)}, got {size}"
+        )
+    scale = Scale.fitted(parts(dataset.train))
+    return Small(channels, size, scale.mean, scale.std)
 
 
 def train_teacher(options: Options) -> Model:
@@ -225,7 +246,8 @@ def train_teacher(options: Options) -> Model:
     check(options.fit)
     at_least(0, options, "num_classes")
     check_shift(options.shift)
-    out = options.out or run_folder(options.data) / "teacher"
+    run = f"from-{options.from_size}" if options.from_size else "teacher"
+    out = options.out or run_folder(options.data) / run
     check_claim(out)
     options = replace(options, fit=settled(options.fit, out))
     dataset = load_data(options)

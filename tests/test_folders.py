@@ -139,6 +139,21 @@ def test_a_folder_of_ours_that_was_made_for_something_else_is_refused(
     assert contents(tmp_path) == before
 
 
+def test_a_folder_that_another_command_makes_meanwhile_is_not_taken_for_somebody_elses(
+    tmp_path, monkeypatch
+):
+    entries = folders._entries
+
+    def listed_late(folder: Path):
+        if not (folder / MARK).exists():
+            folders.write_mark(folder, "run")
+            (folder / "log.jsonl").touch()
+        return entries(folder)
+
+    monkeypatch.setattr(folders, "_entries", listed_late)
+    check_claim(tmp_path)
+
+
 def test_chains_and_lines_are_made_beside_runs_though_not_among_other_files(tmp_path):
     home = tmp_path / "runs" / "digits"
     check_home(home)

@@ -9,6 +9,7 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_up import record, sha256
@@ -18,6 +19,7 @@ from diffusion.console import UserError
 from diffusion.files import load_tensors
 from eval.results import jsonl, records, together
 from eval.results.records import Record, Timing
+from eval.results.store import Store
 
 SCHEMA = records.schema()["$defs"]
 DOCS = Path(__file__).parents[1] / "docs" / "formats.md"
@@ -184,6 +186,13 @@ def test_a_figure_that_is_not_finite_is_never_written(tmp_path, figure):
     with pytest.raises(UserError, match=r"teacher.* 3 steps: others\.kid\.1: "):
         jsonl.write(path, [FULL, replace(FULL, others={"kid": [0.1, figure]})])
     assert jsonl.read(path) == [FULL]
+
+
+def test_a_record_that_is_refused_leaves_no_file_that_was_not_there(tmp_path):
+    for quality in ([math.nan], [math.nan, 1.0]):  # begun, and measured to the end
+        with pytest.raises(UserError, match="quality"):
+            Store.open(tmp_path).put(record(quality=quality), images={"a": torch.zeros(1)})
+    assert [*tmp_path.iterdir()] == []
 
 
 # --- the file

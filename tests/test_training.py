@@ -90,6 +90,15 @@ def undisturbed(training, make, **settings) -> str:
     return identity(denoiser)
 
 
+@pytest.mark.parametrize(("make", "networks"), [(denoising, 1), (consistency, 2)])
+def test_passes_of_every_network_are_counted_over_a_stop_too(training, make, networks):
+    _, loop = training(make)
+    next(loop)
+    loop.close()
+    *_, last = training(make)[1]
+    assert last.passes == 30 * 32 * networks
+
+
 @pytest.mark.parametrize("make", [denoising, consistency])
 def test_a_run_stopped_and_resumed_ends_with_the_same_weights_bit_for_bit(training, make):
     _, loop = training(make)

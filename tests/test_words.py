@@ -29,7 +29,7 @@ from distill import cd, guidance, progressive
 from eval import compare
 from eval.measure.agreement import clip_score
 from eval.measure.features import Extractor, random_network
-from eval.measure.judge import Judge
+from eval.measure.judge import Asked, Judge
 from eval.measure.pretrained import KINDS
 from eval.measure.quality import Measured
 from eval.measure.real import Real
@@ -612,7 +612,7 @@ def test_images_are_judged_by_the_class_that_they_were_asked_for(digits):
     )
     asked = labels.clone()
     asked[:10] = (asked[:10] + 1) % 10
-    seen = shown.see_images(digits.test.images[:40], 0, asked)
+    seen = shown.see_images(digits.test.images[:40], 0, Asked(asked))
     figures = Measured(shown, seen)._of_agreement(slice(None))
     assert figures == {"asked-class": 0.75}
 

@@ -14,6 +14,7 @@ from diffusion.condition import Kinds
 from diffusion.console import UserError
 from diffusion.networks.diffusers import DiffusersConfig
 from diffusion.networks.dit import DiT, DiTConfig
+from diffusion.networks.edm import EDMConfig
 from diffusion.networks.module import MODULE, ModuleConfig, trust
 from diffusion.networks.unet import UNet, UNetConfig
 from diffusion.registry import Entry
@@ -56,6 +57,7 @@ NETWORKS: dict[str, type[NetworkConfig]] = {
     "dit": DiTConfig,
     "module": ModuleConfig,
     "diffusers": DiffusersConfig,
+    "edm": EDMConfig,
 }
 
 

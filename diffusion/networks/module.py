@@ -66,29 +66,41 @@ class ModuleConfig:
 
     def network(self) -> type[nn.Module]:
         """The class. UserError where the user has not allowed its module, or it is not there."""
-        place, _, name = self.place.rpartition(":")
         expected = f"expected --net {MODULE}PACKAGE.MODULE:CLASS, got {MODULE}{self.place}"
-        if not (place and name):
-            raise UserError(expected)
-        allowed = _named | {each.strip() for each in os.environ.get(VARIABLE, "").split(",")} - {""}
-        if not any(f"{place}.".startswith(f"{each}.") for each in allowed):
-            raise UserError(
-                f"its network is {name} in the Python module {place}, which would be imported and "
-                f"run: if you know and trust that module, allow it by {VARIABLE}={place} in the "
-                "environment"
-            )
-        try:
-            network = getattr(import_module(place), name)
-        except Exception as error:  # a module fails in as many ways as there are modules
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
-            raise UserError(f"{expected}, which does not import from here ({reason})") from error
+        network = imported(self.place, expected)
         if not (isinstance(network, type) and issubclass(network, nn.Module)):
             raise UserError(f"{expected}, which is no subclass of torch.nn.Module")
         return network
 
 
+def imported(place: str, expected: str) -> Any:
+    """What a Python module has by a name. place: PACKAGE.MODULE:NAME. UserError, with what was
+    expected, where it is not there, or the user has not allowed the module."""
+    module, _, name = place.rpartition(":")
+    if not (module and name):
+        raise UserError(expected)
+    if not is_trusted(module):
+        raise UserError(
+            f"its network is {name} in the Python module {module}, which would be imported and "
+            f"run: if you know and trust that module, allow it by {VARIABLE}={module} in the "
+            "environment"
+        )
+    try:
+        return getattr(import_module(module), name)
+    except Exception as error:  # a module fails in as many ways as there are modules
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(f"{expected}, which does not import from here ({reason})") from error
+
+
+def is_trusted(name: str) -> bool:
+    """Whether the user has allowed this module, or one around it, or this file."""
+    allowed = _named | {each.strip() for each in os.environ.get(VARIABLE, "").split(",")} - {""}
+    return any(f"{name}.".startswith(f"{each}.") for each in allowed)
+
+
 def trust(place: str) -> None:
-    """Allow the network of this place, PACKAGE.MODULE:CLASS or a module, for this process."""
+    """Allow the network of this place, PACKAGE.MODULE:CLASS, a module or a file, for this
+    process."""
     _named.add(place.partition(":")[0])
 
 

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from diffusion.condition import Condition, Kind, Kinds, Text
+from diffusion.condition import Condition, Kind, Kinds, Small, Text
 from diffusion.console import UserError, check_limits
-from diffusion.networks.conditioned import Conditioned, zero
+from diffusion.networks.conditioned import AngleEmbedding, Conditioned, zero
 from diffusion.networks.text import CrossAttention, TextInput, Tokens, heads_of
 
 Multipliers = Annotated[
@@ -172,6 +172,23 @@ class Reading(nn.Module):
         return x + change.transpose(1, 2).reshape(x.shape)
 
 
+class SmallInput(nn.Module):
+    """A smaller image as further channels of x_t, and how noisy it is as an embedding, which
+    starts at zero (Ho et al. 2021, section 4)."""
+
+    def __init__(self, kind: Small, width: int):
+        super().__init__()
+        self.kind, self.angle = kind, AngleEmbedding(width)
+        zero(self.angle.mlp[-1])
+
+    def forward(self, x: Tensor, small: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x (B, C, H, W), with the small image's channels behind its own, and (B, width)."""
+        if small is None:
+            small = self.kind.rows(torch.arange(len(x), device=x.device))
+        larger = F.interpolate(small[:, :-1], x.shape[2:], mode="bilinear")
+        return torch.cat([x, larger.to(x.dtype)], dim=1), self.angle(small[:, -1, 0, 0])
+
+
 class Told(NamedTuple):
     """What a U-Net's layers are told beside their input."""
 
@@ -186,10 +203,10 @@ class UNet(Conditioned):
 
     The output layer starts at zero: an untrained network predicts 0. A text's tokens are asked by
     every pixel, where there is self-attention and at the coarsest level, and their mean is embedded
-    as a class is.
+    as a class is. A small image to refine is laid over x_t as further channels.
     """
 
-    TAKES: ClassVar[dict[str, type[Kind]]] = {**Conditioned.TAKES, "text": Text}
+    TAKES: ClassVar[dict[str, type[Kind]]] = {**Conditioned.TAKES, "text": Text, "small": Small}
 
     def __init__(self, config: UNetConfig, outputs: int | None = None, kinds: Kinds | None = None):
         embedding, kinds = 4 * config.width, kinds or {}
@@ -207,7 +224,10 @@ class UNet(Conditioned):
                 layers.append(Reading(channels_out, embedding))
             return nn.ModuleList(layers)
 
-        values = config.channels * config.patch**2  # of a patch
+        small = kinds.get("small")
+        self.small = SmallInput(small, embedding) if isinstance(small, Small) else None
+        inputs = config.channels + (self.small.kind.channels if self.small else 0)
+        values = inputs * config.patch**2  # of a patch
         self.stem = nn.Conv2d(values, config.width, 3, padding=1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         channels, size, skips = config.width, config.size // config.patch, [config.width]
@@ -261,6 +281,9 @@ class UNet(Conditioned):
         tokens = self.text(condition.get("text"), len(x)) if self.text else None
         if tokens:
             embedding = embedding + tokens.mean()
+        if self.small:
+            x, augmentation = self.small(x, condition.get("small"))
+            embedding = embedding + augmentation
         told = Told(F.silu(embedding), tokens)
         h = self.stem(F.pixel_unshuffle(x, self.config.patch))
         skips = [h]

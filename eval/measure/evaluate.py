@@ -95,7 +95,7 @@ def template(bench: Bench, row: Row | Outside) -> Record:
             conditions=conditions,
         )
     card = row.model.card
-    spent = ("iterations", "images", "total_images", "seconds")
+    spent = ("iterations", "images", "total_images", "passes", "seconds")
     training = Training(**{name: card.training[name] for name in spent if name in card.training})
     if "settings" in card.training:
         training["recipe"] = recipe(card.training["settings"])
@@ -266,8 +266,7 @@ def likelihood_of(bench: Bench, row: Row, record: Record) -> Record:
     model = replace(row.model, denoiser=exact)
     # compiled was the other precision, and "fp32" alone leaves convolutions in TF32 on a GPU
     with torch.compiler.set_stance("force_eager"), machine.full_float32():
-        rows = real.known(some)
-        known = {name: rows[name] for name in model.kinds}
+        known = real.known(some, model.kinds)
         bits = likelihood.bits_per_dim(model, real.test[some], known or None, batch_size=64)
     return replace(record, likelihood=bits)
 

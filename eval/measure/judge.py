@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +27,18 @@ from eval.results.records import Data
 
 NEIGHBOURS = 5  # in the balls of precision, recall, density and coverage
 PORTION = 1000  # images through an extractor at a time
+
+
+class Asked(NamedTuple):
+    """What images should show."""
+
+    labels: Tensor | None = None
+    """(B,) the class of each."""
+    texts: Sequence[str] = ()
+    """A caption for each; none where they have none."""
+
+
+NOTHING = Asked()
 
 
 @dataclass(frozen=True)
@@ -114,9 +127,9 @@ class Judge:
             self.known_balls[count] = some, sets.radius(some, NEIGHBOURS)
         return self.known_balls[count]
 
-    def see(self, x0: Tensor, start: int, codec: Codec, asked: Tensor | None = None) -> Seen:
+    def see(self, x0: Tensor, start: int, codec: Codec, asked: Asked = NOTHING) -> Seen:
         """Look at generated images, number `start` onwards: x0 (B, C, H, W), as sampled. asked:
-        (B,) the class that each was asked for."""
+        what each should show."""
         values, outside = x0.flatten(1), torch.zeros(len(x0), device=x0.device).double()
         if codec.grey_levels:
             mean, std = codec.grey_levels
@@ -129,21 +142,12 @@ class Judge:
             ~values.isfinite().all(1),
             pixels.amax(1) == pixels.amin(1),
         ]
-        source, numbers = self.dataset.source, torch.arange(start, start + len(images))
-        texts = source.captions_given(numbers) if source else []
-        seen = self.see_images(images, start, asked, texts)
+        seen = self.see_images(images, start, asked)
         seen.odd = torch.stack([value.double().sum() for value in (*odd, outside)])
         return seen
 
-    def see_images(
-        self,
-        images: Tensor,
-        start: int = 0,
-        asked: Tensor | None = None,
-        texts: Sequence[str] = (),
-    ) -> Seen:
-        """Look at uint8 images (B, C, H, W) on the device, number `start` onwards. asked: (B,) the
-        class that each should show; texts: what each should."""
+    def see_images(self, images: Tensor, start: int = 0, asked: Asked = NOTHING) -> Seen:
+        """Look at uint8 images (B, C, H, W) on the device, number `start` onwards."""
         ours = self.extractor.extract(images)
         left = {name: max(0, limit - start) for name, limit in KEPT.items()}
         rows = {"features": ours[: left["features"]], "pixels": images[: left["pixels"]]}
@@ -153,11 +157,11 @@ class Judge:
             features = space.extractor.extract(images)
             moments[f"more{i}"] = Moments.of(features)
             rows[f"more{i}"] = features[: left["features"]]
-        if asked is not None:
-            rows["asked"] = asked[: left["features"]]
-        if self.agreement and texts:
-            kept = slice(0, left["features"])
-            rows["agreement"] = self.agreement(images[kept], texts[kept])
+        kept = slice(0, left["features"])
+        if asked.labels is not None:
+            rows["asked"] = asked.labels[kept]
+        if self.agreement and asked.texts:
+            rows["agreement"] = self.agreement(images[kept], asked.texts[kept])
         odd = torch.zeros(4, dtype=torch.float64, device=images.device)
         return Seen(moments, odd, {start: rows})
 

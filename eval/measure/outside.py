@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffusion.codec import Scale
-from diffusion.condition import Condition
+from diffusion.condition import Condition, Kinds
 from diffusion.console import UserError, printable
 from diffusion.data import ImageSpec
 from diffusion.image_file import Form, kinds, read, reason, unlimited
@@ -41,6 +42,7 @@ class Outside:
     """(seed, numbers of images) -> x0 (B, C, H, W) on the device."""
     plan = None
     long = False
+    kinds: ClassVar[Kinds] = {}
 
     @property
     def title(self) -> str:
@@ -51,7 +53,7 @@ class Outside:
         return printable(self.path.stem if self.path.suffix in SCORED else self.path.name)
 
     def x0(self, plan: None, seed: int, indices: Tensor, given: Condition | None = None) -> Tensor:
-        """As a Model's; nobody can tell it anything."""
+        """As a Model's; it is told nothing."""
         return self.make(seed, indices)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from eval.measure import sets
 from eval.measure.intervals import jackknife, uncertainty
-from eval.measure.judge import NEIGHBOURS, PORTION, Judge
+from eval.measure.judge import NEIGHBOURS, PORTION, Asked, Judge
 from eval.measure.metrics import Moments, frechet_distance
 from eval.measure.seen import Seen
 from eval.measure.several import ratio, ratio_error
@@ -165,7 +165,7 @@ def held_out(judge: Judge, num_images: int) -> dict[str, float]:
     for start in range(0, len(images), PORTION):
         some = slice(start, min(start + PORTION, len(images)))
         part = images[some].to(judge.device)
-        seen.append(judge.see_images(part, start, texts=real.captions(some)))
+        seen.append(judge.see_images(part, start, Asked(texts=real.captions(some))))
     seen = reduce(add, seen)
     return {k: value for k, value in Measured(judge, seen).others.items() if isfinite(value)}
 

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from diffusion.condition import Condition, Kinds
 from diffusion.data import Dataset, ImageSpec
-from diffusion.images import Captioned, InMemory, some, spread
+from diffusion.images import Captioned, InMemory, some, spread, told
 
 
 @dataclass(frozen=True)
@@ -41,16 +42,16 @@ class Real:
             dataset,
         )
 
-    def given(self, numbers: Tensor) -> dict[str, Tensor]:
-        """What generated images number `numbers` are told: as Dataset.given."""
-        return self.source.given(numbers) if self.source else {}
+    def given(self, numbers: Tensor, kinds: Kinds) -> Condition:
+        """What images of these numbers are told, of the real images': as Dataset.given has it."""
+        return self.source.given(numbers, kinds) if self.source else {}
 
-    def known(self, some: slice) -> Mapping[str, Tensor]:
-        """What is known of those held-out images, their texts too."""
-        if self.source is None:
-            return {name: rows[some] for name, rows in self.test_condition.items()}
-        which = spread(self.source.test, len(self.test))[some]
-        return self.source.test.take(which.to(self.source.test.device)).condition
+    def known(self, some: slice, kinds: Kinds) -> Condition:
+        """What is known of those held-out images, as far as a model of these kinds is told it."""
+        images = self.source.test if self.source else InMemory(self.test, self.test_condition)
+        which = spread(images, len(self.test))[some].to(images.device)
+        rows = told(images, kinds).take(which).condition
+        return {name: rows[name] for name in kinds if name in rows}
 
     def captions(self, some: slice) -> list[str]:
         """The captions of those held-out images, "" for none; no list where there are none."""

@@ -33,7 +33,8 @@ def search_angles(
         for start in range(0, num_images, batch_size):
             numbers = indices(model, start, min(start + batch_size, num_images))
             tried = plan("consistency", angles, model.card.guidance)
-            images = model.sample(tried, SEED, numbers)
+            given = judge.dataset.given(numbers, model.kinds)
+            images = model.sample(tried, SEED, numbers, given)
             parts.append(Moments.of(judge.extractor.extract(images)))
         return frechet_distance(sum(parts[1:], parts[0]), judge.real["own"])
 

@@ -13,11 +13,11 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from diffusion.codec import Codec
-from diffusion.condition import Condition, Label, of_images
+from diffusion.condition import Condition, Kinds, Label, of_images
 from diffusion.console import UserError, say
 from diffusion.files import Damaged, load_tensors, remove, save_tensors
 from diffusion.plan import Plan
-from eval.measure.judge import Judge
+from eval.measure.judge import Asked, Judge
 from eval.measure.real import Real
 from eval.measure.seen import Seen
 from eval.measure.timing import out_of_memory
@@ -34,7 +34,12 @@ class Maker(Protocol):
     @property
     def codec(self) -> Codec: ...
 
-    def x0(self, plan: Any, seed: int, indices: Tensor, given: Condition | None, /) -> Tensor: ...
+    @property
+    def kinds(self) -> Kinds: ...
+
+    def x0(
+        self, plan: Any, seed: int, indices: Tensor, given: Condition | None = None, /
+    ) -> Tensor: ...
 
 
 def indices(model: Maker, start: int, end: int) -> Tensor:
@@ -70,11 +75,12 @@ def look(
     for start in left[rank::count]:
         numbers = indices(model, start, min(start + batch_size, num_images))
         try:
-            given = judge.dataset.given(numbers)
+            given = judge.dataset.given(numbers, model.kinds)
             call = partial(model.x0, plan, seed, numbers, given)
             x0 = watch(call, len(numbers))
-            asked = asked_of(judge.dataset, model, numbers)
-            total += judge.see(x0, start, model.codec, asked)
+            total += judge.see(
+                x0, start, model.codec, asked_of(judge.dataset, model.kinds, numbers)
+            )
         except (MemoryError, RuntimeError) as error:
             if not out_of_memory(error):
                 raise
@@ -97,13 +103,15 @@ def look(
     yield num_images, total
 
 
-def asked_of(real: Real, model: Maker, numbers: Tensor) -> Tensor | None:
-    """(B,) the class that each of a model's images is asked for, or that of the real image whose
-    caption it is told; None for none."""
-    kinds = getattr(model, "kinds", {})
-    if isinstance(kind := kinds.get("label"), Label):
-        return kind.rows(numbers)
-    return real.source.labels_given(numbers) if real.source and of_images(kinds) else None
+def asked_of(real: Real, kinds: Kinds, numbers: Tensor) -> Asked:
+    """What a model of these kinds is asked for in images of these numbers: their class, or that of
+    the real image whose caption it is told; and their captions."""
+    kind, source = kinds.get("label"), real.source
+    label = kind.rows(numbers) if isinstance(kind, Label) else None
+    if source is None or not of_images(kinds):
+        return Asked(label)
+    label = source.labels_given(numbers) if label is None else label
+    return Asked(label, source.captions_given(numbers) if "text" in kinds else ())
 
 
 def forget(part: Path) -> None:

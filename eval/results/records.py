@@ -57,6 +57,8 @@ class Training(TypedDict, total=False):
     """Images seen, each as often as it was seen."""
     total_images: Count
     """Those, and the images that the students it goes on from saw."""
+    passes: Count
+    """Forward passes of all networks in this training, the teacher's among them."""
     recipe: Annotated[str, Field(pattern="^[0-9a-f]{8}$")]
     """Identity of its settings but the seed: equal for runs that differ in it alone."""
     seconds: Amount

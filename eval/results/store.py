@@ -7,7 +7,7 @@ from accelerate import PartialState
 from torch import Tensor
 
 from diffusion.console import UserError
-from diffusion.files import Damaged, load_tensors, save_tensors
+from diffusion.files import Damaged, load_tensors, save_tensors, write_atomic
 from eval.results import jsonl
 from eval.results.records import Record
 
@@ -32,12 +32,15 @@ class Store:
         self.samples |= images or {}
         if not PartialState().is_main_process:
             return
+        records = self.records.values()
+        whole = [record for record in records if len(record.quality) == len(record.seeds)]
+        begun = [record for record in records if len(record.quality) < len(record.seeds)]
+        # whole ones first: no record is ever in neither file
+        texts = {"results.jsonl": jsonl.lines(whole), "partial.jsonl": jsonl.lines(begun)}
         if images:
             save_tensors(self.folder / "samples.safetensors", self.samples, {})
-        whole = [r for r in self.records.values() if len(r.quality) == len(r.seeds)]
-        begun = [r for r in self.records.values() if len(r.quality) < len(r.seeds)]
-        jsonl.write(self.folder / "results.jsonl", whole)  # first: no record is ever in neither
-        jsonl.write(self.folder / "partial.jsonl", begun)
+        for name, text in texts.items():
+            write_atomic(self.folder / name, text)
         if not begun:
             (self.folder / "partial.jsonl").unlink()
 

@@ -165,6 +165,7 @@ SPEED: Columns = NAMES | {
 }
 TRAINING: Columns = NAMES | {
     "images": lambda line: cell(gradient_images(line.record), "{:,}".format),
+    "network passes": lambda line: cell(line.record.training.get("passes") or None, "{:,}".format),
     "iterations": lambda line: cell(line.record.training.get("iterations"), "{:,}".format),
     "minutes": lambda line: cell(_minutes(line.record)),
 }

@@ -73,7 +73,8 @@ def tables(comparison: Comparison) -> list[Table]:
         made.append(replace(speed, caption="; ".join(notes).format(batch_size=first.batch_size)))
     if trained := [line for line in rows if line.record.own_plan and line.record.training]:
         words = "images: that the network took gradients of, each as often as it did, and those of "
-        words += "the students that it goes on from; iterations and minutes: of its own training"
+        words += "the students that it goes on from; network passes: forward, on an image each, of "
+        words += "teacher and student together; these, iterations and minutes: of its own training"
         made.append(_table("Training", columns.TRAINING, trained, words, only_filled=True))
     if likely := [line for line in rows if line.record.likelihood]:
         images = likely[0].record.likelihood.get("images", "the")

@@ -22,7 +22,7 @@ from made_up import record
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from diffusion import files, folders, image_folder, model, runs
+from diffusion import decoding, files, folders, image_folder, model, runs
 from diffusion.console import UserError
 from diffusion.image_file import Form
 from eval import human
@@ -77,8 +77,9 @@ def statistics(path: Path) -> None:
 
 
 def picture(path: Path) -> None:
-    read, names = image_folder.read(path.parent, Form(8, 1), path.parent.parent / "cache")
-    assert (read.shape, names) == ((1, 1, 8, 8), [path.name])
+    listing = image_folder.listing(path.parent)
+    read = decoding.decoded(listing, Form(8, 1), path.parent.parent / "cache")
+    assert (read.images.shape, read.taken) == ((1, 8, 8), [0])
 
 
 def judged(path: Path) -> None:
@@ -131,7 +132,7 @@ def made(tmp_path: Path) -> Files:
     files.save_tensors(tmp_path / "a", {"a": torch.zeros(2, 1, 8, 8, dtype=torch.uint8)}, {})
     lines = [files.sealed({"iteration": i, "loss": 0.5}) for i in range(3)]
     answers = {"format": human.FORMAT, "a": "x", "b": "y", "session": "1"}
-    folders.write_mark(tmp_path, "run", 3)
+    folders.write_mark(tmp_path, "run", {"pictures": 3})
     return Files({
         "run/model.safetensors": (tmp_path / "m").read_bytes(),
         "run/state/state.safetensors": (tmp_path / "s").read_bytes(),
