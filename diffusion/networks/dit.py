@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from diffusion.condition import Condition, Guidance, Kinds, Label, Text, is_token
+from diffusion.condition import Condition, Kind, Kinds, Text
 from diffusion.console import UserError, check_limits
 from diffusion.networks.conditioned import Conditioned, zero
+from diffusion.networks.text import CrossAttention, TextInput, Tokens
 
 
 @dataclass(frozen=True)
@@ -78,30 +79,20 @@ def positions(side: int, width: int) -> Tensor:
 
 
 class Attention(nn.Module):
-    """What tokens (B, N, W) read in others (B, L, W), among which `mask` (B, L) may choose."""
+    """What each of the tokens (B, N, W) reads in all of them."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.query, self.key_value = nn.Linear(width, width), nn.Linear(width, 2 * width)
-        self.out = nn.Linear(width, width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
 
-    def forward(self, tokens: Tensor, others: Tensor, mask: Tensor | None = None) -> Tensor:
-        parts = self.query(tokens), *self.key_value(others).chunk(2, dim=-1)
-        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
-        mask = mask if mask is None else mask[:, None, None]
-        mixed = self.attend(q, k, v, mask)
-        return self.out(mixed.transpose(1, 2).flatten(2))
-
-    @staticmethod
-    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """softmax(q k^T / sqrt(D)) v, of those keys alone for which the mask is true."""
+    def forward(self, tokens: Tensor) -> Tensor:
+        q, k, v = self.qkv(tokens).unflatten(-1, (3, self.heads, -1)).transpose(1, 3).unbind(2)
         if q.is_cuda or q.dtype != torch.bfloat16:
-            return F.scaled_dot_product_attention(q, k, v, mask)
-        # a CPU's fused kernel takes six times as long for its gradient in bfloat16
-        likeness = q * q.shape[-1] ** -0.5 @ k.mT
-        likeness = likeness if mask is None else likeness.masked_fill(~mask, -torch.inf)
-        return likeness.softmax(-1) @ v
+            mixed = F.scaled_dot_product_attention(q, k, v)
+        else:  # a CPU's fused kernel takes six times as long for its gradient in bfloat16
+            mixed = (q * q.shape[-1] ** -0.5 @ k.mT).softmax(-1) @ v
+        return self.out(mixed.transpose(1, 2).flatten(2))
 
 
 class Block(nn.Module):
@@ -114,9 +105,7 @@ class Block(nn.Module):
         super().__init__()
         self.modulation = zero(nn.Linear(width, 6 * width))
         self.attention = Attention(width, heads)
-        self.reading = Attention(width, heads) if text else None
-        if self.reading:
-            zero(self.reading.out)
+        self.reading = CrossAttention(width, width) if text else None
         self.mlp = nn.Sequential(
             nn.Linear(width, 4 * width),
             nn.GELU("tanh"),
@@ -124,15 +113,12 @@ class Block(nn.Module):
             nn.Linear(4 * width, width),
         )
 
-    def forward(
-        self, h: Tensor, embedding: Tensor, text: Tensor | None, mask: Tensor | None
-    ) -> Tensor:
+    def forward(self, h: Tensor, embedding: Tensor, text: Tokens | None) -> Tensor:
         first, second = self.modulation(embedding)[:, None].unflatten(-1, (2, 3, -1)).unbind(2)
         shift, scale, gate = first.unbind(2)
-        normed = modulated(h, shift, scale)
-        h = h + gate * self.attention(normed, normed)
-        if self.reading:
-            h = h + self.reading(F.layer_norm(h, h.shape[-1:]), text, mask)
+        h = h + gate * self.attention(modulated(h, shift, scale))
+        if self.reading and text:
+            h = h + self.reading(F.layer_norm(h, h.shape[-1:]), text)
         shift, scale, gate = second.unbind(2)
         return h + gate * self.mlp(modulated(h, shift, scale))
 
@@ -145,11 +131,11 @@ def modulated(h: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 class DiT(Conditioned):
     """(x_t (B, C, H, W), t (B,) radians, condition or None) -> prediction (B, outputs, H, W).
 
-    The output layer starts at zero: an untrained network predicts 0. Before a text stands a learned
-    token that is always read, and alone where the text says nothing.
+    The output layer starts at zero: an untrained network predicts 0. A text's tokens are read by
+    every patch in every block, and their mean is embedded as a class is.
     """
 
-    TAKES: ClassVar = {"label": Label, "guidance": Guidance, "text": Text}
+    TAKES: ClassVar[dict[str, type[Kind]]] = {**Conditioned.TAKES, "text": Text}
 
     def __init__(self, config: DiTConfig, outputs: int | None = None, kinds: Kinds | None = None):
         kinds, width = kinds or {}, config.width
@@ -159,43 +145,34 @@ class DiT(Conditioned):
         self.stem = nn.Linear(config.channels * values, width)
         self.register_buffer("positions", positions(self.side, width), persistent=False)
         text = kinds.get("text")
-        self.null = nn.Parameter(torch.zeros(1, 1, width)) if isinstance(text, Text) else None
-        if isinstance(text, Text):
-            self.words = nn.Linear(text.width, width)
+        self.text = TextInput(text, width) if isinstance(text, Text) else None
         self.blocks = nn.ModuleList(
-            Block(width, config.heads, config.dropout, self.null is not None)
+            Block(width, config.heads, config.dropout, self.text is not None)
             for _ in range(config.depth)
         )
         self.modulation = zero(nn.Linear(width, 2 * width))
         self.head = zero(nn.Linear(width, (outputs or config.channels) * values))
 
     def forward(self, x: Tensor, t: Tensor, condition: Condition | None = None) -> Tensor:
-        h, embedding, text, mask = self.encode(x, t, condition)
+        h, embedding, text = self.encode(x, t, condition)
         h = h.flatten(2).mT
         for block in self.blocks[len(self.blocks) // 2 :]:
-            h = block(h, embedding, text, mask)
+            h = block(h, embedding, text)
         shift, scale = self.modulation(embedding)[:, None].chunk(2, dim=-1)
         patches = self.head(modulated(h, shift, scale)).mT.unflatten(2, (self.side, self.side))
         return F.pixel_shuffle(patches, self.config.patch)
 
     def encode(
         self, x: Tensor, t: Tensor, condition: Condition | None = None
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """The first half of the blocks: their output (B, W, H', W'), the embedding, and the text's
-        tokens with which of them may be read."""
+    ) -> tuple[Tensor, Tensor, Tokens | None]:
+        """The first half of the blocks: their output (B, W, H', W'), the embedding and the text."""
         condition = condition or {}
-        embedding = F.silu(self.embedding(t, condition))
-        text, mask = self.read(condition.get("text"), len(x))
+        embedding = self.embedding(t, condition)
+        text = self.text(condition.get("text"), len(x)) if self.text else None
+        if text:
+            embedding = embedding + text.mean()
+        embedding = F.silu(embedding)
         h = self.stem(F.pixel_unshuffle(x, self.config.patch).flatten(2).mT) + self.positions
         for block in self.blocks[: len(self.blocks) // 2]:
-            h = block(h, embedding, text, mask)
-        return h.mT.unflatten(2, (self.side, self.side)), embedding, text, mask
-
-    def read(self, text: Tensor | None, count: int) -> tuple[Tensor | None, Tensor | None]:
-        """The null and the text's tokens (B, 1 + L, W), and which are read (B, 1 + L)."""
-        if self.null is None:
-            return None, None
-        null = self.null.expand(count, -1, -1)
-        if text is None:
-            return null, None
-        return torch.cat([null, self.words(text)], 1), F.pad(is_token(text), (1, 0), value=True)
+            h = block(h, embedding, text)
+        return h.mT.unflatten(2, (self.side, self.side)), embedding, text

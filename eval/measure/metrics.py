@@ -15,6 +15,7 @@ from eval.measure.npz import read_npz
 
 EPS = torch.finfo(torch.float64).eps
 STATISTICS = ("mu", "sigma")  # names in an .npz, as in clean-fid's, EDM's and pytorch-fid's
+LARGEST = 1e30  # number in saved statistics; squares of larger ones overflow
 MANY = 2**31  # images of statistics that do not say of how many they are: the moments are exact
 
 
@@ -61,9 +62,13 @@ class Moments:
                 f"{path} holds statistics of {mean.numel()} features{by}, and these are {dim} by "
                 f"extractor {extractor[:8]}: choose by --features those of the statistics"
             )
-        moments = Moments(count, mean, covariance * (count - 1))
-        moments.refuse()
-        return moments
+        variances, most = covariance.diagonal(), max(mean.abs().max(), covariance.abs().max())
+        if not (most <= LARGEST and variances.min() >= 0 and covariance.allclose(covariance.T)):
+            raise UserError(
+                f"{path}: expected finite numbers, and a sigma that is symmetric with variances of "
+                "at least 0 on its diagonal: is the file damaged?"
+            )
+        return Moments(count, mean, covariance * (count - 1))
 
     def save(self, path: Path, extractor: str) -> None:
         """Write what `saved` reads."""

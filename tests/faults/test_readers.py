@@ -223,6 +223,12 @@ def test_whole_files_are_read(tmp_path, whole, name):
     assert read(tmp_path, name, whole[name]) == ""
 
 
+@pytest.mark.parametrize("sigma", [[1, 0, 0, math.nan], [1, 2, 3, 4], [1, 0, 0, -1], [1e31] * 4])
+def test_statistics_that_no_images_have_are_refused(tmp_path, sigma):
+    content = npz(mu=np.zeros(2), sigma=np.reshape(sigma, (2, 2)).astype(float))
+    assert "symmetric" in read(tmp_path, "statistics.npz", content)
+
+
 @pytest.mark.parametrize("name", READERS)
 @given(changes=st.lists(CHANGE, min_size=1, max_size=4))
 def test_any_bytes_are_what_they_say_or_one_line(whole, name, changes):
