@@ -148,12 +148,7 @@ class Model:
     def conditions(self, indices: Tensor, given: Condition | None = None) -> dict[str, Tensor]:
         """The condition of images number `indices` (B,): what is given, and for the rest what its
         kind has for them; empty where the network takes none."""
-        given = given or {}
-        return {
-            name: given[name].to(indices.device) if name in given else kind.rows(indices)
-            for name, kind in self.kinds.items()
-            if not isinstance(kind, Guidance)
-        }
+        return condition.usual(self.kinds, indices, given)
 
     def told(self, plan: Plan, indices: Tensor, given: Condition | None = None) -> Condition | None:
         """What the network is told beside x_t and t, of images number `indices` (B,): their
