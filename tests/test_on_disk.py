@@ -157,7 +157,7 @@ def test_a_size_that_is_none_is_refused(monkeypatch, text):
 TRAIN = """
 import resource, sys
 from teachers import ddpm
-net = "--size=128 --width=8 --multipliers=1 --blocks=1 --patch=8 --attention --precision=fp32"
+net = "--size=64 --width=8 --multipliers=1 --blocks=1 --patch=8 --attention --precision=fp32"
 for name in ("few", "many"):
     run = f"--data={name} --out={name}-run --iterations=20 --batch-size=8"
     sys.argv[1:] = [*net.split(), *run.split()]
@@ -168,8 +168,8 @@ for name in ("few", "many"):
 
 def test_a_training_on_ten_times_the_memory_allowed_takes_no_more_than_that(tmp_path):
     """Beyond what the same training takes on a few of the images."""
-    write(tmp_path / "few", 30, 128)
-    write(tmp_path / "many", 2450, 128)  # 120 MB
+    write(tmp_path / "few", 30, 64)
+    write(tmp_path / "many", 9800, 64)  # 120 MB
     result = subprocess.run(
         [sys.executable, "-c", TRAIN],
         cwd=tmp_path,
