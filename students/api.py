@@ -198,7 +198,7 @@ class Checkpoint(ImageModel):
 
     def make(self, plan: Plan, seed: int | Tensor, numbers: Tensor, condition: Condition) -> Tensor:
         """Raises UserError for images that are not finite, which as uint8 would be black."""
-        x0 = self.model.x0(plan, seed, numbers, condition)
+        x0 = self.x0(plan, seed, numbers, condition)
         if not x0.isfinite().all():
             raise UserError(
                 f"{self.name} makes images that are not finite (NaN or infinite): its training "
@@ -206,6 +206,10 @@ class Checkpoint(ImageModel):
                 "lower --learning-rate, or give other --steps"
             )
         return self.model.codec.decode(x0)
+
+    def x0(self, plan: Plan, seed: int | Tensor, numbers: Tensor, condition: Condition) -> Tensor:
+        """The same before it becomes pixels."""
+        return self.model.x0(plan, seed, numbers, condition)
 
 
 def load(
