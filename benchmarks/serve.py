@@ -154,7 +154,8 @@ async def serving(
 
 
 async def throughput(options: Options, maker: ImageModel) -> None:
-    async with serving(options) as (_, port, size):
+    room = ["--queue", str(2 * options.num * max(256, *options.clients))]
+    async with serving(options, *room) as (_, port, size):
         expected = images_of(maker, options, options.requests, size)
         async with connected(port) as client:
             await client.post(num=1, steps=options.steps)
@@ -165,13 +166,15 @@ async def throughput(options: Options, maker: ImageModel) -> None:
             for _ in range(options.rounds):
                 pace = direct(maker, options, size, max(size, count * options.num // 4))
                 loads.append(await load_on(port, options, clients, count, expected))
-                ratios.append(count * options.num / loads[-1].seconds / pace)
+                made = loads[-1].statuses[200] * options.num
+                ratios.append(made / loads[-1].seconds / pace)
             ms = np.quantile([1000 * x for load in loads for x in load.latencies], (0.5, 0.99))
             statuses = sum((load.statuses for load in loads), Counter())
             say(
                 f"{clients:3d} clients, {options.num} images a request in {options.steps} steps: "
                 f"p50 {ms[0]:.1f} ms, p99 {ms[1]:.1f} ms, "
-                f"{median(count * options.num / load.seconds for load in loads):,.0f} images/s, "
+                f"{median(load.statuses[200] * options.num / load.seconds for load in loads):,.0f} "
+                f"images/s, "
                 f"{median(ratios):.0%} of direct batches of {size} "
                 f"({min(ratios):.0%} to {max(ratios):.0%}), answers {dict(statuses)}, "
                 f"of other pixels {sum(load.different for load in loads)}"

@@ -115,7 +115,7 @@ def captioned(source: Source, place: EncoderPlace, name: str, cache: Path) -> tu
         which = torch.tensor([row[text] for text in part], dtype=torch.int64)
         identity = json.dumps([kind.sha256, kind.tokens, list(part)])
         sha256 = hashlib.sha256(identity.encode()).hexdigest()
-        return Captioned(images, Texts(table, which, sha256))
+        return Captioned(images, Texts(table, which, sha256, ["", *texts]))
 
     train, test = told(source.train, parts[0]), told(source.test, parts[1])
     return Source(train, test, {**source.kinds, "text": kind}, parts), kind

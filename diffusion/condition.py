@@ -122,7 +122,8 @@ class Small:
         return self.channels, self.size, self.size
 
     def null(self, rows: Tensor) -> Tensor:
-        return self.noisy(torch.zeros_like(rows[:, :-1]), rows.new_full((len(rows),), math.pi / 2))
+        noise = rows.new_full(rows.shape[:1], math.pi / 2)
+        return self.noisy(torch.zeros_like(rows[:, :-1]), noise)
 
     def rows(self, indices: Tensor) -> Tensor:
         """Small images that say nothing."""
@@ -137,7 +138,7 @@ class Small:
     def clean(self, small: Tensor) -> Tensor:
         """Rows of small images (B, C, s, s) uint8, without noise."""
         y = (small.float() - self.mean) / self.std
-        return self.noisy(y, y.new_zeros(len(y)))
+        return self.noisy(y, y.new_zeros(y.shape[:1]))
 
     def of(self, images: Tensor) -> Tensor:
         """Rows, without noise, of images (B, C, H, W) uint8."""
@@ -187,6 +188,17 @@ def of_images(kinds: Kinds) -> list[str]:
     """The names whose rows are an image's own, and none usual: images that shall resemble real
     ones are told those of real ones. Their kinds have `from_images`."""
     return [name for name, kind in kinds.items() if getattr(kind, "from_images", False)]
+
+
+def usual(kinds: Kinds, indices: Tensor, given: Condition | None = None) -> dict[str, Tensor]:
+    """The condition of images number `indices` (B,): what is given, and for the rest what its kind
+    has for them. A guidance weight is no part of it."""
+    given = given or {}
+    return {
+        name: given[name].to(indices.device) if name in given else kind.rows(indices)
+        for name, kind in kinds.items()
+        if not isinstance(kind, Guidance)
+    }
 
 
 def take(condition: Condition | None, index: Tensor | slice) -> Condition | None:

@@ -19,7 +19,7 @@ from diffusion.condition import Kinds, Label, of_images
 from diffusion.console import UserError, printable
 from diffusion.decoding import Listing, decoded
 from diffusion.image_file import Aspect, Form
-from diffusion.images import Images, Source, told
+from diffusion.images import Captioned, Images, Source, told
 from diffusion.machine import CACHE
 from diffusion.report import show
 from diffusion.typed import Sha256
@@ -90,11 +90,28 @@ class Dataset:
         kinds = self.kinds if kinds is None else kinds
         if not (names := of_images(kinds)):
             return {}
-        images = self.test if len(self.test) else self.train
-        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-        which = order[numbers.cpu() % len(images)].to(images.device)
+        images, which = self._beside(numbers)
         rows = told(images, kinds).take(which)
         return {name: rows.condition[name].to(numbers.device) for name in names}
+
+    def captions_given(self, numbers: Tensor) -> list[str]:
+        """The captions that `given` tells them; none of images without."""
+        images, which = self._beside(numbers)
+        return images.captions(which) if isinstance(images, Captioned) else []
+
+    def labels_given(self, numbers: Tensor) -> Tensor | None:
+        """The classes of the images whose rows `given` tells them; None of images without."""
+        if "label" not in self.kinds:
+            return None
+        images, which = self._beside(numbers)
+        return images.take(which).condition["label"].to(numbers.device)
+
+    def _beside(self, numbers: Tensor) -> tuple[Images, Tensor]:
+        """Held-out images, or where there are none training images, and which stand beside images
+        of these numbers."""
+        images = self.test if len(self.test) else self.train
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+        return images, order[numbers.cpu() % len(images)].to(images.device)
 
 
 # Name -> (folder of its files or None, the cache, whether it may be fetched, the form asked for) ->

@@ -14,6 +14,8 @@ from diffusion.condition import Condition, Kinds, with_null
 from diffusion.console import UserError
 from diffusion.registry import rebuilt
 
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}  # fp16 only samples: its sums are too short
+
 
 def _ascending(bounds: tuple[float, float]) -> tuple[float, float]:
     if not bounds[0] < bounds[1]:
@@ -81,7 +83,7 @@ class Denoiser(nn.Module):
     ):
         """net: (x_t (B, C, H, W), t (B,) float32, condition or None) -> prediction (B, C, H, W), or
             (B, 2 C, H, W) with the share of a learned variance.
-        precision: "fp32" or "bf16" (autocast of the network alone; angles and sums stay float32).
+        precision: "fp32", or of HALF (autocast of the network alone; angles and sums stay float32).
         layout: of weights and activations; channels_last is the fast one on GPUs with tensor cores,
             while on CPUs group norm makes it the slow one (1.3 times at 8x8).
         kinds: of the conditions that the network takes.
@@ -109,14 +111,15 @@ class Denoiser(nn.Module):
             raise UserError(
                 "this network does not predict a variance: train a teacher with --learned-variance"
             )
-        t, condition = t.expand(len(x_t)), condition or None
+        count, condition = x_t.shape[0], condition or None  # len() would fix a traced batch's size
+        t = t.expand(count)
         if not condition or "guidance" not in condition or "guidance" in self.kinds:
             x0, share = self._predict(x_t, t, condition, dropout)
         else:
             plain = {name: rows for name, rows in condition.items() if name != "guidance"}
             both = with_null(plain, self.kinds)
             x0, share = self._predict(torch.cat([x_t, x_t]), torch.cat([t, t]), both, dropout)
-            x0, share = guide(*x0.chunk(2), condition["guidance"]), share[: len(x_t)]
+            x0, share = guide(x0[:count], x0[count:], condition["guidance"]), share[:count]
         return (x0, share) if variance else x0
 
     def compile_network(self) -> None:
@@ -133,10 +136,12 @@ class Denoiser(nn.Module):
         dropout: torch.Generator | None = None,
     ) -> Any:
         """What the network, or a part of it, makes in this denoiser's precision and layout."""
-        Denoiser.passes += len(x_t)
+        if not torch.compiler.is_compiling():
+            Denoiser.passes += len(x_t)
         if dropout and self.training:  # a network's own dropout layers draw from torch's generator
             torch.manual_seed(dropout.initial_seed())
-        with torch.autocast(x_t.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+        half = HALF.get(self.precision)
+        with torch.autocast(x_t.device.type, half, enabled=half is not None):
             x_t = x_t.contiguous(memory_format=self.layout)
             return function(x_t, t.float(), condition)
 

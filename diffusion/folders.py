@@ -15,7 +15,12 @@ from diffusion.typed import OPEN, parse
 MARK = ".fewstep"  # a file that every folder of the suite's holds
 WORDS = "A command of fewstep made this folder and may replace the files that it wrote here."
 # What a folder is made for, as its mark has it and as a user is told it.
-KINDS = {"run": "a training run", "comparison": "a comparison", "pictures": "generated pictures"}
+KINDS = {
+    "run": "a training run",
+    "comparison": "a comparison",
+    "pictures": "generated pictures",
+    "export": "an exported model",
+}
 # File managers and killed commands leave these in any folder.
 IGNORED = {".DS_Store", "Thumbs.db", "desktop.ini", LOCK}
 SIGN = "made by fewstep"  # what a single file of the suite's says near its beginning or its end

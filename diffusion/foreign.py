@@ -52,7 +52,7 @@ def name_of(path: Path) -> str:
     return Path(place.partition(":")[0]).name.removesuffix(edm.EXPORTED).rpartition(".")[2]
 
 
-def of_edm(place: str, trust: bool) -> Checkpoint:
+def of_edm(place: str, trust: bool = False) -> Checkpoint:
     """A denoiser D(x, sigma) of images from -1 to 1."""
     exported = place.endswith(edm.EXPORTED)
     if exported:
@@ -74,7 +74,7 @@ def of_edm(place: str, trust: bool) -> Checkpoint:
     return weights, card, weights_sha256(weights)
 
 
-def of_diffusers(place: str, trust: bool) -> Checkpoint:
+def of_diffusers(place: str, trust: bool = False) -> Checkpoint:
     """A network of diffusers, or a whole pipeline. UserError for what is not supported."""
     folder = _on_disk(place)
     inside = next((name for name in MODEL_FOLDERS if (folder / name).is_dir()), "")

@@ -116,6 +116,8 @@ class Texts:
     """(N,) int64: each image's row of the table."""
     sha256: str
     """Identity of the images' texts and of their encoder."""
+    words: Sequence[str]
+    """The U texts, "" for none."""
 
     def take(self, indices: Tensor) -> Tensor:
         """The texts of images number `indices`: (B, L, D) float32 on the indices' device."""
@@ -144,6 +146,10 @@ class Captioned:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def captions(self, indices: Tensor) -> list[str]:
+        """The captions of images number `indices`, "" for none."""
+        return [self.texts.words[i] for i in self.texts.which.cpu()[indices.cpu()].tolist()]
 
     def take(self, indices: Tensor) -> Rows:
         rows = self.images.take(indices)

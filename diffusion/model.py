@@ -11,7 +11,7 @@ from torch import Tensor
 from diffusion import checkpoint, codec, condition, foreign, networks
 from diffusion.checkpoint import Card
 from diffusion.codec import Codec
-from diffusion.condition import INSTEAD, Condition, Guidance, Kinds
+from diffusion.condition import INSTEAD, Condition, Guidance, Kinds, Label
 from diffusion.console import UserError, doing
 from diffusion.data import ImageSpec
 from diffusion.denoiser import Denoiser, DenoiserConfig
@@ -148,12 +148,7 @@ class Model:
     def conditions(self, indices: Tensor, given: Condition | None = None) -> dict[str, Tensor]:
         """The condition of images number `indices` (B,): what is given, and for the rest what its
         kind has for them; empty where the network takes none."""
-        given = given or {}
-        return {
-            name: given[name].to(indices.device) if name in given else kind.rows(indices)
-            for name, kind in self.kinds.items()
-            if not isinstance(kind, Guidance)
-        }
+        return condition.usual(self.kinds, indices, given)
 
     def told(self, plan: Plan, indices: Tensor, given: Condition | None = None) -> Condition | None:
         """What the network is told beside x_t and t, of images number `indices` (B,): their
@@ -280,6 +275,27 @@ def load(
                 "training that made them failed; train again, with a lower --learning-rate"
             )
     return Model(denoiser.to(device or this_device()).eval().requires_grad_(False), card, sha256)
+
+
+def of_classes(model: Model, num_classes: int) -> Model:
+    """The model, told the classes of such images: 0 for none.
+
+    Another maker's network of one class more has that, its last, for an unknown one. UserError for
+    a model of other classes.
+    """
+    label, card = model.kinds.get("label"), model.card
+    if not (num_classes and isinstance(label, Label)) or label.num_classes == num_classes:
+        return model
+    if label.num_classes != num_classes + 1 or card.net.get("architecture") is None or card.parent:
+        raise UserError(
+            f"the model knows {label.num_classes} classes, and the images have {num_classes}: "
+            "choose images with as many"
+        )
+    kinds = condition.to_json({**model.kinds, "label": Label(num_classes)})
+    card = replace(card, condition=kinds)
+    weights = model.denoiser.net.state_dict()
+    told = of_card(card, model.denoiser.precision, weights).to(model.device)
+    return replace(model, denoiser=told.eval().requires_grad_(False), card=card)
 
 
 def require_same_images(spec: ImageSpec, model: Model, path: Path) -> None:

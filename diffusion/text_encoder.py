@@ -123,7 +123,7 @@ def load(folder: Path) -> TextEncoder:
     architecture = "AutoModelForTextEncoding" if family in encoders else "AutoModel"
     architecture = "CLIPTextModel" if family == "clip" else architecture
     network = pretrained.network(folder, architecture, PURPOSE, unused=POOLER)
-    tokenizer = _tokenizer(folder, library)
+    tokenizer = tokenizer_of(folder, library)
     vocabulary = sorted(tokenizer.get_vocab().items())
     if tokenizer.pad_token is None:  # masked out in any case
         tokenizer.pad_token = tokenizer.eos_token or vocabulary[0][0]
@@ -141,12 +141,13 @@ def load(folder: Path) -> TextEncoder:
     return TextEncoder(name, sha256, width, most, tokenizer, network, whole)
 
 
-def _tokenizer(folder: Path, library: Any) -> Any:
-    places = [
-        place
-        for place in (folder, folder.parent / "tokenizer")
-        if any((place / name).is_file() for name in VOCABULARIES)
-    ]
+def has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in VOCABULARIES)
+
+
+def tokenizer_of(folder: Path, library: Any) -> Any:
+    """The tokenizer in a folder, or in `tokenizer` beside it. library: transformers."""
+    places = list(filter(has_tokenizer, (folder, folder.parent / "tokenizer")))
     expected = "expected one as save_pretrained writes it, beside the network's config.json"
     if not places:  # of which transformers would make an empty one
         raise UserError(f"{folder} holds no tokenizer: {expected}")

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from diffusion import data as datasets
 from diffusion import foreign, machine
+from diffusion.condition import of_images
 from diffusion.console import UserError, diverted, doing, printable, run, say, silence
 from diffusion.data import ImageSpec
 from diffusion.files import write_atomic
@@ -23,6 +24,7 @@ from diffusion.model import Model, load, require_same_images, this_device
 from diffusion.owner import owned
 from diffusion.plan import plan as plan_of
 from eval.measure import outside
+from eval.measure.agreement import clip_score
 from eval.measure.evaluate import Bench, measure_rows, sample, template
 from eval.measure.features import extractor
 from eval.measure.features import usual as usual_extractor
@@ -167,7 +169,7 @@ def prepare(options: Options, spec: ImageSpec | None, images: list[Path]) -> Ben
     device = this_device()
     with PartialState().main_process_first():
         if spec:
-            dataset = datasets.reload(spec, options.data, options.data_dir)
+            dataset = datasets.reload(spec, options.data, options.data_dir, options.text_encoder)
             # by the name that it was trained under: what was measured before a move stays measured
             dataset = replace(dataset, spec=replace(dataset.spec, name=spec.name))
         elif options.data:
@@ -195,7 +197,8 @@ def prepare(options: Options, spec: ImageSpec | None, images: list[Path]) -> Ben
         ]
         num_images, long_images = sizes(options, max(each.dim for each in (main, *more)))
         cross = extractor("random", real, device)
-        judge = Judge.of(real, main, cross, device, more, options.reference)
+        agreement = clip_score(choices, device) if of_images(dataset.kinds) else None
+        judge = Judge.of(real, main, cross, device, more, options.reference, agreement)
     if options.write_reference and PartialState().is_main_process:
         judge.real["own"].save(options.write_reference, main.sha256)
     return Bench(

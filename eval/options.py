@@ -106,6 +106,8 @@ class Options:
     compared: the dataset or the folder of real images that all is measured against."""
     data_dir: Path | None = None
     """The folder that holds a named dataset's files."""
+    text_encoder: Path | None = None
+    """The folder that the encoder of the images' captions is in now, if it has moved."""
     autoencoder: Path | None = None
     """Where the autoencoder of models in latents is now, if it has moved."""
     out: Path | None = None

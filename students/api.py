@@ -198,7 +198,7 @@ class Checkpoint(ImageModel):
 
     def make(self, plan: Plan, seed: int | Tensor, numbers: Tensor, condition: Condition) -> Tensor:
         """Raises UserError for images that are not finite, which as uint8 would be black."""
-        x0 = self.model.x0(plan, seed, numbers, condition)
+        x0 = self.x0(plan, seed, numbers, condition)
         if not x0.isfinite().all():
             raise UserError(
                 f"{self.name} makes images that are not finite (NaN or infinite): its training "
@@ -207,6 +207,10 @@ class Checkpoint(ImageModel):
             )
         return self.model.codec.decode(x0)
 
+    def x0(self, plan: Plan, seed: int | Tensor, numbers: Tensor, condition: Condition) -> Tensor:
+        """The same before it becomes pixels."""
+        return self.model.x0(plan, seed, numbers, condition)
+
 
 def load(
     path: str | Path | Model,
@@ -214,12 +218,16 @@ def load(
     device: str | torch.device | None = None,
     precision: Literal["auto", "fp32", "bf16"] = "auto",
     autoencoder: str | Path | None = None,
+    trust: bool = False,
 ) -> ImageModel:
-    """What makes images, of a run's folder or a checkpoint, or of a Model that was just trained.
+    """What makes images: a run's folder or a checkpoint, what students.export wrote (a folder, or
+    the .onnx, .pt2 or .safetensors file in it), another maker's model as diffusers:PATH, or a Model
+    that was just trained.
 
     device: such as "cuda:1"; the first GPU if left out, or the CPU. precision: the network's number
-    format; auto is the faster one on this machine. autoencoder: where that of a model in latents is
-    now, if it has moved.
+    format; auto is the faster one on this machine. A graph has its own. autoencoder: where that of
+    a model in latents is now, if it has moved. trust: load a .pt2 file, which can run code of its
+    maker.
     Raises UserError for what is no model.
     """
     if isinstance(path, Model):
@@ -227,9 +235,12 @@ def load(
     where = torch.device(device) if device is not None else machine.this_device()
     if where.type not in ("cpu", "cuda"):
         raise UserError(f"device must be cpu or cuda, whose numbers have 64 bits, got {device}")
-    place = Path(autoencoder) if autoencoder else None
-    model = models.load(Path(path), machine.precision(precision), where, place)
-    return Checkpoint(model, str(path))
+    from students import exported  # torch.export is slow to import
+
+    chosen, apart = machine.precision(precision), Path(autoencoder) if autoencoder else None
+    if made := exported.load(Path(path), where, chosen, trust):
+        return made
+    return Checkpoint(models.load(Path(path), chosen, where, apart), str(path))
 
 
 def to_numpy(images: Tensor) -> Images:

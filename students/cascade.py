@@ -13,7 +13,7 @@ from diffusion.plan import Plan
 from students.api import Checkpoint, ImageModel
 
 AUGMENTATION = 0.2  # angle of the noise on a small image that a model made
-GOLDEN = 0x9E3779B97F4A7C15
+GOLDEN, MASK = 0x9E3779B97F4A7C15, 2**63 - 1
 KEPT = 65_536  # small images, at most, that are not made again
 
 
@@ -60,7 +60,7 @@ class Cascade(ImageModel):
         """The last model's."""
         return self.last.plan(steps, sampler, shift, guidance)
 
-    def make(self, plan: Plan, seed: int, numbers: Tensor, condition: Condition) -> Tensor:
+    def make(self, plan: Plan, seed: int | Tensor, numbers: Tensor, condition: Condition) -> Tensor:
         """Each model has noise of its own: the same would show in both."""
         small = self.smaller(seed, numbers, condition).to(self.device)
         noise = next(Noise(other(seed, 2 * self.depth - 1), numbers, self.small.shape))
@@ -70,24 +70,26 @@ class Cascade(ImageModel):
         told["small"] = self.small.noisy(y, angle, noise)
         return self.last.make(plan, other(seed, 2 * self.depth), numbers, told)
 
-    def smaller(self, seed: int, numbers: Tensor, condition: Condition) -> Tensor:
+    def smaller(self, seed: int | Tensor, numbers: Tensor, condition: Condition) -> Tensor:
         """The first model's images (B, C, s, s) uint8 on the CPU: made once, for they are shown
         before they are refined."""
-        keys = [(seed, number) for number in numbers.tolist()]
+        seeds = torch.as_tensor(seed).expand(len(numbers))
+        keys = list(zip(seeds.tolist(), numbers.tolist(), strict=True))
         lacking = [row for row, key in enumerate(keys) if key not in self.made]
         if lacking:
             which = torch.tensor(lacking, device=numbers.device)
             told = {k: rows[which] for k, rows in condition.items() if k in self.first.kinds}
-            images = self.first.make(self.first_plan, seed, numbers[which], told).cpu()
+            some = seeds.to(numbers.device)[which] if isinstance(seed, Tensor) else seed
+            images = self.first.make(self.first_plan, some, numbers[which], told).cpu()
             if len(self.made) + len(lacking) > KEPT:
                 self.made = {key: image for key, image in self.made.items() if key in keys}
             self.made |= {keys[row]: image for row, image in zip(lacking, images, strict=True)}
         return torch.stack([self.made[key] for key in keys])
 
 
-def other(seed: int, number: int) -> int:
-    """A seed whose noise is none of the seed's own."""
-    return (seed + number * GOLDEN) % 2**63
+def other(seed: int | Tensor, number: int) -> int | Tensor:
+    """A seed, or one for each image, whose noise is none of the seed's own."""
+    return (seed + (number * GOLDEN & MASK)) & MASK
 
 
 def stages(

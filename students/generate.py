@@ -2,8 +2,9 @@
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 import tyro
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from diffusion import machine
@@ -25,8 +27,10 @@ from diffusion.noise import check_seed
 from diffusion.pictures import save_grid
 from diffusion.plan import MOST_STEPS, Plan
 from diffusion.samplers import SOLVERS
-from students import cascade
+from students import budget, cascade, filters
+from students.adaptive import Adaptive
 from students.api import Checkpoint, ImageModel
+from students.filters import Filter
 from students.prompts import Prompts, encode, from_file
 from students.provenance import Texts, provenance
 from students.shards import FORMATS, Batch, Job, files_before, npz, shared, write_shards
@@ -58,6 +62,18 @@ class Options:
     shift: float | None = None
     """Where a solver's steps are: above 1, more of them where noise is heavy. If left out: as the
     teacher has it."""
+    time_budget: str | None = None
+    """In place of --steps: how long all the images may take, such as 20ms or 1.5s, without what
+    comes before them. The best sampler and number of steps within it are chosen."""
+    quality: str | None = None
+    """In place of --steps: how many times the best teacher's distance is good enough, such as 1.2x.
+    The quickest sampler and number of steps of that quality are chosen from --table."""
+    table: Path | None = None
+    """The results.jsonl of eval.compare that says how good each number of steps is. If left out:
+    compare/results.jsonl in the folder of runs that the checkpoint is in."""
+    tolerance: float | None = None
+    """An image is left as it is once a call changes it by less than so many grey levels (root mean
+    square): it gets fewer calls than --steps. The calls of each image are counted."""
     label: int | None = None
     """The class to make, for a conditional model. If left out: every class in turn."""
     prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
@@ -96,6 +112,11 @@ class Options:
     """What a folder holds: one PNG an image, or npz or WebDataset files of --shard images each."""
     shard: int = 10_000
     """Images of one shard of a folder. A stopped call goes on from the shards that are whole."""
+    filter: str | None = None
+    """What scores every image: an ONNX classifier's file, or module:package.module:function. Images
+    of --filter-threshold and above are replaced by plain grey ones, and counted."""
+    filter_threshold: float = 0.5
+    """The score from which an image is blocked."""
     metadata: bool = True
     """Files say how they were made: the model's sha256, seed, number, sampler and steps."""
     trust: bool = False
@@ -105,6 +126,8 @@ class Options:
 
 def plan_of(model: Model, options: Options) -> Plan:
     """The plan that the options ask for."""
+    if options.time_budget or options.quality:
+        return _chosen(model, options)
     if options.angles is None:
         return model.plan(options.steps, options.sampler, options.shift, options.guidance)
     if options.shift is not None:
@@ -130,6 +153,26 @@ def plan_of(model: Model, options: Options) -> Plan:
     return replace(model.plan(1, sampler, guidance=options.guidance), angles=angles)
 
 
+def _chosen(model: Model, options: Options) -> Plan:
+    for name in ("steps", "sampler", "angles", "shift"):
+        if getattr(options, name) is not None:
+            raise UserError(f"--time-budget and --quality choose the steps: leave --{name} out")
+    choice = None
+    if PartialState().is_main_process:
+        choice = budget.choose(
+            model,
+            options.num,
+            options.batch_size,
+            options.time_budget,
+            options.quality,
+            options.table or budget.table_of(options.checkpoint),
+            options.guidance,
+        )
+    (choice,) = broadcast_object_list([choice])  # what one process measured, for all
+    say(choice.words)
+    return choice.way.plan
+
+
 def generate(model: Model, options: Options) -> Iterator[Tensor]:
     """Batches of images, (B, C, H, W) uint8, in order of their numbers.
 
@@ -140,9 +183,11 @@ def generate(model: Model, options: Options) -> Iterator[Tensor]:
 
 def generator(model: Model, options: Options) -> "Generator":
     """What makes the images that the options ask for."""
-    plan = plan_of(model, options)
-    maker = Checkpoint(model, str(options.checkpoint))
-    return Generator(maker, plan, options, prompts_of(model, plan, options))
+    plan, name = plan_of(model, options), str(options.checkpoint)
+    given = options.tolerance
+    maker = Checkpoint(model, name) if given is None else Adaptive(model, name, given)
+    screen = filters.load(options.filter, options.filter_threshold) if options.filter else None
+    return Generator(maker, plan, options, prompts_of(model, plan, options), screen)
 
 
 def prompts_of(model: Model, plan: Plan, options: Options) -> Prompts | None:
@@ -165,6 +210,9 @@ class Generator:
     plan: Plan
     options: Options
     prompts: Prompts | None = None
+    screen: Filter | None = None
+    tally: Counter = field(default_factory=Counter)
+    """Images, calls and blocked images so far."""
 
     @cached_property
     def texts(self) -> Texts:
@@ -187,6 +235,13 @@ class Generator:
                 given |= self.prompts.condition(torch.tensor(part))
                 facts["text"] = np.array([self.prompts.text(number) for number in part])
             for images in maker.batches(self.plan, options.seed, part, given, options.batch_size):
+                if isinstance(maker, Adaptive):
+                    facts["calls"] = maker.calls.numpy()
+                if self.screen:
+                    images, facts["blocked"] = self.screen(images)
+                for name in ("calls", "blocked"):
+                    self.tally[name] += int(facts.get(name, np.zeros(1)).sum())
+                self.tally["images"] += len(images)
                 yield Batch(part[0], images, facts, self.texts)
 
     def tracked(self, parts: Sequence[range]) -> Iterator[Batch]:
@@ -223,6 +278,7 @@ def write(maker: Generator) -> None:
             "model": maker.maker.sha256,
             "plan": asdict(plan),
             "options": [options.seed, options.label, options.precision, options.metadata],
+            "further": [options.tolerance, options.filter, options.filter_threshold],
         }
         job = Job(options.num, options.shard, options.format, about)
         write_shards(options.out, job, maker.tracked)
@@ -276,6 +332,7 @@ def main() -> None:
     options = tyro.cli(Options, prog="python -m students.generate", config=config)
     at_least(1, options, "num", "batch_size", "shard")
     at_least(1, options, "steps", most=MOST_STEPS)
+    at_least(0, options, "tolerance", most=255)
     check_seed(options.seed)
     suffix = one_file(options)
     check_out = check_file if suffix else files_before
@@ -285,7 +342,6 @@ def main() -> None:
         silence()
     precision, place = machine.precision(options.precision), options.autoencoder
     model = load(options.checkpoint, precision, autoencoder=place, trust=options.trust)
-    plan = plan_of(model, options)
     pixels = math.prod(model.spec.shape)
     # a shard of pictures goes to the disk batch by batch
     held = options.num if suffix else min(options.shard, options.num)
@@ -299,8 +355,12 @@ def main() -> None:
         with doing(f"making {options.num} images", f"{maker.options.out} is not whole yet"):
             write(maker)
         steps = f"{maker.plan.num_steps} steps"
-        if maker is chain[0] and model.calls_per_step(plan) == 2:
+        if maker is chain[0] and model.calls_per_step(maker.plan) == 2:
             steps += " of 2 network calls"
+        if isinstance(maker.maker, Adaptive):
+            steps += f" at most, {maker.tally['calls'] / max(1, maker.tally['images']):.2f} calls"
+        if maker.screen:
+            steps += f", {maker.tally['blocked']} blocked"
         say(f"{options.num} images by {maker.plan.sampler} in {steps}: {maker.options.out}")
 
 

@@ -11,7 +11,7 @@ from diffusion.config import FitConfig, check
 from diffusion.console import UserError
 from diffusion.data import Dataset
 from diffusion.folders import check_claim
-from diffusion.model import Model, load, read
+from diffusion.model import Model, load, of_classes, read
 from diffusion.runs import settled
 from diffusion.schedules import check_shift
 from teachers import ddpm
@@ -96,9 +96,10 @@ def begin(
                 "teacher"
             )
         teacher = replace(teacher, card=replace(teacher.card, shift=options.shift))
+    dataset = datasets.reload(teacher.spec, options.data, options.data_dir, options.text_encoder)
+    teacher = of_classes(teacher, dataset.num_classes)
     if fit.compile:
         teacher.denoiser.net.compile()
-    dataset = datasets.reload(teacher.spec, options.data, options.data_dir, options.text_encoder)
     place = {name: getattr(dataset.spec, name) for name in ("name", "sha256", "text_encoder")}
     spec = replace(teacher.spec, **place)
     dataset = replace(dataset, spec=spec, codec=teacher.codec)  # the teacher's scale

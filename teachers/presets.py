@@ -62,7 +62,7 @@ EMOJI = Preset(
 )
 
 # The same images as patches of a transformer: by its size and patch, how many a side has at most.
-# On a GPU it is Peebles & Xie's DiT-S; on a CPU a step takes two to three times the U-Net's time.
+# On a GPU it is Peebles & Xie's DiT-S; on a CPU a step on digits takes twice the U-Net's time.
 DITS = {
     "digits": DiTConfig(size=8, width=64, depth=4, heads=2, patch=2),
     "fashion-mnist": DiTConfig(size=28, width=192, depth=6, heads=4, patch=4),

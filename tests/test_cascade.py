@@ -221,6 +221,10 @@ def test_an_image_of_a_cascade_is_the_same_whatever_the_batch_and_near_its_small
     small = cascade.smaller(7, torch.arange(5), {})
     kind = last.kinds["small"]
     assert (kind.reduced(made[5]).float() - small.float()).abs().mean() < 40
+    seeds = torch.tensor([7, 2**63 - 1])
+    each = cascade.make(cascade.plan(4), seeds, torch.tensor([1, 1]), {})
+    assert torch.equal(each[0], made[5][1]), "of a seed for each image"
+    assert not torch.equal(each[0], each[1])
 
 
 def test_models_of_a_cascade_share_no_noise():

@@ -118,9 +118,7 @@ def test_the_order_of_names_in_a_condition_changes_nothing():
 
 @pytest.mark.parametrize("kinds", [{"colour": Label(7)}, {"label": Guidance(1, 2)}])
 def test_a_kind_that_the_unet_cannot_take_is_refused_by_name(kinds):
-    with pytest.raises(
-        UserError, match=f"unet takes label and guidance and text, not {next(iter(kinds))}"
-    ):
+    with pytest.raises(UserError, match=f"unet takes label and .*, not {next(iter(kinds))}"):
         UNet(UNetConfig(), kinds=kinds)
 
 

@@ -381,3 +381,24 @@ def test_texts_guide_as_in_a_pipeline_and_the_empty_one_is_the_encoders_own(tmp_
     assert not condition["text"][2].any()  # says nothing: the network has its own null for it
     made = ours(model, "ddim", at(model, scheduler.timesteps), condition)
     torch.testing.assert_close(made, x, atol=1e-3, rtol=1e-3)
+
+
+def test_a_class_more_than_the_images_have_is_for_an_unknown_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    teachers = {
+        number: saved(
+            tmp_path / str(number), unet(num_class_embeds=number), diffusers.DDPMScheduler()
+        )
+        for number in (5, 10, 11)
+    }
+    given = {"data": "digits", "fit": QUICK, "start_steps": 2, "rounds": (1,)}
+    students = {
+        number: progressive.distill(progressive.Options(teachers[number], **given))[0].denoiser.net
+        for number in (10, 11)
+    }
+    rows = {number: net.class_embedding.weight for number, net in students.items()}
+    nulls = {n: net.class_embedding(torch.tensor(net.unknown)) for n, net in students.items()}
+    torch.testing.assert_close(nulls[10], rows[10].mean(0))  # no row is for it
+    assert torch.equal(nulls[11], rows[11][10])
+    with pytest.raises(UserError, match="knows 5 classes, and the images have 10"):
+        progressive.distill(progressive.Options(teachers[5], **given))

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.nn.functional import one_hot
 
 from diffusion import captions, text_encoder
 from diffusion import data as datasets
@@ -25,6 +26,14 @@ from diffusion.networks.text import CrossAttention, TextInput, Tokens
 from diffusion.noise import Noise
 from diffusion.samplers import sample
 from distill import cd, guidance, progressive
+from eval import compare
+from eval.measure.agreement import clip_score
+from eval.measure.features import Extractor, random_network
+from eval.measure.judge import Asked, Judge
+from eval.measure.pretrained import KINDS
+from eval.measure.quality import Measured
+from eval.measure.real import Real
+from eval.results import jsonl
 from students import generate
 from students.prompts import encode
 from teachers import ddpm
@@ -523,3 +532,92 @@ def test_a_guided_student_takes_prompts_in_one_call_and_no_other(captioned, comm
     outcome = command(generate.main, *asked, "--negative-prompt", "a red square")
     assert outcome.code == 2
     assert "this student does both in one: leave it out" in outcome.err
+
+
+# Comparisons
+
+
+@pytest.fixture(scope="session")
+def clip(tmp_path_factory, encoder) -> Path:
+    """The folder of a tiny CLIP of random weights, with the tokenizer of a few words."""
+    folder = tmp_path_factory.mktemp("texts") / "clip"
+    shutil.copytree(encoder, folder)
+    small = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    torch.manual_seed(0)
+    config = transformers.CLIPConfig(
+        vision_config=small | {"image_size": 32, "patch_size": 16},
+        text_config=small
+        | {"vocab_size": len(WORDS), "max_position_embeddings": 16, "eos_token_id": 3},
+        projection_dim=8,
+    )
+    transformers.CLIPModel(config).save_pretrained(folder)
+    return folder
+
+
+def test_clips_score_is_the_cosine_of_its_embeddings(clip):
+    score = clip_score(["random", f"clip:{clip}"], torch.device("cpu"))
+    images = torch.randint(0, 256, (3, 3, 32, 32), generator=torch.Generator().manual_seed(0))
+    images, texts = images.to(torch.uint8), ["a red square", "blue", "a tall thin disc on white"]
+    model = transformers.CLIPModel.from_pretrained(clip).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(clip)
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (KINDS["clip"].mean, KINDS["clip"].std))
+    for image, text, value in zip(images, texts, score(images, texts), strict=True):
+        with torch.no_grad():
+            pixels = (image / 255 - mean) / std
+            both = model(pixel_values=pixels[None], **tokenizer(text, return_tensors="pt"))
+        cosine = (both.image_embeds * both.text_embeds).sum()
+        close(value, 100 * cosine.clamp(0), atol=1e-3, rtol=1e-3)
+    assert len(score(images[:0], [])) == 0
+    assert clip_score(["random"], torch.device("cpu")) is None
+
+
+def test_a_comparison_tells_held_out_captions_and_says_how_far_images_agree(
+    captioned, clip, command, monkeypatch
+):
+    told = []
+
+    def score(images, texts):
+        told.extend(texts)
+        return torch.full((len(images),), 30.0)
+
+    monkeypatch.setattr(compare, "clip_score", lambda choices, device: score)
+    asked = (captioned, "--steps", "2", "--solvers", "ddim", "--num-images", 130, "--no-long")
+    outcome = command(compare.main, *asked, "--features", "random", "--no-times")
+    assert outcome.code == 0, outcome.err
+    dataset = datasets.reload(load_model(captioned).spec)
+    expected = dataset.captions_given(torch.arange(130))
+    assert told[-130:] == expected
+    assert set(expected) <= {"", *(f"a {name} square" for name in COLOURS)}
+    (record,) = jsonl.read(captioned.parent / "compare" / "results.jsonl")
+    assert record.others["clip-score"] == [30.0]
+    assert record.held_out["clip-score"] == 30.0
+
+
+def test_images_are_judged_by_the_class_that_they_were_asked_for(digits):
+    labels = digits.test.condition["label"][:40]
+    shown = replace(
+        random_judge(digits),
+        extractor=Extractor(
+            "fd-known-00000000",
+            "0" * 64,
+            10,
+            lambda images: one_hot(labels[: len(images)], 10).float(),
+            probabilities=lambda features: features,
+        ),
+    )
+    asked = labels.clone()
+    asked[:10] = (asked[:10] + 1) % 10
+    seen = shown.see_images(digits.test.images[:40], 0, Asked(asked))
+    figures = Measured(shown, seen)._of_agreement(slice(None))
+    assert figures == {"asked-class": 0.75}
+
+
+def random_judge(digits) -> Judge:
+    real, device = Real.sample(digits), torch.device("cpu")
+    network = random_network(real, device)
+    return Judge.of(real, network, network, device)

@@ -237,7 +237,7 @@ class OnTheCircle(nn.Module):
                 torch.full_like(t, self.unknown).long() if label is None else label
             )
         if hasattr(self, "null_text"):
-            null = self.null_text.expand(len(t), -1, -1)
+            null = self.null_text.expand(t.shape[0], -1, -1)
             text = condition.get("text", torch.zeros_like(null)).to(null)
             says = is_token(text).any(dim=1)[:, None, None]
             given["encoder_hidden_states"] = text = torch.where(says, text, null)

@@ -168,7 +168,7 @@ class DiT(Conditioned):
         """The first half of the blocks: their output (B, W, H', W'), the embedding and the text."""
         condition = condition or {}
         embedding = self.embedding(t, condition)
-        text = self.text(condition.get("text"), len(x)) if self.text else None
+        text = self.text(condition.get("text"), x.shape[0]) if self.text else None
         if text:
             embedding = embedding + text.mean()
         embedding = F.silu(embedding)

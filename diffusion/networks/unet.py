@@ -278,7 +278,7 @@ class UNet(Conditioned):
         its layers are told."""
         condition = condition or {}
         embedding = self.embedding(t, condition)
-        tokens = self.text(condition.get("text"), len(x)) if self.text else None
+        tokens = self.text(condition.get("text"), x.shape[0]) if self.text else None
         if tokens:
             embedding = embedding + tokens.mean()
         if self.small:

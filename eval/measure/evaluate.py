@@ -16,7 +16,6 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from diffusion.console import UserError, printable, say, track
-from diffusion.images import InMemory, told
 from diffusion.samplers import SOLVERS
 from eval.measure import likelihood, machine, nfe, stream
 from eval.measure.judge import Judge
@@ -267,9 +266,7 @@ def likelihood_of(bench: Bench, row: Row, record: Record) -> Record:
     model = replace(row.model, denoiser=exact)
     # compiled was the other precision, and "fp32" alone leaves convolutions in TF32 on a GPU
     with torch.compiler.set_stance("force_eager"), machine.full_float32():
-        known = {k: rows[some] for k, rows in real.test_condition.items() if k in model.kinds}
-        held_out = told(InMemory(real.test[some], known), model.kinds)
-        known = held_out.take(torch.arange(len(held_out))).condition
+        known = real.known(some, model.kinds)
         bits = likelihood.bits_per_dim(model, real.test[some], known or None, batch_size=64)
     return replace(record, likelihood=bits)
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from diffusion.image_file import Form
 from diffusion.machine import CACHE
 from diffusion.owner import cached
 from eval.measure import sets
+from eval.measure.agreement import Agreement
 from eval.measure.features import Extractor
 from eval.measure.inception import file_sha256
 from eval.measure.intervals import uncertainty
@@ -25,6 +27,18 @@ from eval.results.records import Data
 
 NEIGHBOURS = 5  # in the balls of precision, recall, density and coverage
 PORTION = 1000  # images through an extractor at a time
+
+
+class Asked(NamedTuple):
+    """What images should show."""
+
+    labels: Tensor | None = None
+    """(B,) the class of each."""
+    texts: Sequence[str] = ()
+    """A caption for each; none where they have none."""
+
+
+NOTHING = Asked()
 
 
 @dataclass(frozen=True)
@@ -50,6 +64,8 @@ class Judge:
     """The real images' name, split, number and sha256."""
     more: tuple[Representation, ...] = ()
     """Further extractors, whose distances are further figures."""
+    agreement: Agreement | None = None
+    """How well an image agrees with a text; None where no network for that was named."""
     known_balls: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     @staticmethod
@@ -60,6 +76,7 @@ class Judge:
         device: torch.device,
         more: Sequence[Extractor] = (),
         statistics: Path | None = None,
+        agreement: Agreement | None = None,
     ) -> "Judge":
         """more: further extractors. statistics: a file of saved ones, in place of those of the
         training images; where the dataset is empty they are all that is known."""
@@ -89,9 +106,8 @@ class Judge:
             data["background"] = dataset.spec.background
         if dataset.spec.aspect == "pad":
             data["aspect"] = "pad"
-        return Judge(
-            dataset, extractor, cross, device, train, test, real, bank, near, data, tuple(further)
-        )
+        known = dataset, extractor, cross, device, train, test, real, bank, near, data
+        return Judge(*known, tuple(further), agreement)
 
     @cached_property
     def some(self) -> Tensor:
@@ -111,8 +127,9 @@ class Judge:
             self.known_balls[count] = some, sets.radius(some, NEIGHBOURS)
         return self.known_balls[count]
 
-    def see(self, x0: Tensor, start: int, codec: Codec) -> Seen:
-        """Look at generated images, number `start` onwards: x0 (B, C, H, W), as sampled."""
+    def see(self, x0: Tensor, start: int, codec: Codec, asked: Asked = NOTHING) -> Seen:
+        """Look at generated images, number `start` onwards: x0 (B, C, H, W), as sampled. asked:
+        what each should show."""
         values, outside = x0.flatten(1), torch.zeros(len(x0), device=x0.device).double()
         if codec.grey_levels:
             mean, std = codec.grey_levels
@@ -125,11 +142,11 @@ class Judge:
             ~values.isfinite().all(1),
             pixels.amax(1) == pixels.amin(1),
         ]
-        seen = self.see_images(images, start)
+        seen = self.see_images(images, start, asked)
         seen.odd = torch.stack([value.double().sum() for value in (*odd, outside)])
         return seen
 
-    def see_images(self, images: Tensor, start: int = 0) -> Seen:
+    def see_images(self, images: Tensor, start: int = 0, asked: Asked = NOTHING) -> Seen:
         """Look at uint8 images (B, C, H, W) on the device, number `start` onwards."""
         ours = self.extractor.extract(images)
         left = {name: max(0, limit - start) for name, limit in KEPT.items()}
@@ -140,6 +157,11 @@ class Judge:
             features = space.extractor.extract(images)
             moments[f"more{i}"] = Moments.of(features)
             rows[f"more{i}"] = features[: left["features"]]
+        kept = slice(0, left["features"])
+        if asked.labels is not None:
+            rows["asked"] = asked.labels[kept]
+        if self.agreement and asked.texts:
+            rows["agreement"] = self.agreement(images[kept], asked.texts[kept])
         odd = torch.zeros(4, dtype=torch.float64, device=images.device)
         return Seen(moments, odd, {start: rows})
 

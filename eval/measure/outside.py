@@ -22,6 +22,7 @@ from eval.measure import custom
 from eval.measure.inception import file_sha256
 from eval.measure.npz import read_npz
 from eval.measure.real import fingerprint
+from students import ImageModel, exported
 
 ARRAYS = ("images", "arr_0")  # names of an .npz's images; the second is numpy's own
 LEVELS = Scale(0.0, 1.0)  # of images that are grey levels already
@@ -177,10 +178,20 @@ def _from_noise(
     return make, sha256, codec
 
 
+def _of_ours(model: ImageModel) -> Callable[[int, Tensor], tuple[Tensor, bool]]:
+    """The same of a file that students.export wrote: the images of its checkpoint's noise, and as
+    usual where it takes a label or a guidance weight."""
+    plan = model.plan()
+    return lambda seed, numbers: (model.make(plan, seed, numbers, {}).float(), True)
+
+
 def _generator(path: Path) -> Callable[[int, Tensor], tuple[Tensor, bool]]:
     """(seed, numbers of images) -> the file's output as float images (B, C, H, W), and whether it
-    is of uint8. The file takes one input, normal noise (B, ...), and may be of a fixed batch."""
+    is of uint8. The file takes one input, normal noise (B, ...), and may be of a fixed batch, or
+    students.export wrote it."""
     session = custom.session(path, "a generator")
+    if exported.says(session):
+        return _of_ours(exported.load_onnx(path, torch.device("cpu")))
     inputs = session.get_inputs()
     sizes = inputs[0].shape[1:] if inputs else []
     if (

@@ -48,6 +48,19 @@ def is_named(choice: str) -> bool:
     return choice.partition(":")[0] in KINDS and ":" in choice
 
 
+def pixels(choice: str, size: int, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """uint8 (B, C, H, W) of 0..255 -> float32 (B, 3, size, size), as that kind was trained on."""
+    kind = KINDS[choice.partition(":")[0]]
+    mean, std = (255 * torch.tensor(x, device=device).view(3, 1, 1) for x in (kind.mean, kind.std))
+
+    def prepare(images: Tensor) -> Tensor:
+        x = F.interpolate(images.float(), (size, size), mode="bicubic", antialias=True)
+        x = x.round().clamp(0, 255)  # as Pillow's, whose pixels are whole
+        return (x - mean) / std
+
+    return prepare
+
+
 def network(choice: str, device: torch.device) -> tuple[Callable[[Tensor], Tensor], int, str]:
     """uint8 (B, C, H, W) of 0..255, C 1 or 3 -> float32 (B, D); D; and the sha256 of what makes
     them: the weights and the size that images are resized to."""
@@ -55,12 +68,10 @@ def network(choice: str, device: torch.device) -> tuple[Callable[[Tensor], Tenso
     kind = KINDS[name]
     model = pretrained.network(Path(folder), kind.architecture, "features of a folder").to(device)
     size = kind.size or model.config.image_size
-    mean, std = (255 * torch.tensor(x, device=device).view(3, 1, 1) for x in (kind.mean, kind.std))
+    prepare = pixels(choice, size, device)
 
     def features(images: Tensor) -> Tensor:
-        x = F.interpolate(images.float(), (size, size), mode="bicubic", antialias=True)
-        x = x.round().clamp(0, 255)  # as Pillow's, whose pixels are whole
-        return model(pixel_values=(x - mean) / std).pooler_output.float()
+        return model(pixel_values=prepare(images)).pooler_output.float()
 
     def extract(images: Tensor) -> Tensor:
         return torch.cat([features(part) for part in images.split(BATCH)])

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from eval.measure import sets
 from eval.measure.intervals import jackknife, uncertainty
-from eval.measure.judge import NEIGHBOURS, PORTION, Judge
+from eval.measure.judge import NEIGHBOURS, PORTION, Asked, Judge
 from eval.measure.metrics import Moments, frechet_distance
 from eval.measure.seen import Seen
 from eval.measure.several import ratio, ratio_error
@@ -48,6 +48,7 @@ class Measured:
             return {}
         figures = self._of_features(self.features, self.seen.rows("cross"))
         figures |= self._of_pixels(self.near)
+        figures |= self._of_agreement(slice(None))
         if self.judge.more:
             figures |= self._further(self.distances, self.ratio)
         if self.seen.moments["own"].count >= 4 * self.judge.extractor.dim:  # else: a large bias
@@ -67,6 +68,9 @@ class Measured:
 
         errors = jackknife(of_features, len(features))
         errors |= jackknife(lambda which: self._of_pixels(near[which.to(near.device)]), len(near))
+        errors |= jackknife(
+            lambda which: self._of_agreement(which.to(features.device)), len(features)
+        )
         for name in ("memorisation-p_value", "memorisation-copied_floor"):  # no model's figures
             errors.pop(name, None)
         if self.judge.more:
@@ -133,6 +137,18 @@ class Measured:
                 figures |= {f"{SHARE}{i}": int(n) / len(fake) for i, n in enumerate(counts)}
         return figures
 
+    def _of_agreement(self, which: Tensor | slice) -> dict[str, float]:
+        """How far these images show what they were asked for: by their classes, as the extractor
+        tells them apart, and by their texts."""
+        figures, probabilities = {}, self.judge.extractor.probabilities
+        if probabilities and self.seen.has("asked"):
+            shown = probabilities(self.features[which]).argmax(1)
+            right = shown == self.seen.rows("asked")[which].to(shown.device)
+            figures["asked-class"] = float(right.double().mean())
+        if self.seen.has("agreement"):
+            figures["clip-score"] = float(self.seen.rows("agreement")[which].double().mean())
+        return figures
+
     def _of_pixels(self, near: Tensor) -> dict[str, float]:
         if not len(self.judge.held_out_nearest):
             return {"memorisation-copied": sets.copied(near)}
@@ -145,8 +161,12 @@ def held_out(judge: Judge, num_images: int) -> dict[str, float]:
     images = judge.dataset.test[:num_images]
     if len(images) <= 5:
         return {}
-    portions = enumerate(images.to(judge.device).split(PORTION))
-    seen = reduce(add, (judge.see_images(x, PORTION * i) for i, x in portions))
+    real, seen = judge.dataset, []
+    for start in range(0, len(images), PORTION):
+        some = slice(start, min(start + PORTION, len(images)))
+        part = images[some].to(judge.device)
+        seen.append(judge.see_images(part, start, Asked(texts=real.captions(some))))
+    seen = reduce(add, seen)
     return {k: value for k, value in Measured(judge, seen).others.items() if isfinite(value)}
 
 

@@ -1,13 +1,13 @@
 """The real images that everything is judged by."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from diffusion.condition import Kinds
+from diffusion.condition import Condition, Kinds
 from diffusion.data import Dataset, ImageSpec
-from diffusion.images import InMemory, some
+from diffusion.images import Captioned, InMemory, some, spread, told
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class Real:
     """Of the labels among it; 0 for none."""
     of: int
     """How many training images the source has."""
-    given: Callable[[Tensor, Kinds], Mapping[str, Tensor]] = lambda numbers, kinds: {}
-    """What images of these numbers are told, of the real images': as Dataset.given has it."""
+    source: Dataset | None = None
+    """All of it."""
 
     @staticmethod
     def sample(dataset: Dataset) -> "Real":
@@ -39,8 +39,26 @@ class Real:
             train.condition,
             test.condition,
             *counts,
-            dataset.given,
+            dataset,
         )
+
+    def given(self, numbers: Tensor, kinds: Kinds) -> Condition:
+        """What images of these numbers are told, of the real images': as Dataset.given has it."""
+        return self.source.given(numbers, kinds) if self.source else {}
+
+    def known(self, some: slice, kinds: Kinds) -> Condition:
+        """What is known of those held-out images, as far as a model of these kinds is told it."""
+        images = self.source.test if self.source else InMemory(self.test, self.test_condition)
+        which = spread(images, len(self.test))[some].to(images.device)
+        rows = told(images, kinds).take(which).condition
+        return {name: rows[name] for name in kinds if name in rows}
+
+    def captions(self, some: slice) -> list[str]:
+        """The captions of those held-out images, "" for none; no list where there are none."""
+        test = self.source.test if self.source else None
+        if not isinstance(test, Captioned):
+            return []
+        return test.captions(spread(test, len(self.test))[some])
 
     @property
     def train_labels(self) -> Tensor | None:

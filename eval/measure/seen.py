@@ -33,6 +33,10 @@ class Seen:
         moments = {name: self.moments[name] + other.moments[name] for name in self.moments}
         return Seen(moments, self.odd + other.odd, self.parts | other.parts)
 
+    def has(self, name: str) -> bool:
+        """Whether rows of that name are kept."""
+        return all(name in rows for rows in self.parts.values())
+
     def rows(self, name: str) -> Tensor:
         """The kept rows of that name, in the order of the images."""
         return torch.cat([self.parts[start][name] for start in sorted(self.parts)])

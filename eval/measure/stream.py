@@ -13,11 +13,12 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from diffusion.codec import Codec
-from diffusion.condition import Condition, Kinds
+from diffusion.condition import Condition, Kinds, Label, of_images
 from diffusion.console import UserError, say
 from diffusion.files import Damaged, load_tensors, remove, save_tensors
 from diffusion.plan import Plan
-from eval.measure.judge import Judge
+from eval.measure.judge import Asked, Judge
+from eval.measure.real import Real
 from eval.measure.seen import Seen
 from eval.measure.timing import out_of_memory
 
@@ -76,7 +77,10 @@ def look(
         try:
             given = judge.dataset.given(numbers, model.kinds)
             call = partial(model.x0, plan, seed, numbers, given)
-            total += judge.see(watch(call, len(numbers)), start, model.codec)
+            x0 = watch(call, len(numbers))
+            total += judge.see(
+                x0, start, model.codec, asked_of(judge.dataset, model.kinds, numbers)
+            )
         except (MemoryError, RuntimeError) as error:
             if not out_of_memory(error):
                 raise
@@ -97,6 +101,17 @@ def look(
     if count > 1:
         total = reduce(add, (Seen.of(tensors, model.device) for _, tensors in gathered if tensors))
     yield num_images, total
+
+
+def asked_of(real: Real, kinds: Kinds, numbers: Tensor) -> Asked:
+    """What a model of these kinds is asked for in images of these numbers: their class, or that of
+    the real image whose caption it is told; and their captions."""
+    kind, source = kinds.get("label"), real.source
+    label = kind.rows(numbers) if isinstance(kind, Label) else None
+    if source is None or not of_images(kinds):
+        return Asked(label)
+    label = source.labels_given(numbers) if label is None else label
+    return Asked(label, source.captions_given(numbers) if "text" in kinds else ())
 
 
 def forget(part: Path) -> None:
