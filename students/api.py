@@ -240,7 +240,7 @@ def load(
     chosen, apart = machine.precision(precision), Path(autoencoder) if autoencoder else None
     if made := exported.load(Path(path), where, chosen, trust):
         return made
-    return Checkpoint(models.load(Path(path), chosen, where, apart), str(path))
+    return Checkpoint(models.load(Path(path), chosen, where, apart, trust=trust), str(path))
 
 
 def to_numpy(images: Tensor) -> Images:

@@ -27,7 +27,7 @@ from diffusion.noise import check_seed
 from diffusion.pictures import save_grid
 from diffusion.plan import MOST_STEPS, Plan
 from diffusion.samplers import SOLVERS
-from students import budget, cascade, filters
+from students import budget, cascade, filters, watermark
 from students.adaptive import Adaptive
 from students.api import Checkpoint, ImageModel
 from students.filters import Filter
@@ -117,6 +117,9 @@ class Options:
     of --filter-threshold and above are replaced by plain grey ones, and counted."""
     filter_threshold: float = 0.5
     """The score from which an image is blocked."""
+    watermark: bool = False
+    """Put a mark in the images that is not seen and that students.watermark finds again: colours of
+    256 x 256 pixels and more."""
     metadata: bool = True
     """Files say how they were made: the model's sha256, seed, number, sampler and steps."""
     trust: bool = False
@@ -239,6 +242,8 @@ class Generator:
                     facts["calls"] = maker.calls.numpy()
                 if self.screen:
                     images, facts["blocked"] = self.screen(images)
+                if options.watermark:
+                    images = watermark.marked(images)
                 for name in ("calls", "blocked"):
                     self.tally[name] += int(facts.get(name, np.zeros(1)).sum())
                 self.tally["images"] += len(images)
@@ -279,6 +284,7 @@ def write(maker: Generator) -> None:
             "plan": asdict(plan),
             "options": [options.seed, options.label, options.precision, options.metadata],
             "further": [options.tolerance, options.filter, options.filter_threshold],
+            "watermark": options.watermark,
         }
         job = Job(options.num, options.shard, options.format, about)
         write_shards(options.out, job, maker.tracked)
@@ -349,6 +355,9 @@ def main() -> None:
     batch = min(options.batch_size, options.num)
     machine.require_memory("--batch-size", batch, batch * COPIES * math.prod(model.shape))
     chain = makers(model, options)
+    if options.watermark:
+        channels, size, _ = chain[0].maker.spec.shape
+        watermark.check(size, channels)
     for maker in chain:
         check_out(maker.options.out)
     for maker in chain:

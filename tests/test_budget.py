@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from diffusion.console import UserError
 from diffusion.model import load
 from diffusion.samplers import SOLVERS
-from students import budget, filters, generate
+from students import budget, filters, generate, watermark
 from students.adaptive import Adaptive, Stopping
 from students.api import Checkpoint
 from tests.made_up import record
@@ -94,8 +95,6 @@ def test_without_a_table_more_calls_are_taken_for_better(model, clock):
     ],
 )
 def test_what_cannot_be_had_is_refused_with_what_can(model, measured, clock, asked, words):
-    from diffusion.console import UserError
-
     with pytest.raises(UserError, match=words):
         budget.choose(model, 1, 256, table=measured, **asked)
 
@@ -210,3 +209,28 @@ def test_an_onnx_classifier_is_a_filter(tmp_path, kind):
     kept, blocked = bright(images)
     assert blocked.tolist() == [False, True]
     assert kept[:, 0, 0, 0].tolist() == [99, filters.GREY]
+
+
+def test_a_mark_is_found_after_jpeg_and_in_no_other_picture(command, tmp_path):
+    import io
+
+    from PIL import Image
+
+    pytest.importorskip("imwatermark")
+    generator = torch.Generator().manual_seed(0)
+    coarse = 128 + 50 * torch.randn(1, 3, 32, 32, generator=generator)
+    image = torch.nn.functional.interpolate(coarse, size=256, mode="bicubic").clamp(0, 255).byte()
+    for name, images in {"plain": image, "marked": watermark.marked(image)}.items():
+        buffer = io.BytesIO()
+        Image.fromarray(images[0].permute(1, 2, 0).numpy()).save(buffer, "JPEG", quality=80)
+        (tmp_path / f"{name}.jpg").write_bytes(buffer.getvalue())
+    said = command(watermark.main, tmp_path).out
+    assert "marked.jpg  marked, " in said
+    assert "plain.jpg  no mark" in said
+
+
+def test_a_mark_in_small_or_grey_images_is_refused(command, teacher):
+    outcome = command(generate.main, teacher, "--watermark")
+    assert (outcome.code, "images are grey" in outcome.err) == (2, True)
+    with pytest.raises(UserError, match="at least 256x256"):
+        watermark.check(128)

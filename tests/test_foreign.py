@@ -291,6 +291,11 @@ def test_a_command_makes_images_with_such_a_teacher(tmp_path, command):
         ("scheduler", {"variance_type": "learned"}, "its variance_type is 'learned'"),
         ("scheduler", {"trained_betas": [0.1, 0.0]}, "noise levels do not ascend"),
         ("scheduler", {"beta_schedule": "none"}, "config is refused by diffusers"),
+        (
+            "scheduler",
+            {"_class_name": "EulerDiscreteScheduler", "timestep_type": "continuous"},
+            "timestep_type is 'continuous'",
+        ),
     ],
 )
 def test_what_is_not_supported_is_said_in_one_line(tmp_path, part, changes, words):

@@ -14,6 +14,7 @@ from diffusion.model import Model, load
 from diffusion.samplers import sample
 from distill import guidance, progressive
 from eval.measure.nfe import count_calls
+from students import generate
 from students.to_diffusers import to_diffusers
 from tests.test_foreign import SCALED, at, conditioned, save_reader
 
@@ -129,3 +130,12 @@ def test_a_guided_student_takes_four_calls_and_goes_back(
     again.set_progress_bar_config(disable=True)
     images = ours(student, plan.on(student.device), home)
     torch.testing.assert_close(images, theirs(again, 4), atol=1e-3, rtol=0)
+
+
+def test_a_command_makes_images_of_a_prompt(pipeline, tmp_path, command):
+    _, place = pipeline
+    asked = ["--prompt", "a red cat", "--guidance", 3, "--num", 1, "--steps", 2]
+    asked += ["--sampler", "unipc", "--out", tmp_path / "cat.png"]
+    done = command(generate.main, place, *asked)
+    assert done.code == 0, done.err
+    assert Image.open(tmp_path / "cat.png").size >= (16, 16)

@@ -98,9 +98,12 @@ def levels(scheduler: Mapping[str, Any]) -> Levels:
         raise UserError(
             f"its network predicts {prediction!r:.80}, expected one of {', '.join(PREDICTIONS)}"
         )
+    for name, plain in (("invert_sigmas", False), ("timestep_type", "discrete")):
+        if described.get(name, plain) != plain:
+            raise UserError(
+                f"its scheduler's {name} is {described[name]!r:.80}, expected {plain!r}"
+            )
     if PREDICTIONS[prediction] == "flow":
-        if described.get("invert_sigmas"):
-            raise UserError("its scheduler has inverted sigmas, which are not supported")
         number = described.num_train_timesteps
         s = torch.arange(1, number + 1, dtype=torch.float64) / number
         shift = described.get("shift") or described.get("flow_shift") or 1.0
