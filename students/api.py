@@ -25,6 +25,8 @@ from diffusion.data import ImageSpec
 from diffusion.model import Model
 from diffusion.noise import check_seed
 from diffusion.plan import Plan
+from students import budget
+from students.prompts import Prompts, encode
 
 Images = NDArray[np.uint8]
 """N x H x W x C, from 0 to 255; one channel or three."""
@@ -87,7 +89,11 @@ class ImageModel(ABC):
         steps: int | None = None,
         sampler: str | None = None,
         label: int | Sequence[int] | None = None,
+        prompt: str | Sequence[str] | None = None,
+        negative_prompt: str | None = None,
         guidance: float | None = None,
+        time_budget: str | None = None,
+        quality: str | None = None,
         seed: int = 0,
         batch_size: int = BATCH,
     ) -> Images:
@@ -95,17 +101,26 @@ class ImageModel(ABC):
 
         steps: network calls for each image; the model's own number if left out. sampler: how to go
         from noise to image, one of diffusion.samplers.SOLVERS. label: the class of all images, or
-        of each; every class in turn if left out. guidance: how strongly images are pushed towards
-        their class. batch_size: images that the network makes at a time.
+        of each; every class in turn if left out. prompt: what images show, of a model of captions;
+        of several, images take one after the other. negative_prompt: what guidance leads away
+        from. guidance: how strongly images are pushed towards their class or prompt. time_budget,
+        quality: in place of steps, such as "20ms" and "1.2x": students.budget.choose. batch_size:
+        images that the network makes at a time.
         Raises UserError for what the model cannot do.
         """
         _require_count("num", num)
         _require_count("batch_size", batch_size)
         height, width, channels = self.shape
         machine.require_memory("num", num, num * height * width * channels)
-        plan = self.plan(steps, sampler, None, guidance)
+        if time_budget or quality:
+            if steps is not None or sampler is not None:
+                raise UserError("time_budget and quality choose the steps: leave steps out")
+            plan = self.within(num, batch_size, time_budget, quality, guidance)
+        else:
+            plan = self.plan(steps, sampler, None, guidance)
         condition = self.labels(label, num)
-        batches = self.batches(plan, seed, range(num), condition, batch_size)
+        prompts = self.prompts(prompt, negative_prompt, plan)
+        batches = self.batches(plan, seed, range(num), condition, batch_size, prompts)
         return np.concatenate([to_numpy(images) for images in batches])
 
     def stream(
@@ -116,6 +131,8 @@ class ImageModel(ABC):
         steps: int | None = None,
         sampler: str | None = None,
         label: int | None = None,
+        prompt: str | Sequence[str] | None = None,
+        negative_prompt: str | None = None,
         guidance: float | None = None,
         seed: int = 0,
         batch_size: int = BATCH,
@@ -132,16 +149,36 @@ class ImageModel(ABC):
         plan = self.plan(steps, sampler, None, guidance)
         self.labels(label, 1)  # a wrong one is an error now, not at the first batch
         check_seed(seed, "seed")
-        return self._stream(plan, seed, first, num, label, batch_size)
+        prompts = self.prompts(prompt, negative_prompt, plan)
+        starts = count(first, batch_size) if num is None else range(first, first + num, batch_size)
 
-    def _stream(
-        self, plan: Plan, seed: int, first: int, num: int | None, label: int | None, size: int
-    ) -> Iterator[Images]:
-        for start in count(first, size) if num is None else range(first, first + num, size):
-            end = start + size if num is None else min(start + size, first + num)
-            condition = self.labels(label, end - start)
-            for images in self.batches(plan, seed, range(start, end), condition, size):
-                yield to_numpy(images)
+        def batches() -> Iterator[Images]:
+            for start in starts:
+                end = start + batch_size if num is None else min(start + batch_size, first + num)
+                told, numbers = self.labels(label, end - start), range(start, end)
+                for images in self.batches(plan, seed, numbers, told, batch_size, prompts):
+                    yield to_numpy(images)
+
+        return batches()
+
+    def within(
+        self,
+        num: int,
+        batch_size: int,
+        time_budget: str | None,
+        quality: str | None,
+        guidance: float | None = None,
+    ) -> Plan:
+        """The plan that students.budget.choose takes. UserError where there is no choice."""
+        raise UserError(f"{self.name} makes images in one way: leave time_budget and quality out")
+
+    def prompts(
+        self, prompt: str | Sequence[str] | None, negative: str | None, plan: Plan
+    ) -> Prompts | None:
+        """The prompts, encoded; None for none. UserError where the model takes none."""
+        if prompt is None and negative is None:
+            return None
+        raise UserError(f"{self.name} takes no prompts: load a checkpoint of a model of captions")
 
     def labels(self, label: int | Sequence[int] | None, num: int) -> dict[str, Tensor]:
         """The condition of so many images of that class, or of these classes."""
@@ -167,16 +204,18 @@ class ImageModel(ABC):
         numbers: range,
         condition: Condition | None = None,
         batch_size: int = BATCH,
+        prompts: Prompts | None = None,
     ) -> Iterator[Tensor]:
         """The images of these numbers, batch by batch: (B, C, H, W) uint8 on the CPU.
 
-        condition: rows (len(numbers), ...) by name.
+        condition: rows (len(numbers), ...) by name. prompts: which images take in turn.
         """
         check_seed(seed, "seed")
         for start in range(0, len(numbers), batch_size):
             rows = slice(start, start + batch_size)
             part = torch.tensor(numbers[rows], device=self.device)
-            yield self.make(plan, seed, part, take(condition, rows) or {}).cpu()
+            told = {**(take(condition, rows) or {}), **(prompts.condition(part) if prompts else {})}
+            yield self.make(plan, seed, part, told).cpu()
 
 
 class Checkpoint(ImageModel):
@@ -195,6 +234,26 @@ class Checkpoint(ImageModel):
         guidance: float | None = None,
     ) -> Plan:
         return self.model.plan(steps, sampler, shift, guidance)
+
+    def within(
+        self,
+        num: int,
+        batch_size: int,
+        time_budget: str | None,
+        quality: str | None,
+        guidance: float | None = None,
+    ) -> Plan:
+        table = budget.table_of(Path(self.name))
+        choice = budget.choose(self.model, num, batch_size, time_budget, quality, table, guidance)
+        return choice.way.plan
+
+    def prompts(
+        self, prompt: str | Sequence[str] | None, negative: str | None, plan: Plan
+    ) -> Prompts | None:
+        if prompt is None and negative is None:
+            return None
+        texts = [prompt] if isinstance(prompt, str) else list(prompt or [""])
+        return encode(self.model, plan, texts, negative)
 
     def make(self, plan: Plan, seed: int | Tensor, numbers: Tensor, condition: Condition) -> Tensor:
         """Raises UserError for images that are not finite, which as uint8 would be black."""

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+import students
 from diffusion.console import UserError
 from diffusion.model import load
 from diffusion.samplers import SOLVERS
@@ -122,6 +123,16 @@ def test_a_table_beside_the_runs_is_seen(tmp_path, measured):
     place.write_text(measured.read_text())
     assert budget.table_of(run) == place
     assert budget.table_of(run / "model.safetensors") == place
+
+
+def test_a_call_from_python_takes_what_fits_its_budget(teacher, clock, monkeypatch):
+    monkeypatch.setattr(budget, "table_of", lambda checkpoint: None)
+    model = students.load(teacher, precision="fp32")
+    assert (model(2, time_budget="45ms") == model(2, steps=4)).all()
+    with pytest.raises(UserError, match="leave steps out"):
+        model(2, time_budget="45ms", steps=4)
+    with pytest.raises(UserError, match="model of captions"):
+        model(2, prompt="a cat")
 
 
 def test_generate_says_what_it_chose(command, teacher, measured, tmp_path):

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch.nn.functional import one_hot
 
+import students
 from diffusion import captions, text_encoder
 from diffusion import data as datasets
 from diffusion.captions import EncoderPlace
@@ -433,6 +434,9 @@ def test_prompts_ask_for_images_in_turn_and_get_them(captioned, command, tmp_pat
     assert sum(right) >= 28
     again = made(command, captioned, *asked, *BY, "--batch-size", 7, "--out", tmp_path / "b.npz")
     assert (images.astype(int) - again).max() <= 1  # whatever the batch
+    texts = [f"a {colour} square" for colour in ("red", "green", "blue")]
+    called = students.load(captioned)(30, prompt=texts, guidance=2, sampler="ddim", steps=8)
+    assert np.abs(images.astype(int) - called).max() <= 1  # from Python too
 
 
 def test_a_folder_of_pictures_has_their_prompts_beside_as_a_folder_to_train_on(
