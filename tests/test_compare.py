@@ -380,10 +380,10 @@ def test_a_comparison_stopped_within_its_long_row_still_ends_with_times(
     options = Options(runs=(slow,), out=tmp_path, **LONG)
     see = compare.Judge.see
 
-    def stopping(self, x0, start, codec):
+    def stopping(self, x0, start, *others):
         if calls[-1][0] == 120 and start == 64:
             raise KeyboardInterrupt
-        return see(self, x0, start, codec)
+        return see(self, x0, start, *others)
 
     with monkeypatch.context() as patch:
         patch.setattr(compare.Judge, "see", stopping)

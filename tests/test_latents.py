@@ -105,7 +105,7 @@ def test_a_damaged_cache_of_latents_is_made_anew(haar, monkeypatch, tmp_path, ca
 
 def test_images_with_texts_keep_them_beside_their_latents(haar):
     images = smooth(20)
-    texts = Texts(torch.randn(3, 2, 4).half(), torch.arange(20) % 3, "1" * 64)
+    texts = Texts(torch.randn(3, 2, 4).half(), torch.arange(20) % 3, "1" * 64, ["", "a", "b"])
     source, _ = Latents.of(images, haar).prepared(Captioned(images, texts), flip=False)
     which = torch.tensor([4, 17])
     rows = source.take(which)
