@@ -80,6 +80,11 @@ def check(options: Options) -> None:
         raise UserError("--int8 goes with --to onnx and --dtype fp32: leave the others out")
     if options.aot and options.to != "torch":
         raise UserError(f"--aot goes with --to torch, got --to {options.to}")
+    if options.to == "onnx" and options.dtype == "bf16":
+        raise UserError(
+            "--dtype bf16 does not go with --to onnx, whose convolutions take none (opset 18): take "
+            "fp16, or --to torch"
+        )
     if options.to == "diffusers" and options.dtype != "fp32":
         raise UserError(
             "--to diffusers writes fp32, which diffusers narrows as it loads (torch_dtype=…): "

@@ -237,6 +237,7 @@ def test_a_bundle_leaves_out_what_annotations_alone_name():
     ("flags", "words"),
     [
         ("--int8 --to torch", ["--int8", "--to onnx"]),
+        ("--dtype bf16 --to onnx", ["bf16", "take fp16"]),
         ("--aot", ["--aot", "--to torch"]),
         ("--to diffusers --dtype fp16", ["--dtype", "diffusers"]),
         ("--to diffusers --sampler unipc --steps 4", ["unipc", "--to onnx"]),
