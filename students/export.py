@@ -82,8 +82,8 @@ def check(options: Options) -> None:
         raise UserError(f"--aot goes with --to torch, got --to {options.to}")
     if options.to == "onnx" and options.dtype == "bf16":
         raise UserError(
-            "--dtype bf16 does not go with --to onnx, whose convolutions take none (opset 18): take "
-            "fp16, or --to torch"
+            "--dtype bf16 does not go with --to onnx, whose convolutions take none (opset 18): "
+            "take fp16, or --to torch"
         )
     if options.to == "diffusers" and options.dtype != "fp32":
         raise UserError(
