@@ -126,11 +126,10 @@ class Texts:
 
 
 @dataclass(frozen=True, eq=False)
-class Captioned:
-    """Images, of whatever source, with a text each."""
+class _Around:
+    """Images, of whatever source, of which more is known."""
 
     images: Images
-    texts: Texts
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -146,6 +145,13 @@ class Captioned:
 
     def __len__(self) -> int:
         return len(self.images)
+
+
+@dataclass(frozen=True, eq=False)
+class Captioned(_Around):
+    """Images, of whatever source, with a text each."""
+
+    texts: Texts
 
     def captions(self, indices: Tensor) -> list[str]:
         """The captions of images number `indices`, "" for none."""
@@ -172,26 +178,10 @@ class Captioned:
 
 
 @dataclass(frozen=True, eq=False)
-class Reduced:
+class Reduced(_Around):
     """Images, of whatever source, with conditions that are made of their pixels."""
 
-    images: Images
     kinds: Mapping[str, Small]
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        return self.images.shape
-
-    @property
-    def device(self) -> torch.device:
-        return self.images.device
-
-    @property
-    def slow(self) -> bool:
-        return self.images.slow
-
-    def __len__(self) -> int:
-        return len(self.images)
 
     def take(self, indices: Tensor) -> Rows:
         rows = self.images.take(indices)
