@@ -9,7 +9,7 @@ os.environ["FEWSTEP_CACHE"] = tempfile.mkdtemp(prefix="fewstep-tests-")  # read 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # bits repeat on a CPU; test_line's line has the GPU
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
@@ -128,9 +128,22 @@ def train_tiny(tiny, quick, digits) -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
-def teacher(tmp_path_factory, train_tiny) -> Path:
+def shared_runs(tmp_path_factory) -> Path:
+    """The folder of the two runs below."""
+    return tmp_path_factory.mktemp("runs") / "digits"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shared_runs_stay_as_they_are(shared_runs) -> Iterator[None]:
+    """Fail the file of tests that adds a run, which only a later file would notice."""
+    yield
+    assert {each.name for each in shared_runs.glob("*")} <= {"teacher", "progressive"}
+
+
+@pytest.fixture(scope="session")
+def teacher(shared_runs, train_tiny) -> Path:
     """A finished teacher of 8 steps. Not to be written to."""
-    return train_tiny(tmp_path_factory.mktemp("runs") / "digits" / "teacher")
+    return train_tiny(shared_runs / "teacher")
 
 
 @pytest.fixture(scope="session")

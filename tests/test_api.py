@@ -22,11 +22,12 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
-def jumper(teacher, quick) -> Path:
-    """A consistency student, in the teacher's folder of runs."""
+def jumper(teacher, quick, tmp_path_factory) -> Path:
+    """A consistency student."""
+    run = tmp_path_factory.mktemp("jumper") / "run"
     options = distill.preset(cd.Options, teacher)
-    distill.train(replace(options, fit=replace(quick, iterations=3), out=teacher.parent / "jumper"))
-    return teacher.parent / "jumper"
+    distill.train(replace(options, fit=replace(quick, iterations=3), out=run))
+    return run
 
 
 def test_a_call_and_the_command_make_the_same_images(jumper, tmp_path, command):
