@@ -6,14 +6,14 @@ ask for the same seed get the same bits.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 from torch import Tensor
 
@@ -25,7 +25,8 @@ from diffusion.data import ImageSpec
 from diffusion.model import Model
 from diffusion.noise import check_seed
 from diffusion.plan import Plan
-from students import budget
+from students import budget, filters
+from students.filters import Filter
 from students.prompts import Prompts, encode
 
 Images = NDArray[np.uint8]
@@ -50,6 +51,10 @@ class ImageModel(ABC):
     """How it was made, such as consistency-cd."""
     sha256: str
     """Identity of its weights."""
+    screen: Filter | None = None
+    """What scores every image that a call or a stream gives, and blocks some."""
+    blocked: int = 0
+    """Images that were blocked so far: plain grey ones are in their places."""
 
     @abstractmethod
     def plan(
@@ -121,7 +126,7 @@ class ImageModel(ABC):
         condition = self.labels(label, num)
         prompts = self.prompts(prompt, negative_prompt, plan)
         batches = self.batches(plan, seed, range(num), condition, batch_size, prompts)
-        return np.concatenate([to_numpy(images) for images in batches])
+        return np.concatenate([self._screened(images) for images in batches])
 
     def stream(
         self,
@@ -157,9 +162,15 @@ class ImageModel(ABC):
                 end = start + batch_size if num is None else min(start + batch_size, first + num)
                 told, numbers = self.labels(label, end - start), range(start, end)
                 for images in self.batches(plan, seed, numbers, told, batch_size, prompts):
-                    yield to_numpy(images)
+                    yield self._screened(images)
 
         return batches()
+
+    def _screened(self, images: Tensor) -> Images:
+        if self.screen:
+            images, blocked = self.screen(images)
+            self.blocked += int(blocked.sum())
+        return to_numpy(images)
 
     def within(
         self,
@@ -186,14 +197,14 @@ class ImageModel(ABC):
             return {}
         if not self.num_classes:
             raise UserError(
-                f"--label {label} needs a model with classes, and this one has none: leave it out"
+                f"label {label} needs a model with classes, and this one has none: leave it out"
             )
         labels = [label] * num if isinstance(label, int) else [int(each) for each in label]
         if len(labels) != num:
             raise UserError(f"label must be one class, or {num}, got {len(labels)}")
         if wrong := [each for each in labels if not 0 <= each < self.num_classes]:
             raise UserError(
-                f"--label must be below the model's {self.num_classes} classes, got {wrong[0]}"
+                f"label must be below the model's {self.num_classes} classes, got {wrong[0]}"
             )
         return {"label": torch.tensor(labels, device=self.device)}
 
@@ -277,6 +288,8 @@ def load(
     device: str | torch.device | None = None,
     precision: Literal["auto", "fp32", "bf16"] = "auto",
     autoencoder: str | Path | None = None,
+    filter: str | Callable[[Images], ArrayLike] | None = None,
+    filter_threshold: float = 0.5,
     trust: bool = False,
 ) -> ImageModel:
     """What makes images: a run's folder or a checkpoint, what students.export wrote (a folder, or
@@ -285,10 +298,25 @@ def load(
 
     device: such as "cuda:1"; the first GPU if left out, or the CPU. precision: the network's number
     format; auto is the faster one on this machine. A graph has its own. autoencoder: where that of
-    a model in latents is now, if it has moved. trust: load a .pt2 file, which can run code of its
-    maker.
+    a model in latents is now, if it has moved. filter: what scores every image of a call or a
+    stream: an ONNX classifier's file, module:package.module:function, or a function of images
+    N x H x W x C uint8; those of filter_threshold and above are replaced by plain grey ones, and
+    counted in `blocked`. trust: load a .pt2 file, which can run code of its maker.
     Raises UserError for what is no model.
     """
+    made = _load(path, device, precision, autoencoder, trust)
+    if filter is not None:
+        made.screen = filters.load(filter, filter_threshold)
+    return made
+
+
+def _load(
+    path: str | Path | Model,
+    device: str | torch.device | None,
+    precision: str,
+    autoencoder: str | Path | None,
+    trust: bool,
+) -> ImageModel:
     if isinstance(path, Model):
         return Checkpoint(path, path.card.method)
     where = torch.device(device) if device is not None else machine.this_device()

@@ -39,12 +39,14 @@ class Filter:
         return torch.where(rows, torch.full_like(images, GREY), images), blocked
 
 
-def load(named: str, threshold: float) -> Filter:
-    """The filter of an ONNX file, or of module:package.module:function.
+def load(named: str | Callable[[np.ndarray], Any], threshold: float) -> Filter:
+    """The filter of an ONNX file, of module:package.module:function, or of a function.
 
     An ONNX classifier takes images (N, C, H, W), uint8 levels or float32 from 0 to 1. Its first
     output has (N,) or (N, 1) scores, or (N, 2): of fine images and of those to block.
     """
+    if callable(named):
+        return Filter(named, threshold, getattr(named, "__name__", "of a function"))
     if named.startswith(MODULE):
         return Filter(_function(named), threshold, named)
     return Filter(_classifier(named), threshold, named)

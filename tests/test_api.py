@@ -16,7 +16,7 @@ from diffusion.console import UserError
 from diffusion.model import load as load_model
 from distill import cd
 from eval.measure.npz import read_npz
-from students import generate, load, to_pil, to_tensor
+from students import filters, generate, load, to_pil, to_tensor
 
 ROOT = Path(__file__).parents[1]
 
@@ -105,6 +105,21 @@ def test_a_stream_refuses_before_its_first_batch(jumper):
             load(jumper).stream(**asked)
     with pytest.raises(UserError, match="cpu or cuda"):
         load(jumper, device="mps")
+
+
+def test_a_filter_greys_what_it_blocks_and_counts_it(jumper):
+    images = load(jumper)(16, steps=2)
+    means = images.mean((1, 2, 3))
+    bad = means >= np.median(means)
+    screened = load(jumper, filter=lambda x: x.mean((1, 2, 3)), filter_threshold=np.median(means))
+    made = screened(16, steps=2, batch_size=5)
+    assert (made[bad] == filters.GREY).all()
+    assert (made[~bad] == images[~bad]).all()
+    (streamed,) = screened.stream(16, steps=2)
+    assert (streamed == made).all()
+    assert screened.blocked == 2 * bad.sum() > 0
+    with pytest.raises(UserError, match="expected one number for each of 4 images"):
+        load(jumper, filter=lambda x: x)(4)
 
 
 def examples() -> list[str]:
