@@ -48,7 +48,7 @@ class Batcher:
     """Makes the images of jobs, in the order they came, several jobs in one batch.
 
     Jobs of one plan share a batch; image i of a seed does not depend on who else is in it. While a
-    batch is made, in a thread, requests gather for the next: nobody waits for a batch to fill.
+    batch is made, in `thread`, requests gather for the next: nobody waits for a batch to fill.
     """
 
     maker: ImageModel
@@ -59,12 +59,16 @@ class Batcher:
     screen: Filter | None = None
     seen: Callable[[int, int], None] = lambda images, blocked: None
     """Told of each batch made: its images, and how many of them were blocked."""
+    exact: bool = False
+    """Whether every batch has `size` rows: how many there are can change the last bits."""
+    thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
+    """Of one thread, in which the network is called."""
     jobs: deque[Job] = field(default_factory=deque)
     pace: float = 0.0
     """Seconds that an image took in the last batch."""
 
     def __post_init__(self):
-        self.came, self.thread = asyncio.Event(), ThreadPoolExecutor(1)
+        self.came = asyncio.Event()
 
     @property
     def waiting(self) -> int:
@@ -101,9 +105,22 @@ class Batcher:
                     if not job.done.done():
                         job.done.set_exception(error)
                 continue
-            self.pace = (time.perf_counter() - begun) / len(images)
+            seconds = time.perf_counter() - begun
+            self.pace = seconds / len(images)
             self.seen(len(images), int(blocked.sum()))
             self._hand_out(parts, images, blocked)
+            await self._settled(seconds)
+
+    async def _settled(self, seconds: float) -> None:
+        """Let those who were answered ask again, or they would share no batch with those who wait.
+
+        seconds: what the last batch took. No more than a fifth of it is waited, and only while
+        more come.
+        """
+        until, before = time.perf_counter() + seconds / 5, 0
+        while before < self.waiting < self.size and time.perf_counter() < until:
+            before = self.waiting
+            await asyncio.sleep(seconds / 10)
 
     def _take(self) -> list[Part]:
         """The next batch: rows of the first job, and of others by the same plan."""
@@ -121,16 +138,21 @@ class Batcher:
         return parts
 
     def _make(self, parts: Sequence[Part]) -> tuple[Tensor, np.ndarray]:
-        device = self.maker.device
+        device, plan = self.maker.device, parts[0][0].plan
         numbers = [number for job, rows in parts for number in job.numbers[rows]]
         seeds = [job.seed for job, rows in parts for _ in job.numbers[rows]]
-        names = parts[0][0].condition
+        rows = torch.arange(max(self.size if self.exact else 0, len(numbers)), device=device)
+        rows = rows.clamp(max=len(numbers) - 1)  # the last one again, where there are too few
+
+        def whole(values: list[int]) -> Tensor:
+            return torch.tensor(values, device=device)[rows]
+
         condition = {
-            name: torch.cat([job.condition[name][rows] for job, rows in parts]) for name in names
+            name: torch.cat([job.condition[name][part] for job, part in parts])[rows]
+            for name in parts[0][0].condition
         }
-        plan, first = parts[0][0].plan, torch.tensor(seeds, device=device)
-        images = self.maker.make(plan, first, torch.tensor(numbers, device=device), condition)
-        images = images.cpu()
+        images = self.maker.make(plan, whole(seeds), whole(numbers), condition)
+        images = images[: len(numbers)].cpu()
         return self.screen(images) if self.screen else (images, np.zeros(len(images), bool))
 
     def _hand_out(self, parts: Sequence[Part], images: Tensor, blocked: np.ndarray) -> None:

@@ -7,8 +7,9 @@ import os
 import socket
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -39,7 +40,7 @@ LAST = 60.0  # seconds for what has begun, after SIGTERM
 class Options:
     """Serve a checkpoint over HTTP: POST /images, a page to try it at /, its interface at /docs.
 
-    Requests that wait at the same time share a batch. Image i of a seed is the same as
+    Requests that wait at the same time share a batch. Image i of a seed is the one that
     students.generate makes, whatever shares its batch.
     """
 
@@ -60,6 +61,10 @@ class Options:
     """Images that may wait. Requests beyond are answered by 429."""
     batch_size: int | None = None
     """Images that the network makes at a time. If left out: measured at the start."""
+    exact: bool = False
+    """Fill every batch up to --batch-size: an image then has the same bits whatever shares its
+    batch, and one alone takes as long as a batch. Without, a rounding may differ by a grey level in
+    about one pixel of 50,000."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Number format of the network. auto: the faster one on this machine."""
     filter: str | None = None
@@ -119,6 +124,9 @@ class Service:
     options: Options
     size: int
     screen: filters.Filter | None = None
+    thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
+    """Of one thread, for all that PyTorch does. OpenMP keeps threads for each that calls it, and
+    lets all of them sleep between two calls once there are more than processors."""
 
     def __post_init__(self):
         from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -140,7 +148,15 @@ class Service:
             registry=registry,
             buckets=[2**i for i in range(11)],
         )
-        self.batcher = Batcher(self.maker, self.size, self.options.queue, self.screen, self._seen)
+        self.batcher = Batcher(
+            self.maker,
+            self.size,
+            self.options.queue,
+            self.screen,
+            self._seen,
+            self.options.exact,
+            self.thread,
+        )
         waiting = Gauge("fewstep_waiting_images", "Images that wait", registry=registry)
         waiting.set_function(lambda: self.batcher.waiting)
         plans = ((n, self._plan(n)) for n in range(1, self.options.max_steps + 1))
@@ -198,7 +214,8 @@ class Service:
         given = maker.labels(asked.label, asked.num)
         rows = torch.tensor(numbers, device=maker.device)
         if asked.prompt is not None:
-            given |= await asyncio.to_thread(self._prompt, asked.prompt, plan, rows)
+            loop = asyncio.get_running_loop()
+            given |= await loop.run_in_executor(self.thread, self._prompt, asked.prompt, plan, rows)
         condition = {
             name: given.get(name, kind.rows(rows))
             for name, kind in maker.kinds.items()
@@ -409,11 +426,14 @@ def listening(host: str, port: int) -> socket.socket:
     """A socket that listens there. UserError where the address or the port is not to be had."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family, backlog=1024)
+        listens = socket.create_server((host, port), family=family, backlog=1024)
     except (OSError, OverflowError) as error:
         raise UserError(
             f"--host {host} --port {port} cannot be listened at ({error}): give another --port"
         ) from error
+    # connections inherit it; without, an answer's second part waits 40 ms for the first's receipt
+    listens.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listens
 
 
 def main() -> None:
@@ -434,10 +454,16 @@ def main() -> None:
     token = options.token or os.environ.get("FEWSTEP_TOKEN") or None
     listens = listening(options.host, options.port)
     screen = filters.load(options.filter, options.filter_threshold) if options.filter else None
-    maker = load(options.checkpoint, precision=options.precision)
-    with doing(f"starting to serve {options.checkpoint}", "nothing is served"):
+    thread = ThreadPoolExecutor(1)
+
+    def ready() -> tuple[ImageModel, int]:
+        maker = load(options.checkpoint, precision=options.precision)
         size = options.batch_size or best_batch(maker, maker.plan(), options.max_images)
-    service = Service(maker, replace(options, token=token), size, screen)
+        return maker, size
+
+    with doing(f"starting to serve {options.checkpoint}", "nothing is served"):
+        maker, size = thread.submit(ready).result()
+    service = Service(maker, replace(options, token=token), size, screen, thread)
     host, port = listens.getsockname()[:2]
     place = f"[{host}]" if ":" in host else host
     say(f"serving {options.checkpoint} at http://{place}:{port}, {size} images a batch")
