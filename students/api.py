@@ -37,7 +37,8 @@ BATCH = 256
 class ImageModel(ABC):
     """What makes images: call it with a number of images.
 
-    Image i of a seed is the same image, whatever the batch size and however many are made.
+    Image i of a seed is the same image, whatever the batch size and however many are made; only the
+    rounding of batches below eight can differ, by a grey level in some pixel of 30,000.
     """
 
     name: str

@@ -95,10 +95,14 @@ def trace(sampling: Sampling, example: tuple[Tensor, ...]) -> ExportedProgram:
     shapes = (tuple({0: Dim("batch")} for _ in example),)
     try:
         with torch.no_grad():
-            return export(sampling.eval(), example, dynamic_shapes=shapes, strict=False)
+            program = export(sampling.eval(), example, dynamic_shapes=shapes, strict=False)
     except Exception as error:  # whatever the network's code does
         reason = str(error).strip().splitlines()[0]
         raise UserError(
             f"the network cannot be traced for any batch size by torch.export ({reason:.200}): "
             "it must not depend on values, nor take len() of a tensor"
         ) from error
+    # a loop over no angles leaves a node without outputs, which torch.export.load cannot read
+    program.graph.eliminate_dead_code()
+    program.graph_module.recompile()
+    return program

@@ -63,8 +63,8 @@ class Options:
     """Images that the network makes at a time. If left out: measured at the start."""
     exact: bool = False
     """Fill every batch up to --batch-size: an image then has the same bits whatever shares its
-    batch, and one alone takes as long as a batch. Without, a rounding may differ by a grey level in
-    about one pixel of 50,000."""
+    batch, and one alone takes as long as a batch. Without, batches below eight may round a pixel of
+    30,000 to the next grey level."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Number format of the network. auto: the faster one on this machine."""
     filter: str | None = None

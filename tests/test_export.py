@@ -180,11 +180,12 @@ def test_int8_is_kept_within_the_band_and_refused_on_either_side(
         assert [*tmp_path.iterdir()] == []
 
 
-def test_a_torch_program_makes_the_images_and_is_loaded_on_trust_alone(student, tmp_path):
-    folder, rows = export.export(Options(student, "torch", steps=2, out=tmp_path / "out"))
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_torch_program_makes_the_images_and_is_loaded_on_trust_alone(student, steps, tmp_path):
+    folder, rows = export.export(Options(student, "torch", steps=steps, out=tmp_path / "out"))
     assert rows[1].difference == 0
     checkpoint = load(student, precision="fp32")
-    assert (load(folder, trust=True)(7) == checkpoint(7, steps=2)).all()
+    assert (load(folder, trust=True)(7) == checkpoint(7, steps=steps)).all()
     with pytest.raises(UserError, match="trust=True"):
         load(folder)
 

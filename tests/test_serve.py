@@ -257,6 +257,39 @@ def test_requests_of_other_plans_wait_their_turn_and_share_no_batch(model):
     assert maker.batches == [(1, [0, 0, 2]), (2, [1]), (1, [2])]
 
 
+def test_who_was_answered_shares_the_next_batch_with_who_waited(model):
+    async def ask(maker):
+        batcher = Batcher(maker, size=4, most=8)
+        work = asyncio.create_task(batcher.run())
+
+        async def client(seed):
+            for number in range(3):
+                await batcher.images(model.plan(), seed, range(number, number + 1), {})
+
+        first = asyncio.create_task(client(1))
+        await asyncio.sleep(0.05)  # its batch is being made
+        await asyncio.gather(first, client(2))
+        work.cancel()
+
+    maker = Slow(model, 0.1)
+    asyncio.run(ask(maker))
+    assert maker.batches == [1, 2, 2, 1]
+
+
+def test_an_exact_service_makes_whole_batches_alone(server, model):
+    maker = Slow(model)
+    service = server(maker, replace(OPTIONS, exact=True))
+    assert (service.images(num=1, seed=3) == model(1, seed=3)).all()
+    assert (service.images(num=6, seed=3) == model(6, seed=3)).all()
+    assert maker.batches == [4, 4, 4]
+
+
+def test_an_answer_s_parts_do_not_wait_for_each_other_s_receipt():
+    with serve.listening("127.0.0.1", 0) as listens:
+        with socket.create_connection(listens.getsockname()) as _, listens.accept()[0] as accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
 def test_the_batch_is_the_least_that_makes_nearly_the_most_images_a_second(model):
     class Machine(Slow):
         def make(self, plan, seed, numbers, condition):
