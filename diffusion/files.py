@@ -56,7 +56,7 @@ def atomic_path(path: Path) -> Generator[Path]:
     """
     try:
         path = target(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _make_folders(path.parent)
         path = target(path)  # again: the folder may have been deleted in between
         remove_parts(path)
         part = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -70,6 +70,18 @@ def atomic_path(path: Path) -> Generator[Path]:
             _delete(part)
     except (OSError, safetensors.SafetensorError) as error:
         raise unwritable(path, error) from error
+
+
+def _make_folders(folder: Path) -> None:
+    """Make a folder and those above it, but for one that this process owns: where that is gone it
+    was deleted, and what is made in its place would be nobody's."""
+    owner = next((each for each in held if folder.is_relative_to(each)), None)
+    if owner is None:
+        folder.mkdir(parents=True, exist_ok=True)
+        return
+    for each in reversed((folder, *folder.parents)):
+        if each != owner and each.is_relative_to(owner):
+            each.mkdir(exist_ok=True)
 
 
 def unwritable(path: Path, error: Exception) -> Unwritable:

@@ -25,7 +25,15 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
 from diffusion.console import UserError, say
-from diffusion.files import Damaged, append, atomic_path, read_json, write_atomic, write_json
+from diffusion.files import (
+    Damaged,
+    Unwritable,
+    append,
+    atomic_path,
+    read_json,
+    write_atomic,
+    write_json,
+)
 from diffusion.folders import MARK, check_claim, claim, read_mark, strangers, write_mark
 from diffusion.owner import owned
 from diffusion.pictures import png
@@ -130,7 +138,7 @@ def _captions(batch: Batch) -> str:
 CAPTIONS = "metadata.jsonl"  # of a folder of PNGs that were made of prompts
 PART = ".part"  # within the folder: the shards of a call under way
 UNDER_WAY = ".under-way"
-JOB = "job.json"  # within PART: what they are shards of
+JOB = "job.json"  # within PART: what they are shards of, and whether they are taking their places
 PICTURE = "{:06d}.png"
 # By --format: the field of a folder's mark that counts its files, their names, what writes a shard.
 FORMATS: dict[str, tuple[str, str, Callable[[Path, Iterable[Batch]], None]]] = {
@@ -213,8 +221,8 @@ def write_shards(
             for i in mine:
                 write(paths[i], _until(batches, job.shards[i].stop))
             if processes.is_main_process:
-                while not all(path.exists() for path in paths):  # the launcher ends a failed launch
-                    time.sleep(patience)
+                while missing and not all(path.exists() for path in paths):
+                    time.sleep(patience)  # the launcher ends a failed launch
                 _finish(folder, job, paths, before)
 
 
@@ -232,13 +240,11 @@ def _shard(job: Job, number: int) -> str:
 
 def _begin(part: Path, job: Job, paths: list[Path]) -> list[int]:
     """The shards that are missing, once what others jobs and killed writers left is deleted."""
-    try:
-        same = read_json(part / JOB).get("identity") == job.identity
-    except (OSError, Damaged):
-        same = False
-    if not same:
+    if _of_job(part).get("identity") != job.identity:
         shutil.rmtree(part, ignore_errors=True)
     part.mkdir(exist_ok=True)
+    if _of_job(part).get("moving"):
+        return []
     write_json(part / JOB, {"identity": job.identity})
     for left in part.glob(f"*{UNDER_WAY}"):
         shutil.rmtree(left)
@@ -248,26 +254,37 @@ def _begin(part: Path, job: Job, paths: list[Path]) -> list[int]:
     return missing
 
 
+def _of_job(part: Path) -> dict:
+    try:
+        return read_json(part / JOB)
+    except (OSError, Damaged):
+        return {}
+
+
 def _finish(folder: Path, job: Job, paths: list[Path], before: list[Path]) -> None:
     """All shards are whole: they take the place of what was there before."""
-    if before:
-        say(f"{folder}: the {len(before)} files of an earlier call are replaced")
-    field, mark = FORMATS[job.format][0], read_mark(folder)
-    counts = {each: mark.get(each, 0) for each, _, _ in FORMATS.values()}
-    # from here on all that is there is known as ours
-    counts |= {field: max(job.count, counts[field]), "captions": 1}
-    write_mark(folder, "pictures", counts)
-    for path in before:
-        path.unlink()
+    part, field, mark = folder / PART, FORMATS[job.format][0], read_mark(folder)
+    if not _of_job(part).get("moving"):
+        if before:
+            say(f"{folder}: the {len(before)} files of an earlier call are replaced")
+        counts = {each: mark.get(each, 0) for each, _, _ in FORMATS.values()}
+        # from here on all that is there is known as ours
+        counts |= {field: max(job.count, counts[field]), "captions": 1}
+        write_mark(folder, "pictures", counts)
+        for path in before:
+            path.unlink()
+        # and from here on what is there is of this job: a call that goes on must not delete it
+        write_json(part / JOB, {"identity": job.identity, "moving": True})
     files = [path / CAPTIONS for path in paths if (path / CAPTIONS).exists()]
     if files:
         write_atomic(folder / CAPTIONS, "".join(file.read_text() for file in files))
-    for path in paths:
+    for path in filter(Path.exists, paths):
         for file in path.iterdir() if path.is_dir() else [path]:
             if file.name != CAPTIONS:
                 os.replace(file, folder / file.name)
     write_mark(folder, "pictures", {field: job.count, "captions": len(files)})
-    shutil.rmtree(folder / PART)
+    (part / JOB).unlink()  # first: what is left of the others is then nobody's
+    shutil.rmtree(part)
 
 
 @contextmanager
@@ -278,7 +295,9 @@ def _kept(folder: Path, paths: list[Path], marked: bool) -> Generator[None]:
         yield
     except BaseException as error:
         if PartialState().is_main_process and folder.exists():
-            if isinstance(error, UserError) or not any(path.exists() for path in paths):
+            cannot = isinstance(error, UserError) and not isinstance(error, Unwritable)
+            moving = _of_job(folder / PART).get("moving")
+            if cannot or (not moving and not any(path.exists() for path in paths)):
                 shutil.rmtree(folder / PART, ignore_errors=True)
                 if not marked:
                     (folder / MARK).unlink(missing_ok=True)

@@ -257,6 +257,23 @@ def test_a_file_system_without_locks_is_said_once(tmp_path, monkeypatch, capsys)
     assert names(tmp_path / "one") == ["file"]
 
 
+def test_a_folder_that_is_deleted_as_a_file_s_place_is_made_is_not_made_again(
+    tmp_path, monkeypatch
+):
+    folder, target = tmp_path / "run", files.target
+
+    def deleted_after(path: Path) -> Path:
+        found = target(path)
+        shutil.rmtree(folder, ignore_errors=True)
+        return found
+
+    with owned(folder):
+        monkeypatch.setattr(files, "target", deleted_after)
+        with pytest.raises(UserError, match="could not be written"):
+            files.write_atomic(folder / "state" / "file", "")
+    assert not folder.exists()
+
+
 @pytest.mark.parametrize("loss", ["deleted", "moved", "replaced"])
 def test_a_folder_that_is_gone_is_not_made_again(tmp_path, loss):
     def use() -> None:

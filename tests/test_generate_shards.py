@@ -76,6 +76,30 @@ def test_a_stopped_call_keeps_its_whole_shards_and_the_same_call_ends_with_the_s
     assert contents(part) == contents(whole)
 
 
+@pytest.mark.parametrize("form", shards.FORMATS)
+def test_a_call_stopped_while_its_shards_take_their_places_loses_none(made, monkeypatch, form):
+    flags = ["--format", form, "--shard", "4"]
+    whole, _ = made("whole", 10, *flags)
+    part, _ = made("part", 11, *flags, "--seed", "9")  # of an earlier call, and one more
+    replace, moves = os.replace, len(contents(whole)) - 1  # one is the mark
+    for stop in range(moves + 1):
+        moved = []
+
+        def stopping(source, to, stop=stop, moved=moved):
+            moves_one = Path(to).parent == part and Path(source).name == Path(to).name
+            if len(moved) == stop and (moves_one or stop == moves):
+                raise KeyboardInterrupt  # at a move, or at the mark that is written after all
+            moved += [to] * moves_one
+            replace(source, to)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", stopping)
+            assert made("part", 10, *flags)[1].code == 130
+        assert made("part", 10, *flags)[1].code == 0
+        assert contents(part) == contents(whole)
+        made("part", 11, *flags, "--seed", "9")
+
+
 def test_a_call_for_other_images_takes_none_of_a_stopped_ones(made, stopped, monkeypatch):
     flags = ["--format", "npz", "--shard", "4"]
     with monkeypatch.context():
