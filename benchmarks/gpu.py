@@ -204,11 +204,10 @@ def main() -> None:
     whole = start(options, path)
     whole["command"] = " ".join(["python -m benchmarks.gpu", *sys.argv[1:]])
     write_atomic(path, json.dumps(whole, indent=1))
-    left = {name: share for name, (_, share) in STAGES.items()}
-    left = {name: share for name, share in left.items() if name in (options.stages or STAGES)}
-    for name in list(left):
-        whole_share, share = sum(left.values()), left.pop(name)
-        seconds = (deadline - time.monotonic()) * share / whole_share
+    names = [name for name in STAGES if name in (options.stages or STAGES)]
+    for i, name in enumerate(names):
+        share, *others = (STAGES[each][0] for each in names[i:])
+        seconds = (deadline - time.monotonic()) * share / (share + sum(others))
         if whole["stages"].get(name, {}).get("state") == "done":
             say(f"{name}: done before; delete it from {path} to do it again")
         elif seconds < (0 if options.cpu else LEAST):
@@ -216,10 +215,11 @@ def main() -> None:
         else:
             whole = run_stage(name, path, seconds, alone=not options.cpu)
         write_atomic(out / "gpu.md", page(whole))
-    for words in failures(whole):
+    failed = failures(whole)
+    for words in failed:
         say(f"not within its bound: {words}")
     say(f"{path}, {out / 'gpu.md'}")
-    if failures(whole):
+    if failed:
         sys.exit(1)
 
 
