@@ -127,9 +127,8 @@ def run_stage(name: str, path: Path, seconds: float, alone: bool) -> dict:
     """All results, with this stage's as far as it came. alone: in a process of its own."""
     code = perform(name, path, seconds) if alone else gpu_stages.main(name, path)
     whole = json.loads(path.read_text())
-    stage = whole["stages"].setdefault(
-        name, {"state": "cut short before its first figure", "seconds": 0.0, "tables": {}}
-    )
+    begun = {"state": "cut short before its first figure", "seconds": 0.0, "tables": {}}
+    stage = whole["stages"].setdefault(name, begun)
     if code:
         stage["state"] = f"failed: exit code {code}"
     write_atomic(path, json.dumps(whole, indent=1))
@@ -171,28 +170,25 @@ def page(whole: dict) -> str:
     """All results, in Markdown."""
     verdict = [f"- {words}" for words in failures(whole)]
     settings = {**whole["settings"], **whole["conditions"]}
-    pieces = [
-        "# A GPU, tried and timed",
-        f"Made by `{whole['command']}`, {whole['conditions']['date']}.",
-        "\n".join(verdict or ["Every check that was made lies within its bound."]),
-        "## The machine",
-        table([{"": name, "value": value} for name, value in settings.items()]),
-    ]
+    tables = {"The machine": [{"": name, "value": value} for name, value in settings.items()]}
     for name, title in TITLES.items():
-        rows = [
+        tables[title] = [
             {"stage": stage, **row}
             for stage, sheet in whole["stages"].items()
             for row in sheet["tables"].get(name, [])
         ]
-        if rows:
-            pieces += [f"## {title}", table(rows)]
     absent = {"seconds": None, "state": "left out for lack of time, or not asked for"}
-    stages = {name: whole["stages"].get(name, absent) for name in STAGES}
-    seconds = [
-        {"stage": name, "seconds": stage["seconds"], "state": stage["state"]}
-        for name, stage in stages.items()
+    tables["Seconds of each stage"] = [
+        {"stage": name} | {head: whole["stages"].get(name, absent)[head] for head in absent}
+        for name in STAGES
     ]
-    return "\n\n".join([*pieces, "## Seconds of each stage", table(seconds)]) + "\n"
+    pieces = [
+        "# A GPU, tried and timed",
+        f"Made by `{whole['command']}`, {whole['conditions']['date']}.",
+        "\n".join(verdict or ["Every check that was made lies within its bound."]),
+        *(f"## {title}\n\n{table(rows)}" for title, rows in tables.items() if rows),
+    ]
+    return "\n\n".join(pieces) + "\n"
 
 
 def main() -> None:
