@@ -140,12 +140,13 @@ def check(what: str, here: Output, expected: Output) -> Row:
 
 
 def agree(here: Outputs, expected: Outputs) -> Iterator[Row]:
+    """Check each output as soon as both sides have made it."""
     for (what, output), (_, other) in zip(here, expected, strict=True):
         yield check(what, output, other)
 
 
 def as_on_cpu(outputs: Callable[[Scene, torch.device], Outputs], scene: Scene) -> Iterator[Row]:
-    """Check what this device makes, in full float32, against what the CPU makes."""
+    """Check what this device makes, in full float32, against what the CPU makes of the same."""
     with machine.full_float32():
         yield from agree(outputs(scene, scene.device), outputs(scene, CPU))
 
@@ -183,15 +184,6 @@ def gradient_of(module: nn.Module) -> Tensor:
     return flat(weight.grad for weight in module.parameters() if weight.grad is not None)
 
 
-def numbers(scene: Scene, place: torch.device) -> Outputs:
-    """Noise, and what every sampler makes of it."""
-    yield "noise", next(Noise(3, torch.arange(256).to(place), scene.dataset.spec.shape))
-    model, indices = scene.model("fp32", place), torch.arange(8).to(place)
-    for name in [name for name in SOLVERS if name != "ancestral-learned"]:
-        angles = SOLVERS[name].angles(model.schedule, 6)
-        yield f"sampler, {name}", model.x0(plan(name, angles), 0, indices)
-
-
 def batches(scene: Scene) -> Iterator[Row]:
     """A training's batch, of images in the CPU's memory and in the device's."""
     config, train = FitConfig(batch_size=32), scene.dataset.train
@@ -203,6 +195,15 @@ def batches(scene: Scene) -> Iterator[Row]:
         random = torch.Generator(home).manual_seed(batch_seed(config.seed, 5))
         rows = torch.randint(len(train), (32,), generator=random, device=home).cpu()
         yield check(kind, x0, scene.x0(rows))
+
+
+def numbers(scene: Scene, place: torch.device) -> Outputs:
+    """Noise, and what every sampler makes of it."""
+    yield "noise", next(Noise(3, torch.arange(256).to(place), scene.dataset.spec.shape))
+    model, indices = scene.model("fp32", place), torch.arange(8).to(place)
+    for name in [name for name in SOLVERS if name != "ancestral-learned"]:
+        angles = SOLVERS[name].angles(model.schedule, 6)
+        yield f"sampler, {name}", model.x0(plan(name, angles), 0, indices)
 
 
 def passes(model: Model, batch: Batch) -> dict[str, Tensor]:
@@ -339,7 +340,7 @@ def distances(scene: Scene, place: torch.device) -> Outputs:
 
 
 def switches(
-    scene: Scene, parts: dict, compared: Callable[..., Iterator[Comparison]], repeats: int
+    scene: Scene, parts: dict, repeats: int, compared: Callable[..., Iterator[Comparison]]
 ) -> Iterator[Row]:
     """Variants that compile nothing first, which take no minutes; then what compiling adds."""
     off, compiling = speed.absent(scene.device, True), ("torch.compile", "CUDA graphs")
@@ -354,11 +355,12 @@ def switches(
 def switches_in_sampling(scene: Scene) -> Iterator[Row]:
     """4 calls from noise to uint8, with each part of the speed off in turn."""
     model, sizes = scene.model(), (1, scene.batch_size)
-
-    def compared(chosen: speed.Variants) -> Iterator[Comparison]:
-        return speed.samplings(speed.sampling_models(model, chosen), "ddim", 4, sizes)
-
-    yield from switches(scene, speed.SAMPLING, compared, 3 if scene.small else 20)
+    yield from switches(
+        scene,
+        speed.SAMPLING,
+        3 if scene.small else 20,
+        lambda on: speed.samplings(speed.sampling_models(model, on), "ddim", 4, sizes),
+    )
 
 
 def switches_in_training(scene: Scene) -> Iterator[Row]:
@@ -366,7 +368,7 @@ def switches_in_training(scene: Scene) -> Iterator[Row]:
     model = scene.model()
     for name in ("denoising",) if scene.small else speed.OBJECTIVES:
         compared = partial(speed.trainings, model, name, scene.dataset, scene.config)
-        yield from switches(scene, speed.TRAINING, compared, 1 if scene.small else 3)
+        yield from switches(scene, speed.TRAINING, 1 if scene.small else 3, compared)
 
 
 def images(scene: Scene) -> Iterator[Row]:
@@ -429,7 +431,7 @@ def line(scene: Scene) -> Iterator[Row]:
 
 
 STAGES: dict[str, tuple] = {  # its share of the time, and its parts, each a function of the Scene
-    "numbers": (2, partial(as_on_cpu, numbers), batches),
+    "numbers": (2, batches, partial(as_on_cpu, numbers)),
     "network": (5, network),
     "training": (5, partial(as_on_cpu, losses), trainings),
     "frechet": (2, partial(as_on_cpu, frechet)),
