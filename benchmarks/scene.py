@@ -17,7 +17,7 @@ import torch
 from benchmarks import disturb
 from benchmarks.disturb import Disturbance, Ended, end, start
 from diffusion.console import UserError, say
-from diffusion.files import CHECKSUM, LOCK, metadata
+from diffusion.files import CHECKSUM, metadata
 from diffusion.typed import parse
 from distill import consistency, guidance, midtraining, progressive
 from eval import compare, human, methods, report
@@ -55,6 +55,7 @@ MAINS = {
     )
 }
 TIMES = {"seconds", "images_per_second", "conditions", CHECKSUM, "earlier_seconds"}
+LOCK = ".lock"
 NUMBERS = {".safetensors", ".jsonl", ".npz"}
 
 
@@ -118,8 +119,8 @@ def call(name: str, home: Path, disturbance: Disturbance | None = None) -> Ended
 
 
 def figures(home: Path) -> dict[str, object]:
-    """By path, what each file says, but for times and checksums."""
-    files = (path for path in sorted(home.rglob("*")) if path.is_file() and path.name != LOCK)
+    """By path, what each file says, but for times, checksums and locks, which say nothing."""
+    files = (path for path in sorted(home.rglob("*")) if path.is_file() and path.suffix != LOCK)
     return {str(path.relative_to(home)): _figures(path) for path in files}
 
 
