@@ -68,9 +68,18 @@ class Latents:
     @torch.no_grad()
     def decode(self, x0: Tensor) -> Tensor:
         mean, std = self._scale(x0.device)
-        network = autoencoder.load(self.autoencoder, self.sha256).to(x0.device)
-        parts = [network.decode(part) for part in (x0 * std + mean).split(BATCH)]
+        latents, network = x0 * std + mean, self.network(x0.device)
+        # an exported graph has no number of images by which it could be cut
+        whole = torch.compiler.is_compiling()
+        parts = [network.decode(part) for part in ([latents] if whole else latents.split(BATCH))]
         return ((torch.cat(parts) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+    def network(self, device: torch.device) -> "autoencoder.Autoencoder | autoencoder.Foreign":
+        """The autoencoder, which is read once."""
+        network = autoencoder.load(self.autoencoder, self.sha256)
+        weights = next(network.parameters(), None)
+        there = weights is None or weights.device == device
+        return network if there else network.to(device)  # torch.export traces no moves
 
     def _scale(self, device: torch.device) -> tuple[Tensor, Tensor]:
         mean, std = (torch.tensor(each, device=device) for each in (self.mean, self.std))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, export
 
 from diffusion.console import UserError
+from diffusion.latents import Latents
 from diffusion.model import Model
 from diffusion.noise import Noise
 from diffusion.plan import Plan
@@ -32,6 +33,8 @@ class Sampling(nn.Module):
     def __init__(self, model: Model, plan: Plan):
         super().__init__()
         self.denoiser, self.codec, self.plan = model.denoiser, model.codec, plan
+        if isinstance(model.codec, Latents):  # its weights are the graph's, too
+            self.autoencoder = model.codec.network(model.device)
         self.draws = draws(plan)
         self.names = ("noise", *model.conditions(torch.arange(1)))
         if model.kinds and plan.guidance not in (None, 1):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+import students
 from diffusion import autoencoder, batches, checkpoint, codec, latents
 from diffusion import data as datasets
 from diffusion.autoencoder import Autoencoder, AutoencoderConfig, Posterior, psnr
@@ -17,7 +18,7 @@ from diffusion.model import load
 from diffusion.training import make_worker
 from distill import cd
 from eval import compare
-from students import generate
+from students import export, generate
 from teachers import autoencoder as autoencoders
 from teachers import ddpm
 
@@ -214,6 +215,14 @@ def teacher(run):
     chosen = ddpm.Options(codec=str(run), net=net, fit=QUICK, out=out)
     ddpm.train_teacher(chosen)
     return out
+
+
+@pytest.mark.parametrize("to", ["onnx", "torch"])
+def test_an_exported_graph_holds_the_autoencoder(teacher, tmp_path, to):
+    chosen = export.Options(teacher, to, steps=2, sampler="ddim", out=tmp_path / "out")
+    folder, _ = export.export(chosen)
+    images = students.load(teacher, precision="fp32")(7, steps=2, sampler="ddim")
+    assert (students.load(folder, trust=True)(7) == images).all()
 
 
 def test_a_teacher_in_latents_is_distilled_generated_and_compared(teacher, tmp_path, command):
