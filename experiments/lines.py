@@ -13,28 +13,28 @@ class Line:
     """How often each student is trained, by another seed each time."""
 
 
-# Every method at a fifth of the teacher's images: 409,600 gradients of an image.
-FROM_DATA = "--iterations 6400 --batch-size 64 --learning-rate 1e-3"
+# Every method at a fifth of the teacher's images: 204,800 gradients of an image.
+FROM_DATA = "--iterations 3200 --batch-size 64 --learning-rate 1e-3"
 DIGITS = Line(
-    teacher="teachers.ddpm --iterations 8000 --patch 1 --no-clamp",
+    teacher="teachers.ddpm --iterations 4000",
     students={
         "cd": (
-            "distill.consistency --mode cd --iterations 1600 --batch-size 256 --learning-rate 4e-3",
+            "distill.consistency --mode cd --iterations 800 --batch-size 256 --learning-rate 4e-3",
         ),
         "progressive": (
             "distill.progressive --solver euler --start-steps 64 --rounds 8 4 2 1 --batch-size 64 "
-            "--round-iterations 1000 1200 1800 2400",
+            "--round-iterations 500 600 900 1200",
         ),
-        "ect": ("distill.consistency --mode ect --solver heun --iterations 1600",),
+        "ect": ("distill.consistency --mode ect --solver heun --iterations 800",),
         "midtraining-scm": (
-            "distill.midtraining --iterations 1300 --batch-size 256",
-            "distill.consistency --mode scm --iterations 300 --learning-rate 1e-4",
+            "distill.midtraining --iterations 650 --batch-size 256",
+            "distill.consistency --mode scm --iterations 150 --learning-rate 1e-4",
         ),
         "ict": (f"distill.consistency --mode ict {FROM_DATA}",),
         "ct": (f"distill.consistency --mode ct {FROM_DATA}",),
     },
-    compare="eval.compare --no-times --solvers ddim unipc --num-images 1024 --long-images 1024 "
-    "--seeds 0 1 --likelihood 1024",
+    compare="eval.compare --no-times --solvers ddim unipc --num-images 5000 --long-images 5000 "
+    "--seeds 0 --likelihood 1024",
     seeds=3,
 )
 
