@@ -17,7 +17,8 @@ from diffusion.model import Model, load
 from diffusion.samplers import sample
 from distill import cd, ect, progressive, scm
 from eval import compare
-from students import generate
+from students import export, generate
+from students import load as load_model
 from students.to_diffusers import to_diffusers
 
 diffusers = pytest.importorskip("diffusers")
@@ -275,6 +276,16 @@ def test_a_command_makes_images_with_such_a_teacher(tmp_path, command):
     done = command(generate.main, teacher, *asked)
     assert done.code == 0, done.err
     assert out.exists()
+
+
+@pytest.mark.parametrize("network", [unet, dit])
+def test_one_is_exported_for_any_number_of_images(tmp_path, network):
+    # of x0, which no division by cos t makes large at pure noise
+    scheduler = diffusers.DDIMScheduler(prediction_type="sample")
+    teacher = saved(tmp_path / "theirs", network(), scheduler)
+    chosen = export.Options(teacher, "onnx", steps=1, sampler="ddim", out=tmp_path / "out")
+    folder, _ = export.export(chosen)  # which compares 1, 7 and 64 images with the model's own
+    assert len(load_model(folder)(65)) == 65
 
 
 @pytest.mark.parametrize(

@@ -189,6 +189,9 @@ class OnTheCircle(nn.Module):
         self.guided = "guidance" in kinds
         # float32 as t comes, so that an angle of the table is exactly its own timestep
         self.register_buffer("levels", known.angles.float(), persistent=False)
+        for module in self.modules():
+            if type(module) is upsampling():
+                module.__class__ = traced_upsampling()
         label, text = kinds.get("label"), kinds.get("text")
         self.unknown = label.num_classes if isinstance(label, Label) else None
         if isinstance(label, Label):
@@ -227,7 +230,8 @@ class OnTheCircle(nn.Module):
         """(B,) angles -> (B,) timesteps, float32."""
         if self.flow is not None:
             return self.flow * t.sin() / (t.cos() + t.sin())
-        above = torch.searchsorted(self.levels, t.detach()).clamp(1, len(self.levels) - 1)
+        # as torch.searchsorted, which ONNX lacks
+        above = (self.levels < t.detach()[:, None]).sum(1).clamp(1, len(self.levels) - 1)
         low, high = self.levels[above - 1], self.levels[above]
         return (above - 1 + (t - low) / (high - low)).clamp(0, len(self.levels) - 1)
 
@@ -257,6 +261,32 @@ def on_the_circle(architecture: Architecture) -> type[OnTheCircle]:
     """The class of diffusers of that name with OnTheCircle's forward. Under its own name: diffusers
     writes that into a config."""
     return type(architecture, (OnTheCircle, getattr(library(), architecture)), {})
+
+
+def upsampling() -> Any:
+    """The class of diffusers that doubles a side."""
+    library()
+    from diffusers.models.upsampling import Upsample2D
+
+    return Upsample2D
+
+
+@cache
+def traced_upsampling() -> Any:
+    """That class, which asks for no number of images where it is traced: it copies those of 64
+    images and more for an old fault of PyTorch, and a graph of that branch has no other batch."""
+    plain: Any = upsampling()
+
+    def forward(self: Any, x: Tensor, output_size: Any = None, *more: Any, **named: Any) -> Tensor:
+        usual = self.norm is None and self.interpolate and not self.use_conv_transpose
+        if not (torch.compiler.is_compiling() and usual):
+            return plain.forward(self, x, output_size, *more, **named)
+        scale = 2.0 if output_size is None else None
+        x = F.interpolate(x, size=output_size, scale_factor=scale, mode="nearest")
+        conv = getattr(self, "conv" if self.name == "conv" else "Conv2d_0")
+        return conv(x) if self.use_conv else x
+
+    return type("Upsample2D", (plain,), {"forward": forward})
 
 
 class MeanForUnknown(nn.Embedding):
