@@ -134,52 +134,51 @@ def train(
     check(config)
     check_tracker(config.track)
     check_claim(run)
-    with nullcontext() if (run / product.file).exists() else owned(run):
-        return _train(run, method, dataset, config, product, advice)
-
-
-def _train(
-    run: Path,
-    method: Method,
-    dataset: Dataset,
-    config: FitConfig,
-    product: Product[T],
-    advice: Callable[[], str] | None,
-) -> T:
-    """What a run makes that this command alone writes, or that is finished."""
-    processes = PartialState()
-    if config.minutes and not settings_before(run):
-        config = in_minutes(method, dataset, config)
-    if "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:  # accelerate launch --cpu
-        say("accelerate launch --cpu starts one process; --multi_gpu starts several, CPUs or GPUs")
-    settings = product.settings(config)
-    shape = dataset.codec.shape(dataset.spec.shape)
-    size = config.batch_size * math.prod(shape) / processes.num_processes
-    machine.require_memory("--batch-size", config.batch_size, 16 * size)  # x0, eps, x_t, prediction
-    finished = run / product.file
-    if finished.exists():
+    processes, finished = PartialState(), run / product.file
+    state = run / "state" / "state.safetensors"
+    with nullcontext() if finished.exists() else owned(run):
+        if config.minutes and not settings_before(run):
+            config = in_minutes(method, dataset, config)
+        if "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:  # launch --cpu
+            words = "accelerate launch --cpu starts one process; --multi_gpu starts several"
+            say(f"{words}, CPUs or GPUs")
+        settings = product.settings(config)
+        shape = dataset.codec.shape(dataset.spec.shape)
+        size = 16 * math.prod(shape) * config.batch_size  # x0, eps, x_t, prediction
+        machine.require_memory("--batch-size", config.batch_size, size / processes.num_processes)
+        news = f"finished before: {finished}"
+        if not finished.exists():
+            processes.wait_for_everyone()  # all have looked at the folder before the first writes
+            if processes.is_main_process:
+                claim(run)
+                if state.exists():
+                    require_same(run, settings_before(run), settings)
+            processes.wait_for_everyone()
+            preview = Preview(run, product)
+            lines = fit(method, dataset, config, state, preview=preview, settings=settings)
+            lines = tracked(with_warning(lines, config, advice), config.track, run, settings)
+            lines = _logged(lines, run / "log.jsonl")
+            kept = "nothing was saved"
+            with doing(f"training {run}", lambda: GOES_ON if state.exists() else kept):
+                *_, last = track(lines, str(run), _describe)
+            if processes.is_main_process:
+                product.leave(run, method, _spent(settings, config, last))
+            processes.wait_for_everyone()
+            news = f"loss {last.loss:.4f} after {last.seconds:.0f} s: {finished}"
+            news += f", {run / 'samples.png'}"
         made, before = product.load(run, config.precision)
         require_same(run, before, settings)
         if processes.is_main_process:
             with suppress(OSError):  # it may lie where one cannot write
-                tidy(run)  # a kill may have come between the model and this
-        say(f"{run}  finished before: {finished}")
+                tidy(run)  # here, as a kill may come between the model and this
+        say(f"{run}  {news}")
         return made
-    state = run / "state" / "state.safetensors"
-    processes.wait_for_everyone()  # all have looked at the folder before the first writes
-    if processes.is_main_process:
-        claim(run)
-        if state.exists():
-            require_same(run, settings_before(run), settings)
-    processes.wait_for_everyone()
-    preview = Preview(run, product)
-    lines = fit(method, dataset, config, state, preview=preview, settings=settings)
-    lines = tracked(with_warning(lines, config, advice), config.track, run, settings)
-    progress = _logged(lines, run / "log.jsonl")
-    with doing(f"training {run}", lambda: GOES_ON if state.exists() else "nothing was saved"):
-        *_, last = track(progress, str(run), _describe)
+
+
+def _spent(settings: dict, config: FitConfig, last: Progress) -> dict:
+    """What the card says of a training whose last line this is."""
     images = config.iterations * config.batch_size
-    training = {
+    return {
         "settings": settings,
         "iterations": config.iterations,
         "images": images,
@@ -187,24 +186,13 @@ def _train(
         "passes": last.passes,
         "seconds": last.seconds,
     }
-    if processes.is_main_process:
-        product.leave(run, method, training)
-        tidy(run)
-        paths = f"{finished}, {run / 'samples.png'}"
-        say(f"{run}  loss {last.loss:.4f} after {last.seconds:.0f} s: {paths}")
-    processes.wait_for_everyone()
-    return product.load(run, config.precision)[0]
 
 
 def settings_of_run(card: Card, dataset: Dataset, config: FitConfig) -> dict:
     """All that decides a run's result, as JSON has it: what a run is recognised by."""
     plans = {plan.num_steps: list(plan.angles) for plan in card.plans}
-    anywhere = ("autoencoder",)  # its sha256 says which it is
-    scale = {
-        name: value
-        for name, value in card.codec.items()
-        if (name, value) != ("name", "scale") and name not in anywhere
-    }
+    scale = {k: v for k, v in card.codec.items() if (k, v) != ("name", "scale")}
+    scale.pop("autoencoder", None)  # its place: its sha256 says which it is
     said_elsewhere = ("sha256", "background", "aspect", "classes", "text_encoder", "text_sha256")
     images = {k: v for k, v in card.data.items() if k not in said_elsewhere}
     settings = {
@@ -247,21 +235,20 @@ def settings_before(run: Path) -> dict:
     if not is_ours(run):
         return {}
     for name, described in FINISHED.items():
-        if not (run / name).exists():
-            continue
-        try:
-            card = json.loads(metadata(run / name)[described])
-            return card["training"].get("settings", {})
-        except (AttributeError, LookupError, TypeError, ValueError):  # loading it says what it is
-            return {}
-    state, described = run / "state" / "state.safetensors", run / "state" / "settings.json"
+        if (run / name).exists():
+            try:
+                return json.loads(metadata(run / name)[described])["training"].get("settings", {})
+            except (AttributeError, LookupError, TypeError, ValueError):  # loading it says why
+                return {}
+    state, beside = run / "state" / "state.safetensors", run / "state" / "settings.json"
     if not state.exists():
         return {}
     try:
-        if described.exists() and "settings" not in metadata(state):
-            settings = read_json(described)  # of a version that kept them beside the state
+        text = metadata(state).get("settings")
+        if text is None and beside.exists():  # of a version that kept them beside the state
+            settings = read_json(beside)
         else:
-            settings = read_object(metadata(state).get("settings", ""), state)
+            settings = read_object(text or "", state)
         return dict(checked(SETTINGS, settings, f"{state}: its settings"))
     except UserError as error:
         raise UserError(f"{error}: {DELETE}") from error

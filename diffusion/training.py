@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
-from itertools import chain
+from functools import partial
 from pathlib import Path
 from types import FrameType, MappingProxyType
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -32,23 +32,23 @@ from diffusion.typed import Amount, Count, Positive, checked, parse
 Nets = Mapping[str, nn.Module]  # a method's players by name
 
 
-class Follower(Protocol):
-    """What moves on after each step: an average of weights, a running moment, a history.
-
-    It saves and restores itself; its state is the same in every process.
-    """
-
-    def follow(self, nets: Nets, done: int, progress: float) -> None:
-        """Move on after iteration number `done`, which began at this share of the training."""
+class Part(Protocol):
+    """What saves and restores itself: a network, a follower, an optimizer's moments."""
 
     def state_dict(self) -> dict[str, Tensor]:
-        """All that a resumed training needs of it."""
+        """All that a resumed training needs of it, the same in every process."""
 
     def load_state_dict(self, state: dict[str, Tensor], /) -> Any: ...
 
 
+class Follower(Part, Protocol):
+    """What moves on after each step: an average of weights, a running moment, a history."""
+
+    def follow(self, nets: Nets, done: int, progress: float) -> None:
+        """Move on after iteration number `done`, which began at this share of the training."""
+
+
 Followers = Mapping[str, Follower]  # by name
-Optimizers = Mapping[str, torch.optim.Optimizer]  # by the name of the player that each moves
 
 
 @dataclass(frozen=True)
@@ -140,19 +140,14 @@ class Objective(Protocol):
         """progress: the share of the training that is done, in [0, 1)."""
 
 
-@dataclass(frozen=True)
-class OnStudent:
-    """An objective as a method's loss."""
-
-    objective: Objective
-
-    def __call__(self, nets: Nets, batch: Batch, turn: Turn) -> Tensor:
-        return self.objective(nets["student"], batch, turn.progress)
+def _of_student(objective: Objective, nets: Nets, batch: Batch, turn: Turn) -> Tensor:
+    return objective(nets["student"], batch, turn.progress)
 
 
 def one_network(student: nn.Module, objective: Objective) -> Method:
     """The method that trains one network by an objective."""
-    return Method({"student": Player(student)}, OnStudent(objective), objective.followers)
+    loss = partial(_of_student, objective)  # unlike a closure, copied with all that it holds
+    return Method({"student": Player(student)}, loss, objective.followers)
 
 
 class Progress(NamedTuple):
@@ -203,156 +198,192 @@ def fit(
     """
     check(config)
     worker = make_worker()
-    nets = {name: player.module for name, player in method.players.items()}
-    student = nets["student"]
-    batches = Batches(dataset, config, worker, getattr(student, "kinds", None))
-    for net in nets.values():
-        net.to(worker.device).train()
-    trained = {name: [p for p in net.parameters() if p.requires_grad] for name, net in nets.items()}
-    moves = method.players["student"].moves
-    average = Average(frozen_copy(student), Decay(config.ema), fused)
-    followers = {"average": average, **method.followers}
-    optimizers = {name: _optimizer(trained[name], config, fused) for name in nets}
-    before = _restore(state, nets, followers, optimizers)
-    start, spent, number, passes = (
-        (before.iteration, before.seconds, before.number, before.passes) if before else (0,) * 4
-    )
-    if config.compile:  # what is never called is never compiled
-        averaged = (getattr(follower, "module", None) for follower in followers.values())
-        for module in (*nets.values(), *averaged):
-            if isinstance(module, Denoiser):
-                module.net.compile()
-    team = Team(method, worker, trained, optimizers)
-
-    sums, counted = torch.zeros(2, device=worker.device), 0
-    begun = logged = saved = time.monotonic()
-    lines, kept = 0, before
+    kinds = getattr(method.players["student"].module, "kinds", None)
+    batches = Batches(dataset, config, worker, kinds)
+    team = Team(method, worker, config, fused)
+    kept = team.restore(state)
+    last = first = kept or Progress(0, config.iterations, 0.0, 0.0, 0.0, 0.0, 0.0)
     alone = worker.num_processes == 1  # else all must agree on where to stop
-    if before:
-        yield before  # its line in the log may not have been written
-    student_steps = sum(map(moves, range(start)))
+    logged = saved = time.monotonic()
+    if kept:
+        yield kept  # its line in the log may not have been written
     with _stop_requests() as stop, closing(batches):
-        for i in range(start, config.iterations):
-            done, progress = i + 1, i / config.iterations
-            rate = learning_rate(config, i)
-            movers = tuple(name for name, each in method.players.items() if each.moves(i))
-            turn = Turn(i, progress, movers)
-            sums += team.step(batches.draw(i), turn, rate, config)
-            counted += 1
-            if moves(i):
-                student_steps += 1
-                average.follow(nets, student_steps, progress)
-            for follower in method.followers.values():
-                follower.follow(nets, done, progress)
+        for i in range(first.iteration, config.iterations):
+            team.step(batches.draw(i), i)
+            done = i + 1
             due = done % config.log_every == 0 or done == config.iterations
-            if alone and not (due or lines):  # the first line comes early: it tells the pace
-                due = time.monotonic() - begun > EARLY
-            if not due and not (stop and alone):
+            if alone:  # the first line comes early, too: it tells the pace
+                due = due or stop or (last is first and time.monotonic() - logged > EARLY)
+            if not due:
                 continue
-            mine = sums.new_tensor([len(stop), team.passes])
-            means = worker.reduce(torch.cat([sums / counted, _largest(nets), mine]), "mean")
-            mean_loss, mean_norm, largest, stopped, passed = means.tolist()
+            loss, norm, largest, passes, stopped = team.means(done - last.iteration, len(stop))
             now = time.monotonic()
-            if not math.isfinite(mean_loss + mean_norm + largest):
+            if not math.isfinite(loss + norm + largest):
                 raise _diverged(done, kept, state, config)
-            seconds = spent + now - begun
-            pace = counted * config.batch_size / (now - logged)
-            passes += round(passed * worker.num_processes)
-            number += 1
-            means = mean_loss, mean_norm
-            line = Progress(done, config.iterations, *means, rate, pace, seconds, number, passes)
+            pace = (done - last.iteration) * config.batch_size / (now - logged)
+            figures = loss, norm, learning_rate(config, i), pace, last.seconds + now - logged
+            counts = last.number + 1, last.passes + round(passes * worker.num_processes)
+            line = Progress(done, config.iterations, *figures, *counts)
             save = stopped or done == config.iterations or now - saved >= config.save_every
             if worker.is_main_process and save:
-                _save(state, nets, followers, optimizers, line, settings)
+                _save(state, team.parts, line, settings)
                 saved, kept = now, line
-            if preview and worker.is_main_process and (save or not lines) and not stopped:
-                preview(average.module)
-            lines += 1
+            if preview and worker.is_main_process and (save or last is first) and not stopped:
+                preview(team.average.module)
             if stopped:
                 where = f"stopped at iteration {done} of {config.iterations}"
                 number = stop[0] if stop else signal.SIGTERM
                 raise Interrupted(f"{where}; the same command resumes", number)
-            sums.zero_()
-            counted, team.passes, logged = 0, 0, now
+            last, logged = line, now
             yield line
-    student.load_state_dict(average.module.state_dict())
-    for net in nets.values():
-        net.eval()
+    team.finish()
 
 
 class Team:
-    """A method's players, ready to move: their networks as several processes share them."""
+    """A method's players and followers, ready to move: several processes share the networks."""
 
-    def __init__(
-        self,
-        method: Method,
-        worker: Accelerator,
-        trained: Mapping[str, list[nn.Parameter]],
-        optimizers: Optimizers,
-    ):
-        """trained: each player's parameters but those that it keeps still."""
-        self.method, self.worker, self.trained = method, worker, trained
-        self.bare = {name: player.module for name, player in method.players.items()}
-        self.shared = {name: worker.prepare(net) for name, net in self.bare.items()}
-        self.optimizers = {name: worker.prepare(each) for name, each in optimizers.items()}
+    def __init__(self, method: Method, worker: Accelerator, config: FitConfig, fused: bool):
+        self.method, self.worker, self.config = method, worker, config
+        self.nets = {
+            name: player.module.to(worker.device).train() for name, player in method.players.items()
+        }
+        self.trained = {
+            name: [p for p in net.parameters() if p.requires_grad]  # the rest are kept still
+            for name, net in self.nets.items()
+        }
+        self.average = Average(
+            frozen_copy(self.nets["student"]), partial(_decay, config.ema), fused
+        )
+        self.followers = {"average": self.average, **method.followers}
+        adamw = partial(
+            torch.optim.AdamW,
+            lr=config.learning_rate,
+            betas=(0.9, 0.99),
+            weight_decay=config.weight_decay,
+            fused=fused,
+            foreach=False,  # where it is not fused, one parameter after the other
+        )
+        self.optimizers = {name: worker.prepare(adamw(own)) for name, own in self.trained.items()}
+        self.parts: dict[str, Part] = {
+            **self.nets,
+            **{f"follower.{name}": follower for name, follower in self.followers.items()},
+            **{f"optimizer.{name}": Moments(each) for name, each in self.optimizers.items()},
+        }
+        if config.compile:  # what is never called is never compiled
+            for part in self.parts.values():
+                module = getattr(part, "module", part)
+                if isinstance(module, Denoiser):
+                    module.net.compile()
+        self.shared = {name: worker.prepare(net) for name, net in self.nets.items()}
+        self.sums = torch.zeros(2, device=worker.device)  # of losses and gradients' norms
         self.passes = 0  # images that a denoiser's network was called on within the losses
+        self.student_steps = 0
 
-    def step(self, batch: Batch, turn: Turn, rate: float, config: FitConfig) -> Tensor:
-        """Move those whose turn it is. (2,): the loss, and the norm of its gradient.
+    def restore(self, path: Path) -> Progress | None:
+        """The line of the log at which the state was saved; None where there is no state."""
+        if not path.exists():
+            return None
+        sizes = {name: len(own) for name, own in self.trained.items()}
+        try:
+            tensors, metadata = load_tensors(path)
+            tensors = older.state(tensors, sizes, [*self.followers])
+            for name, part in self.parts.items():
+                own = {k: v for k, v in tensors.items() if k.startswith(f"{name}.")}
+                part.load_state_dict({k.removeprefix(f"{name}."): v for k, v in own.items()})
+            line = checked(LINE, parse(metadata["line"]), f"{path}: its line")
+        except (UserError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            if isinstance(error, RuntimeError) and "state_dict" not in str(error):  # out of memory
+                raise
+            reason = f"{path} is of another training"
+            reason = str(error) if isinstance(error, UserError) else reason
+            raise UserError(f"{reason}: {DELETE}") from error
+        self.student_steps = sum(map(self.method.players["student"].moves, range(line.iteration)))
+        return line
+
+    def step(self, batch: Batch, i: int) -> None:
+        """Move those whose turn it is at iteration i, then the followers.
 
         batch: this process's share. Each image counts alike, however unevenly they are shared out:
         the processes' gradients are averaged, so each divides its sum by their mean share.
         """
-        still = self.bare.keys() - {*turn.movers}
-        waiting = list(chain(*(self.trained[name] for name in still)))
+        config, players = self.config, self.method.players
+        movers = tuple(name for name, player in players.items() if player.moves(i))
+        turn = Turn(i, i / config.iterations, movers)
+        still = {name: net for name, net in self.nets.items() if name not in movers}
+        waiting = [parameter for name in still for parameter in self.trained[name]]
         for parameter in waiting:
             parameter.requires_grad_(False)
-        nets = {name: (self.bare if name in still else self.shared)[name] for name in self.bare}
         total, share = 0, config.batch_size / self.worker.num_processes
         for number, part in enumerate(split(batch, config.accumulate), 1):
             with ExitStack() as alone:
                 if number < config.accumulate:
-                    for name in turn.movers:
+                    for name in movers:
                         alone.enter_context(self.worker.no_sync(self.shared[name]))
                 before = Denoiser.passes
-                loss = self.method.loss(nets, part, turn).sum() / share
+                loss = self.method.loss({**self.shared, **still}, part, turn).sum() / share
                 self.passes += Denoiser.passes - before
                 self.worker.backward(loss)
             total = total + loss.detach()
-        moved = list(chain(*(self.trained[name] for name in turn.movers)))
+        moved = [parameter for name in movers for parameter in self.trained[name]]
         norm = self.worker.clip_grad_norm_(moved, config.clip)
-        for name in turn.movers:
+        rate = learning_rate(config, i)
+        for name in movers:
             optimizer = self.optimizers[name]
             for group in optimizer.param_groups:
-                group["lr"] = rate * self.method.players[name].rate
+                group["lr"] = rate * players[name].rate
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         for parameter in waiting:
             parameter.requires_grad_(True)
-        return torch.stack([torch.as_tensor(total), norm])
+        self.sums += torch.stack([torch.as_tensor(total), norm])
+        if "student" in movers:
+            self.student_steps += 1
+            self.average.follow(self.nets, self.student_steps, turn.progress)
+        for follower in self.method.followers.values():
+            follower.follow(self.nets, i + 1, turn.progress)
+
+    def means(self, steps: int, stops: int) -> list[float]:
+        """Over all processes: the loss and the norm of its gradient in these last steps, the
+        largest weight, which is not finite where any is not, the passes, and the stops."""
+        weights = [p.detach() for net in self.nets.values() for p in net.parameters()]
+        largest = torch.stack(torch._foreach_norm(weights, math.inf)).float().amax(0, keepdim=True)
+        mine = self.sums.new_tensor([self.passes, stops])
+        means = torch.cat([self.sums / steps, largest, mine])
+        self.sums.zero_()
+        self.passes = 0
+        return self.worker.reduce(means, "mean").tolist()
+
+    def finish(self) -> None:
+        """Leave the student with its averaged weights."""
+        self.nets["student"].load_state_dict(self.average.state_dict())
+        for net in self.nets.values():
+            net.eval()
 
 
 @dataclass(frozen=True)
-class Decay:
+class Moments:
+    """An optimizer as a part of a state: by "i.slot", what it keeps of its parameter number i."""
+
+    optimizer: torch.optim.Optimizer
+
+    def state_dict(self) -> dict[str, Tensor]:
+        state = self.optimizer.state_dict()["state"]
+        return {f"{i}.{slot}": v for i, slots in state.items() for slot, v in slots.items()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        slots: dict[int, dict[str, Tensor]] = {}
+        for key, value in state.items():
+            i, slot = key.split(".")
+            like = self.optimizer.param_groups[0]["params"][int(i)]
+            if value.shape == like.shape:  # a moment: in memory it must lie as its parameter does
+                value = torch.empty_like(like).copy_(value)
+            slots.setdefault(int(i), {})[slot] = value
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": slots})
+
+
+def _decay(ema: float, done: int, progress: float) -> float:
     """The average's decay: it starts fast, at 1/10, and ends at what was asked for."""
-
-    ema: float
-
-    def __call__(self, done: int, progress: float) -> float:
-        return min(self.ema, done / (done + 9))
-
-
-def _optimizer(
-    parameters: list[nn.Parameter], config: FitConfig, fused: bool
-) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(
-        parameters,
-        config.learning_rate,
-        betas=(0.9, 0.99),
-        weight_decay=config.weight_decay,
-        fused=fused,
-        foreach=False,  # where it is not fused, one parameter after the other
-    )
+    return min(ema, done / (done + 9))
 
 
 def make_worker() -> Accelerator:
@@ -392,12 +423,6 @@ def _stop_requests() -> Generator[list[int]]:
             signal.signal(number, handler)
 
 
-def _largest(nets: Nets) -> Tensor:
-    """(1,): the largest weight, which is not finite where any is not."""
-    weights = [p.detach() for net in nets.values() for p in net.parameters()]
-    return torch.stack(torch._foreach_norm(weights, math.inf)).float().amax(0, keepdim=True)
-
-
 def _diverged(done: int, kept: Progress | None, state: Path, config: FitConfig) -> UserError:
     """The error that says what is on disk. kept: the line of the log at which that was saved."""
     saved = "nothing was saved"
@@ -410,61 +435,10 @@ def _diverged(done: int, kept: Progress | None, state: Path, config: FitConfig) 
 
 
 def _save(
-    path: Path,
-    nets: Nets,
-    followers: Followers,
-    optimizers: Optimizers,
-    line: Progress,
-    settings: Mapping[str, Any],
+    path: Path, parts: Mapping[str, Part], line: Progress, settings: Mapping[str, Any]
 ) -> None:
-    tensors = {}
-    for name, net in nets.items():
-        tensors |= {f"{name}.{key}": value for key, value in net.state_dict().items()}
-    for name, follower in followers.items():
-        tensors |= {f"follower.{name}.{k}": v for k, v in follower.state_dict().items()}
-    for name, optimizer in optimizers.items():
-        for i, slots in optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{name}.{i}.{slot}": v for slot, v in slots.items()}
+    tensors = {
+        f"{name}.{k}": v for name, part in parts.items() for k, v in part.state_dict().items()
+    }
     described = {"line": line._asdict(), "settings": sealed(dict(settings))}
     save_tensors(path, tensors, {name: json.dumps(each) for name, each in described.items()})
-
-
-def _restore(
-    path: Path, nets: Nets, followers: Followers, optimizers: Optimizers
-) -> Progress | None:
-    """The line of the log at which the state was saved; None where there is no state."""
-    if not path.exists():
-        return None
-    try:
-        return _restored(path, nets, followers, optimizers)
-    except (UserError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        if isinstance(error, RuntimeError) and "state_dict" not in str(error):  # out of memory
-            raise
-        reason = str(error) if isinstance(error, UserError) else f"{path} is of another training"
-        raise UserError(f"{reason}: {DELETE}") from error
-
-
-def _restored(path: Path, nets: Nets, followers: Followers, optimizers: Optimizers) -> Progress:
-    tensors, metadata = load_tensors(path)
-    parameters = {name: each.param_groups[0]["params"] for name, each in optimizers.items()}
-    sizes = {name: len(moved) for name, moved in parameters.items()}
-    tensors = older.state(tensors, sizes, list(followers))
-
-    def part(prefix: str) -> dict[str, Tensor]:
-        return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-
-    for name, net in nets.items():
-        net.load_state_dict(part(f"{name}."))
-    for name, follower in followers.items():
-        follower.load_state_dict(part(f"follower.{name}."))
-    for name, optimizer in optimizers.items():
-        slots: dict[int, dict[str, Tensor]] = {}
-        for key, value in part(f"optimizer.{name}.").items():
-            i, slot = key.split(".")
-            like = parameters[name][int(i)]
-            if value.shape == like.shape:  # a moment: in memory it must lie as its parameter does
-                value = torch.empty_like(like).copy_(value)
-            slots.setdefault(int(i), {})[slot] = value
-        groups = optimizer.state_dict()["param_groups"]
-        optimizer.load_state_dict({"state": slots, "param_groups": groups})
-    return checked(LINE, parse(metadata["line"]), f"{path}: its line")

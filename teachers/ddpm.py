@@ -165,14 +165,8 @@ class Options:
             # a patch of latents as large as it was, in pixels
             patch = max(1, shape.patch // autoencoder.load(codec).factor)
             shape = replace(shape, patch=patch)
-        return Options(
-            data=data,
-            clamp=chosen.clamp,
-            shift=chosen.shift,
-            codec=codec,
-            net=shape,
-            fit=chosen.teacher,
-        )
+        fit, clamp, shift = chosen.teacher, chosen.clamp, chosen.shift
+        return Options(data=data, clamp=clamp, shift=shift, codec=codec, net=shape, fit=fit)
 
 
 @dataclass(frozen=True)
@@ -186,18 +180,11 @@ class Command(Options):
 
 def load_data(options: Options) -> Dataset:
     """The dataset, after a check that the network's shape and the flip suit it."""
-    net = options.net
+    net, codec, classes = options.net, options.codec, options.num_classes > 0
     form = Form(net.size, net.channels, options.background, options.aspect)
-    classes = options.num_classes > 0
     encoder = EncoderPlace(options.text_encoder) if options.text_encoder else None
-    dataset = datasets.load(
-        options.data,
-        options.data_dir,
-        form,
-        codec=options.codec,
-        classes=classes,
-        encoder=encoder,
-    )
+    place = options.data, options.data_dir
+    dataset = datasets.load(*place, form, codec=codec, classes=classes, encoder=encoder)
     spec, (channels, size, _) = dataset.spec, dataset.spec.shape
     if (net.channels, net.size) != (channels, size):
         raise UserError(

@@ -31,13 +31,8 @@ def _distinct(seeds: list[int]) -> list[int]:
     return seeds
 
 
-def _none_or_ascending(angles: list[float]) -> list[float]:
-    return angles and ascending(angles)
-
-
-Angles = Annotated[
-    list[Angle], Field(max_length=MOST_STEPS + 1), AfterValidator(_none_or_ascending)
-]
+IN_ORDER = AfterValidator(lambda angles: angles and ascending(angles))
+Angles = Annotated[list[Angle], Field(max_length=MOST_STEPS + 1), IN_ORDER]
 Figure = Annotated[float, Field(ge=-1e30, le=1e30)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Seconds = Annotated[float, Field(ge=1e-12, le=1e12)]
@@ -139,10 +134,8 @@ class Conditions(TypedDict, total=False, extra_items=Fact):
     """What a GPU draws."""
 
 
-Bits = Annotated[
-    float, Field(ge=-1e30, le=1e30, description="Bits per dimension of held-out images.")
-]
-Error = Annotated[float, Field(ge=0, le=1e30, description="Its standard error.")]
+Bits = Annotated[Figure, Field(description="Bits per dimension of held-out images.")]
+Error = Annotated[Amount, Field(description="Its standard error.")]
 Likelihood = with_config(CLOSED)(
     TypedDict(
         "Likelihood",
