@@ -13,12 +13,11 @@ from typing import Protocol, TypeVar
 
 import torch
 from accelerate import PartialState
-from pydantic import TypeAdapter
 from torch import nn
 
 from diffusion import checkpoint, machine, older
 from diffusion.autoencoder import FILE as AUTOENCODER
-from diffusion.checkpoint import Card, Settings
+from diffusion.checkpoint import Card
 from diffusion.config import FitConfig, check, settings_of
 from diffusion.console import UserError, doing, say, silence, track
 from diffusion.data import Dataset
@@ -27,7 +26,6 @@ from diffusion.files import (
     Damaged,
     append,
     metadata,
-    read_json,
     read_object,
     remove,
     remove_parts,
@@ -40,11 +38,10 @@ from diffusion.model import Model, load
 from diffusion.owner import owned
 from diffusion.pace import in_minutes, with_warning
 from diffusion.pictures import save_grid
+from diffusion.state import settings_of as settings_of_state
 from diffusion.tracking import check_tracker, tracked
-from diffusion.training import DELETE, Method, Progress, fit
-from diffusion.typed import checked
+from diffusion.training import Method, Progress, fit
 
-SETTINGS = TypeAdapter(Settings)
 FINISHED = {"model.safetensors": "card", AUTOENCODER: "autoencoder"}  # what says a run's settings
 GOES_ON = "the last save is kept, and the same command goes on from it"
 
@@ -240,18 +237,7 @@ def settings_before(run: Path) -> dict:
                 return json.loads(metadata(run / name)[described])["training"].get("settings", {})
             except (AttributeError, LookupError, TypeError, ValueError):  # loading it says why
                 return {}
-    state, beside = run / "state" / "state.safetensors", run / "state" / "settings.json"
-    if not state.exists():
-        return {}
-    try:
-        text = metadata(state).get("settings")
-        if text is None and beside.exists():  # of a version that kept them beside the state
-            settings = read_json(beside)
-        else:
-            settings = read_object(text or "", state)
-        return dict(checked(SETTINGS, settings, f"{state}: its settings"))
-    except UserError as error:
-        raise UserError(f"{error}: {DELETE}") from error
+    return settings_of_state(run / "state" / "state.safetensors")
 
 
 class Preview:

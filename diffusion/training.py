@@ -1,6 +1,5 @@
 """THE training loop. Objectives differ; everything else is here, once."""
 
-import json
 import math
 import os
 import signal
@@ -20,25 +19,15 @@ from accelerate.utils import GradientAccumulationPlugin
 from pydantic import TypeAdapter
 from torch import Tensor, nn
 
-from diffusion import older
 from diffusion.batches import Batch, Batches, split
 from diffusion.config import FitConfig, check, learning_rate
 from diffusion.console import Interrupted, UserError
 from diffusion.data import Dataset
 from diffusion.denoiser import Denoiser
-from diffusion.files import load_tensors, save_tensors, sealed
-from diffusion.typed import Amount, Count, Positive, checked, parse
+from diffusion.state import Moments, Part, restore, save
+from diffusion.typed import Amount, Count, Positive
 
 Nets = Mapping[str, nn.Module]  # a method's players by name
-
-
-class Part(Protocol):
-    """What saves and restores itself: a network, a follower, an optimizer's moments."""
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """All that a resumed training needs of it, the same in every process."""
-
-    def load_state_dict(self, state: dict[str, Tensor], /) -> Any: ...
 
 
 class Follower(Part, Protocol):
@@ -167,8 +156,6 @@ class Progress(NamedTuple):
 LINE = TypeAdapter(Progress)
 
 
-# The mend for a state that cannot be read, and what it costs.
-DELETE = "delete it, and the training begins anew; no finished model is touched"
 EARLY = 5.0  # seconds to the first line at the latest, or to the end of the step
 
 
@@ -201,8 +188,9 @@ def fit(
     kinds = getattr(method.players["student"].module, "kinds", None)
     batches = Batches(dataset, config, worker, kinds)
     team = Team(method, worker, config, fused)
-    kept = team.restore(state)
+    kept = restore(state, team.parts, LINE)
     last = first = kept or Progress(0, config.iterations, 0.0, 0.0, 0.0, 0.0, 0.0)
+    team.student_steps = sum(map(method.players["student"].moves, range(first.iteration)))
     alone = worker.num_processes == 1  # else all must agree on where to stop
     logged = saved = time.monotonic()
     if kept:
@@ -224,11 +212,11 @@ def fit(
             figures = loss, norm, learning_rate(config, i), pace, last.seconds + now - logged
             counts = last.number + 1, last.passes + round(passes * worker.num_processes)
             line = Progress(done, config.iterations, *figures, *counts)
-            save = stopped or done == config.iterations or now - saved >= config.save_every
-            if worker.is_main_process and save:
-                _save(state, team.parts, line, settings)
+            keep = stopped or done == config.iterations or now - saved >= config.save_every
+            if worker.is_main_process and keep:
+                save(state, team.parts, line._asdict(), settings)
                 saved, kept = now, line
-            if preview and worker.is_main_process and (save or last is first) and not stopped:
+            if preview and worker.is_main_process and (keep or last is first) and not stopped:
                 preview(team.average.module)
             if stopped:
                 where = f"stopped at iteration {done} of {config.iterations}"
@@ -278,27 +266,6 @@ class Team:
         self.sums = torch.zeros(2, device=worker.device)  # of losses and gradients' norms
         self.passes = 0  # images that a denoiser's network was called on within the losses
         self.student_steps = 0
-
-    def restore(self, path: Path) -> Progress | None:
-        """The line of the log at which the state was saved; None where there is no state."""
-        if not path.exists():
-            return None
-        sizes = {name: len(own) for name, own in self.trained.items()}
-        try:
-            tensors, metadata = load_tensors(path)
-            tensors = older.state(tensors, sizes, [*self.followers])
-            for name, part in self.parts.items():
-                own = {k: v for k, v in tensors.items() if k.startswith(f"{name}.")}
-                part.load_state_dict({k.removeprefix(f"{name}."): v for k, v in own.items()})
-            line = checked(LINE, parse(metadata["line"]), f"{path}: its line")
-        except (UserError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            if isinstance(error, RuntimeError) and "state_dict" not in str(error):  # out of memory
-                raise
-            reason = f"{path} is of another training"
-            reason = str(error) if isinstance(error, UserError) else reason
-            raise UserError(f"{reason}: {DELETE}") from error
-        self.student_steps = sum(map(self.method.players["student"].moves, range(line.iteration)))
-        return line
 
     def step(self, batch: Batch, i: int) -> None:
         """Move those whose turn it is at iteration i, then the followers.
@@ -360,27 +327,6 @@ class Team:
             net.eval()
 
 
-@dataclass(frozen=True)
-class Moments:
-    """An optimizer as a part of a state: by "i.slot", what it keeps of its parameter number i."""
-
-    optimizer: torch.optim.Optimizer
-
-    def state_dict(self) -> dict[str, Tensor]:
-        state = self.optimizer.state_dict()["state"]
-        return {f"{i}.{slot}": v for i, slots in state.items() for slot, v in slots.items()}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        slots: dict[int, dict[str, Tensor]] = {}
-        for key, value in state.items():
-            i, slot = key.split(".")
-            like = self.optimizer.param_groups[0]["params"][int(i)]
-            if value.shape == like.shape:  # a moment: in memory it must lie as its parameter does
-                value = torch.empty_like(like).copy_(value)
-            slots.setdefault(int(i), {})[slot] = value
-        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": slots})
-
-
 def _decay(ema: float, done: int, progress: float) -> float:
     """The average's decay: it starts fast, at 1/10, and ends at what was asked for."""
     return min(ema, done / (done + 9))
@@ -432,13 +378,3 @@ def _diverged(done: int, kept: Progress | None, state: Path, config: FitConfig) 
         f"the loss, its gradient or a weight is not finite at iteration {done}; {saved}; "
         f"try a lower --learning-rate than {config.learning_rate:g}"
     )
-
-
-def _save(
-    path: Path, parts: Mapping[str, Part], line: Progress, settings: Mapping[str, Any]
-) -> None:
-    tensors = {
-        f"{name}.{k}": v for name, part in parts.items() for k, v in part.state_dict().items()
-    }
-    described = {"line": line._asdict(), "settings": sealed(dict(settings))}
-    save_tensors(path, tensors, {name: json.dumps(each) for name, each in described.items()})

@@ -69,7 +69,7 @@ def stop_at_save(monkeypatch) -> Callable[..., None]:
     """Call a training and stop it at its first save of its state, or a later one."""
 
     def stop(call: Callable[[], object], number: int = 1) -> None:
-        saves, save = [], training._save
+        saves, save = [], training.save
 
         def save_and_stop(*arguments) -> None:
             save(*arguments)
@@ -78,7 +78,7 @@ def stop_at_save(monkeypatch) -> Callable[..., None]:
                 raise KeyboardInterrupt
 
         with monkeypatch.context() as patch:
-            patch.setattr(training, "_save", save_and_stop)
+            patch.setattr(training, "save", save_and_stop)
             with pytest.raises(KeyboardInterrupt):
                 call()
 

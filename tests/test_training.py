@@ -369,8 +369,8 @@ def test_a_run_stopped_between_its_state_and_its_log_line_still_logs_that_line(
         if (run / "log.jsonl").exists():
             raise KeyboardInterrupt
 
-    run, save, config = tmp_path / "run", loops._save, replace(quick, save_every=0.0)
-    monkeypatch.setattr(loops, "_save", save_and_stop)
+    run, save, config = tmp_path / "run", loops.save, replace(quick, save_every=0.0)
+    monkeypatch.setattr(loops, "save", save_and_stop)
     with pytest.raises(KeyboardInterrupt):
         train_tiny(run, config)
     monkeypatch.undo()
