@@ -198,14 +198,14 @@ class ImageModel(ABC):
             return {}
         if not self.num_classes:
             raise UserError(
-                f"label {label} needs a model with classes, and this one has none: leave it out"
+                f"--label {label} needs a model with classes, and this one has none: leave it out"
             )
         labels = [label] * num if isinstance(label, int) else [int(each) for each in label]
         if len(labels) != num:
             raise UserError(f"label must be one class, or {num}, got {len(labels)}")
         if wrong := [each for each in labels if not 0 <= each < self.num_classes]:
             raise UserError(
-                f"label must be below the model's {self.num_classes} classes, got {wrong[0]}"
+                f"--label must be below the model's {self.num_classes} classes, got {wrong[0]}"
             )
         return {"label": torch.tensor(labels, device=self.device)}
 
