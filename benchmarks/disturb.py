@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from diffusion import console
+from diffusion import console, files
 
 Act = Callable[[int, str, str], None]  # (number, kind, path) of an event
 Disturbance = Callable[[Path], None]  # takes a home, in the child, before its command begins
@@ -61,6 +61,7 @@ def start(
     code = 1
     try:
         os.chdir(home)
+        files._parts.cache_clear()  # a command of its own has not looked at any folder yet
         for stream in (1, 2):
             os.dup2(writer, stream)
         sys.argv = ["command", *arguments]
