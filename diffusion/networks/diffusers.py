@@ -273,8 +273,9 @@ def upsampling() -> Any:
 
 @cache
 def traced_upsampling() -> Any:
-    """That class, which asks for no number of images where it is traced: it copies those of 64
-    images and more for an old fault of PyTorch, and a graph of that branch has no other batch."""
+    """That class, which asks for no number of images where it is traced: it makes large inputs
+    contiguous for faults of PyTorch, and a graph of that branch would have no other batch. Here
+    every input is."""
     plain: Any = upsampling()
 
     def forward(self: Any, x: Tensor, output_size: Any = None, *more: Any, **named: Any) -> Tensor:
@@ -282,7 +283,7 @@ def traced_upsampling() -> Any:
         if not (torch.compiler.is_compiling() and usual):
             return plain.forward(self, x, output_size, *more, **named)
         scale = 2.0 if output_size is None else None
-        x = F.interpolate(x, size=output_size, scale_factor=scale, mode="nearest")
+        x = F.interpolate(x.contiguous(), size=output_size, scale_factor=scale, mode="nearest")
         conv = getattr(self, "conv" if self.name == "conv" else "Conv2d_0")
         return conv(x) if self.use_conv else x
 
