@@ -23,8 +23,9 @@ from PIL import Image
 
 from diffusion.console import UserError
 from diffusion.plan import Plan
-from students import filters, load, serve
+from students import filters, load, serve, web
 from students.batcher import Batcher, Full, best_batch
+from students.service import Service
 from tests.browser import browser
 
 ROOT = Path(__file__).parents[1]
@@ -55,10 +56,10 @@ class Server:
     """A service in a thread, on a free port."""
 
     def __init__(self, maker, options=OPTIONS, screen=None):
-        self.service = serve.Service(maker, options, options.batch_size, screen)
+        self.service = Service(maker, options, options.batch_size, screen)
         listens = serve.listening("127.0.0.1", 0)
         self.port = listens.getsockname()[1]
-        config = uvicorn.Config(serve.application(self.service), log_level="error")
+        config = uvicorn.Config(web.application(self.service), log_level="error")
         self.server = uvicorn.Server(config)
         self.thread = threading.Thread(target=self.server.run, args=([listens],), daemon=True)
         self.thread.start()
@@ -172,7 +173,7 @@ def test_a_token_guards_images_and_metrics_alone(server, model):
 
 
 def test_large_slow_and_broken_requests_harm_nobody(server, model, monkeypatch):
-    monkeypatch.setattr(serve, "PATIENCE", 0.5)
+    monkeypatch.setattr(web, "PATIENCE", 0.5)
     slow_model = Slow(model, 0.3)
     service = server(slow_model)
     head = b"POST /images HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
