@@ -14,16 +14,16 @@ from diffusion.model import build, load
 from diffusion.networks import UNetConfig
 from diffusion.noise import Noise
 from diffusion.plan import plan
-from students import edit
+from students import edit, restore
 from students import load as load_maker
 
 SHAPES = (3, 8, 8)
 MASK = torch.rand(8, 8, generator=torch.Generator().manual_seed(0)) < 0.5
 MEASURES = {
-    "pixels": edit.pixels(MASK, 3),
-    "blocks of 2": edit.blocks(SHAPES, 2),
-    "blocks of 4": edit.blocks(SHAPES, 4),
-    "luma": edit.luma(SHAPES),
+    "pixels": restore.pixels(MASK, 3),
+    "blocks of 2": restore.blocks(SHAPES, 2),
+    "blocks of 4": restore.blocks(SHAPES, 4),
+    "luma": restore.luma(SHAPES),
 }
 every_measure = pytest.mark.parametrize("measure", MEASURES.values(), ids=MEASURES)
 
@@ -83,10 +83,10 @@ def test_restoring_as_algorithm_4_written_out():
     def jump(x_t, t):
         return x_t * t.cos() + 0.1 * t
 
-    measure = edit.pixels(mask, 1)
+    measure = restore.pixels(mask, 1)
     known = measure.of(x)
     blank = measure.keep(torch.zeros_like(x), known)
-    result = edit.restore(jump, iter(noises), angles, blank, lambda y: measure.keep(y, known))
+    result = restore.restore(jump, iter(noises), angles, blank, lambda y: measure.keep(y, known))
     expected = torch.where(mask, x, 0)
     for t, z in zip([1.5, 1.0, 0.5], noises, strict=True):
         noisy = np.cos(t) * expected + np.sin(t) * z
@@ -159,7 +159,7 @@ def test_the_commands_keep_what_they_promise(command, jumper, inputs, calls):
     assert (means == given["small"].repeat(2, 0)).all()
     assert command(edit.main, "colourise", jumper(3), inputs / "grey", *flags).code == 0
     colours = opened(inputs / "out")
-    luma = (colours @ np.array(edit.LUMA)).round()
+    luma = (colours @ np.array(restore.LUMA)).round()
     assert (luma == given["grey"].repeat(2, 0)).all()
     text = Image.open(inputs / "out" / "000003.png").text
     assert (text["Edit"], text["Number"], text["Steps"]) == ("colourise", "3", str(calls))
@@ -194,8 +194,8 @@ def test_a_sketch_with_little_noise_is_itself(jumper):
     editor = edit.editor_of(model, edit.Settings(steps=2))
     images = torch.randint(0, 256, (2, 1, 8, 8), generator=torch.Generator().manual_seed(0))
     images, numbers = images.byte(), torch.arange(2)
-    little = editor.sketched(images, 1e-4, numbers).int() - images.int()
-    much = editor.sketched(images, 1.5, numbers).int() - images.int()
+    little = editor.sketched(1e-4, images, numbers).int() - images.int()
+    much = editor.sketched(1.5, images, numbers).int() - images.int()
     assert little.abs().max() <= 1
     assert much.abs().max() > 20
 
