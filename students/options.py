@@ -70,8 +70,7 @@ class Options:
     """The folder that the model's text encoder is in now, if it has moved."""
     guidance: float | None = None
     """How strongly images are pushed towards their class or prompt, for a conditional model; 1: not
-    at all. A
-    step of a teacher then takes 2 network calls, of a guided student 1. If left out: the
+    at all. A step of a teacher then takes 2 network calls, of a guided student 1. If left out: the
     checkpoint's own weight."""
     then: tuple[Path, ...] = ()
     """Models that refine the images, each those of the one before: what teachers.ddpm --from-size
