@@ -31,29 +31,26 @@ class Measure:
     """w, of sum 1: a measured value is a grey level as well, and any scaling of levels commutes."""
     groups: Tensor
     """(G, len(weights)) the places, in a flattened image, of each group's values."""
-    shape: Shape
-    known: Tensor | None = None
-    """(G,) bool, which groups are measured; None for all."""
 
     def split(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) -> the values of the groups (B, G, len(weights))."""
+        """The groups' values (B, G, len(weights)) of images (B, C, H, W)."""
         return images.flatten(1)[:, self.groups]
 
-    def join(self, values: Tensor) -> Tensor:
-        """The inverse of split."""
-        order = self.groups.flatten().argsort()
-        return values.flatten(1)[:, order].unflatten(1, self.shape)
+    def put(self, values: Tensor, images: Tensor) -> Tensor:
+        """The images with these values in their groups."""
+        flat = images.flatten(1).clone()
+        flat[:, self.groups] = values
+        return flat.view_as(images)
 
     def of(self, images: Tensor) -> Tensor:
         """m (B, G) of images."""
-        groups = self.split(images)
-        return groups @ groups.new_tensor(self.weights)
+        return self.split(images) @ images.new_tensor(self.weights)
 
     def keep(self, x: Tensor, measured: Tensor) -> Tensor:
-        """The image nearest to x that measures so where it is known."""
+        """The image nearest to x that measures so."""
         w = x.new_tensor(self.weights)
-        missing = self._where_known(measured - self.of(x))
-        return self.join(self.split(x) + missing[..., None] * (w / w.square().sum()))
+        missing = measured - self.of(x)
+        return self.put(self.split(x) + missing[..., None] * (w / w.square().sum()), x)
 
     def settle(self, images: Tensor, measured: Tensor) -> Tensor:
         """uint8 images that measure so to the grey level, near these float ones.
@@ -62,47 +59,41 @@ class Measure:
         are clamp(x + k w), k found for each group by halving; rounding then passes each value's
         error on to the next of its group, the lightest last.
         """
-        x, m = self.split(images.double()), measured.double()
-        w = x.new_tensor(self.weights)
-        reach = (x.abs().max() + 255) / w.min()  # from wherever x is, to black and to white
+        images, m = images.double(), measured.double()
+        x, w = self.split(images), images.new_tensor(self.weights)
+        reach = (images.abs().max() + 255) / w.min()  # from wherever x is, to black and to white
         low, high = torch.zeros_like(m) - reach, torch.zeros_like(m) + reach
         for _ in range(64):
             middle = (low + high) / 2
             below = (x + middle[..., None] * w).clamp(0, 255) @ w < m
             low, high = torch.where(below, middle, low), torch.where(below, high, middle)
-        shift = self._where_known((low + high) / 2)
-        x = (x + shift[..., None] * w).clamp(0, 255)
+        x = (x + (low + high)[..., None] / 2 * w).clamp(0, 255)
         rounded, error = torch.empty_like(x), torch.zeros_like(m)
         for i in w.argsort(descending=True).tolist():
             rounded[..., i] = (x[..., i] + error / w[i]).round().clamp(0, 255)
-            error = self._where_known(error + w[i] * (x[..., i] - rounded[..., i]))
-        return self.join(rounded).to(torch.uint8)
+            error = error + w[i] * (x[..., i] - rounded[..., i])
+        return self.put(rounded, images.round().clamp(0, 255)).to(torch.uint8)
 
     def difference(self, images: Tensor, measured: Tensor) -> int:
         """The largest difference of what uint8 images measure, as whole grey levels, from m."""
-        now = self.of(images.double()).round()
-        return int(self._where_known(now - measured).abs().max())
-
-    def _where_known(self, values: Tensor) -> Tensor:
-        return values if self.known is None else torch.where(self.known, values, 0)
+        away = (self.of(images.double()).round() - measured).abs()
+        return int(away.max()) if away.numel() else 0
 
 
 def pixels(mask: Tensor, channels: int) -> Measure:
     """Every value where mask (H, W) bool is True."""
-    height, width = mask.shape
-    shape = channels, height, width
-    return Measure((1.0,), _places(shape).reshape(-1, 1), shape, mask.expand(shape).flatten())
+    return Measure((1.0,), mask.expand(channels, -1, -1).flatten().nonzero())
 
 
 def blocks(shape: Shape, factor: int) -> Measure:
     """The means of squares of factor x factor pixels, channel by channel."""
     squares = _places(shape).unflatten(2, (-1, factor)).unflatten(1, (-1, factor)).transpose(2, 3)
-    return Measure((1 / factor**2,) * factor**2, squares.reshape(-1, factor**2), shape)
+    return Measure((1 / factor**2,) * factor**2, squares.reshape(-1, factor**2))
 
 
 def luma(shape: Shape) -> Measure:
     """The luma of colours."""
-    return Measure(LUMA, _places(shape).flatten(1).T, shape)
+    return Measure(LUMA, _places(shape).flatten(1).T)
 
 
 def _places(shape: Shape) -> Tensor:

@@ -37,12 +37,12 @@ def test_keeping_is_the_orthogonal_projection_onto_what_measures_so(measure):
     x, target, other = (drawn(seed, 2, *SHAPES) for seed in range(3))
     measured = measure.of(target)
     kept = measure.keep(x, measured)
-    assert measure._where_known(measure.of(kept) - measured).abs().max() < 1e-12
+    assert (measure.of(kept) - measured).abs().max() < 1e-12
     torch.testing.assert_close(measure.keep(kept, measured), kept)
     other = measure.keep(other, measured)  # any other image that measures so lies farther away,
     inner = ((x - kept) * (other - kept)).flatten(1).sum(1)  # at a right angle
     assert inner.abs().max() < 1e-12
-    torch.testing.assert_close(measure.join(measure.split(x)), x, rtol=0, atol=0)
+    assert torch.equal(measure.put(measure.split(x), x), x)
 
 
 def test_what_is_measured_is_what_others_compute():
@@ -72,6 +72,17 @@ def test_an_image_that_measures_so_already_stays_as_it_is(measure):
         images = images // 16 * 16
     settled = measure.settle(images.double(), measure.of(images.double()))
     assert (settled.double() - images).abs().max() <= 1
+
+
+def test_an_image_of_which_nothing_is_known_is_rounded_alone():
+    measure, images = (
+        restore.pixels(torch.zeros(8, 8, dtype=torch.bool), 3),
+        300 * drawn(0, 2, *SHAPES),
+    )
+    levels = measure.of(images)
+    settled = measure.settle(images, levels)
+    assert torch.equal(settled, images.round().clamp(0, 255).byte())
+    assert measure.difference(settled, levels) == 0
 
 
 def test_restoring_as_algorithm_4_written_out():
