@@ -58,7 +58,7 @@ class Generator:
     options: Options
     prompts: Prompts | None = None
     screen: Filter | None = None
-    tally: Counter = field(default_factory=Counter)
+    tally: Counter = field(init=False, default_factory=Counter)
     """Images, calls and blocked images so far."""
 
     @property

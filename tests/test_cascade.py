@@ -192,6 +192,11 @@ def test_it_is_distilled_and_compared_like_any_other(runs, tmp_path, command):
     assert "consistency-cd" in table
 
 
+def worst(images):
+    """A filter that blocks all."""
+    return images.mean((1, 2, 3)) * 0 + 1
+
+
 def test_generate_makes_the_small_images_first_and_then_the_larger_of_them(runs, tmp_path, command):
     few = "--sampler", "ddim", "--steps", 2, "--num", 3, "--then-steps", 4
     chain = runs / "first", "--then", runs / "refine", *few
@@ -202,6 +207,11 @@ def test_generate_makes_the_small_images_first_and_then_the_larger_of_them(runs,
     assert {path.name for path in (tmp_path / "many-4").glob("*.png")} == {
         path.name for path in (tmp_path / "many").glob("*.png")
     }
+    blocked = command(
+        generate.main, *chain, "--out", tmp_path / "c.png", "--filter", "module:test_cascade:worst",
+        "--filter-threshold", 0,
+    )  # fmt: skip
+    assert blocked.out.count(", 3 blocked: ") == 2  # each of its own
     alone = command(generate.main, runs / "refine", "--num", 2, "--out", tmp_path / "b.png")
     assert alone.code == 2
     assert "--then" in alone.err
