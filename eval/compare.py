@@ -1,5 +1,6 @@
 """Compare runs in one table and one plot: `python -m eval.compare runs/digits`."""
 
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial, reduce
@@ -35,7 +36,7 @@ from eval.measure.real import Real
 from eval.measure.search import search_angles
 from eval.measure.seen import SHOWN
 from eval.measure.timing import timed
-from eval.options import Options, check
+from eval.options import Options, check, tried
 from eval.results import jsonl, together
 from eval.results.records import Record
 from eval.results.store import Store, samples_of
@@ -63,6 +64,8 @@ def compare(options: Options) -> list[Record]:
     files = [path for path in options.runs if path.suffix == ".jsonl"]
     paths = tuple(path for path in options.runs if path not in files)
     given = together.merge(map(jsonl.read, files))
+    if not paths:
+        require_methods(options, given)
     folder = options.out or home(paths)
     check_claim(folder, "comparison")
     with owned(folder):
@@ -88,6 +91,7 @@ def _compare(
         rows_so_far = [*planned, *others]
         usual = next((row for row in rows_so_far if not row.long), rows_so_far[0])
         together.require_comparable([*given, template(bench, usual)], options.times)
+        require_methods(options, [*given, *rows_so_far])
         planned += searched(options, planned, bench)
         if first_process:
             claim(folder, "comparison")
@@ -99,7 +103,11 @@ def _compare(
         if first_process:
             with suppress(OSError):  # none was made, or a refused row's is still there
                 (folder / "partial").rmdir()
-    records = together.merge([measured, given])
+    said = tried(options)
+    records = [
+        replace(record, tried=said.get(record.method, record.tried))
+        for record in together.merge([measured, given])
+    ]
     together.require_comparable(records, options.times)
     if first_process and records:  # the other processes have not the figures of all images
         claim(folder, "comparison")
@@ -108,6 +116,13 @@ def _compare(
     if refused:
         raise UserError(f"{len(refused)} rows are left out: {'; '.join(refused)}")
     return records
+
+
+def require_methods(options: Options, rows: Sequence[Row | outside.Outside | Record]) -> None:
+    """UserError where --tried names a method that no row is of."""
+    methods = list(dict.fromkeys(row.method for row in rows))
+    if unknown := [name for name in tried(options) if name not in methods]:
+        raise UserError(f"--tried names {unknown[0]}: expected of {', '.join(methods)}")
 
 
 def plan(options: Options, paths: tuple[Path, ...]) -> list[Row]:

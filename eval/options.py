@@ -99,6 +99,10 @@ class Options:
     """Time every row at larger and larger batches too, up to its best images/s or out of memory."""
     times: bool = True
     """Time the rows. Without times, rows of several machines may share a table."""
+    tried: tuple[str, ...] = ()
+    """How many settings each method was tuned over before this comparison, its final ones among
+    them, as METHOD=N: `teacher=11 consistency-cd=11 progressive=12`. The table of trainings shows
+    it, for a method that was tuned longer has had more chances. results.jsonl keeps it."""
     table: Literal["rich", "markdown", "csv", "latex", "jsonl"] = "rich"
     """How to print the table. With any but rich, all else goes to stderr."""
     data: str | None = None
@@ -114,7 +118,17 @@ class Options:
     """The folder for the results. If left out: compare/ beside the runs."""
 
 
+def tried(options: Options) -> dict[str, int]:
+    """--tried: how many settings each method was tuned over, by its name."""
+    pairs = [word.rpartition("=") for word in options.tried]
+    for (name, _, number), word in zip(pairs, options.tried, strict=True):
+        if not (name and number.isdecimal() and int(number)):
+            raise UserError(f"--tried takes METHOD=N, such as consistency-cd=11, got {word!r}")
+    return {name: int(number) for name, _, number in pairs}
+
+
 def check(options: Options) -> None:
+    tried(options)
     check_compiler(options.compile)
     for shift in options.shifts:
         check_shift(shift)

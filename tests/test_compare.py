@@ -99,6 +99,30 @@ def test_a_second_comparison_measures_nothing_anew(compared, teacher, monkeypatc
         assert (folder / name).read_bytes() == before[name]
 
 
+def test_a_table_says_how_many_settings_a_method_was_tuned_over(compared, tmp_path):
+    folder, rows = compared
+    files = (folder / "results.jsonl",)
+    said = Options(runs=files, out=tmp_path, steps="1", tried=("progressive=12",))
+    made = compare.compare(said)
+    assert made == [dataclasses.replace(r, tried=12 if r.parent else None) for r in rows]
+    assert "settings tried" in (tmp_path / "table.md").read_text()
+    # it stays, and may be said anew
+    kept = dataclasses.replace(said, runs=(tmp_path / "results.jsonl",), tried=("teacher=3",))
+    assert [row.tried for row in compare.compare(kept)] == [3] * 7 + [12]
+
+
+@pytest.mark.parametrize("from_files", [True, False])
+def test_settings_of_a_method_that_no_row_is_of_are_refused_before_anything_is_measured(
+    compared, teacher, tmp_path, monkeypatch, from_files
+):
+    monkeypatch.setattr(compare, "measure_rows", None)
+    runs = (compared[0] / "results.jsonl",) if from_files else (teacher.parent,)
+    options = Options(runs=runs, out=tmp_path / "new", tried=("cd=3",), **SETTINGS)
+    with pytest.raises(UserError, match="--tried names cd: expected of teacher, progressive"):
+        compare.compare(options)
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_comparison_that_was_stopped_measures_only_what_is_left(
     compared, teacher, tmp_path, monkeypatch
 ):

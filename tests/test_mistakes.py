@@ -182,6 +182,8 @@ MISTAKES = [
     (compare, "runs --search-steps 1", ["--search-steps", "1"]),
     (compare, "runs --search-steps 2", ["--search-steps", "consistency"]),
     (compare, "runs --seeds -1", ["--seeds", "-1"]),
+    (compare, "runs --tried cd", ["--tried", "METHOD=N", "'cd'"]),
+    (compare, "runs --tried cd=0", ["--tried", "METHOD=N"]),
     (compare, "runs --seeds 1 0 1", ["--seeds", "once", "1 0 1"]),
     (compare, "runs --shifts 2 -1", ["--shift", "-1"]),
     (compare, "runs --features mine.pt", ["mine.pt"]),

@@ -241,6 +241,14 @@ def test_a_row_without_times_has_dashes_and_a_table_without_times_no_columns_for
     assert "ms @1" not in table.tables(comparison(untimed))[0].caption
 
 
+def test_settings_tried_stand_beside_the_budget_where_anyone_said_them():
+    assert "settings tried" not in heads(ROWS, "Training")
+    tuned = [replace(row, tried=1234 if row.parent else None) for row in ROWS]
+    shown = column(tuned, "settings tried", "Training")
+    own = [row for row in ROWS if row.own_plan]
+    assert shown == ["1,234" if row.parent else "-" for row in own]
+
+
 def test_a_column_that_no_row_has_a_figure_for_is_left_out():
     always = ("method", "steps", "first call, s", "ms @1", "images/s", "50,000 images")
     assert heads(ROWS, "Speed") == always

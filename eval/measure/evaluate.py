@@ -86,7 +86,7 @@ def template(bench: Bench, row: Row | Outside) -> Record:
         return Record(
             **vars(shared),
             run=place,
-            method=row.name,
+            method=row.method,
             sha256=row.sha256,
             sampler=row.sampler,
             steps=0,
@@ -102,7 +102,7 @@ def template(bench: Bench, row: Row | Outside) -> Record:
     return Record(
         **vars(shared),
         run=place,
-        method=card.method,
+        method=row.method,
         sha256=row.model.sha256,
         parent=card.parent,
         sampler=row.plan.sampler,

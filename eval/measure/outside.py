@@ -50,7 +50,8 @@ class Outside:
         return f"{self.path.stem}, {self.sampler}"
 
     @property
-    def name(self) -> str:
+    def method(self) -> str:
+        """What its row is called."""
         return printable(self.path.stem if self.path.suffix in SCORED else self.path.name)
 
     def x0(self, plan: None, seed: int, indices: Tensor, given: Condition | None = None) -> Tensor:

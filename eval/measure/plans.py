@@ -38,10 +38,15 @@ class Row:
         return made * self.model.calls_per_step(self.plan)
 
     @property
+    def method(self) -> str:
+        """What made the checkpoint."""
+        return self.model.card.method
+
+    @property
     def title(self) -> str:
         """As the table has it, with its number of steps."""
         plan = self.plan
-        named = title(self.model.card.method, plan.note, self.own_plan, plan.sampler)
+        named = title(self.method, plan.note, self.own_plan, plan.sampler)
         return f"{named} {plan.num_steps}"
 
 

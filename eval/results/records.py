@@ -266,6 +266,8 @@ class Row:
     """Numbers that the network learns."""
     training: Training = field(default_factory=Training)
     """Iterations, images seen and seconds of the checkpoint's own training."""
+    tried: Positive | None = None
+    """Settings that its method was tuned over, as whoever compared it says; none where unsaid."""
     sampler: Text
     """Its name, as in diffusion/samplers.py; of images that others made: folder, npz or onnx."""
     steps: Count

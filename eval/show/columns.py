@@ -137,7 +137,7 @@ def _minutes(record: Record) -> float | None:
     return None if seconds is None else seconds / 60
 
 
-TRAININGS, ABOVE = "trainings", "above floor"
+TRAININGS, ABOVE, TRIED = "trainings", "above floor", "settings tried"
 TIMES = ("ms @1", "images/s", "speed-up")
 NAMES: Columns = {
     "method": lambda line: Cell(line.name, line.name),
@@ -168,6 +168,7 @@ TRAINING: Columns = NAMES | {
     "network passes": lambda line: cell(line.record.training.get("passes") or None, "{:,}".format),
     "iterations": lambda line: cell(line.record.training.get("iterations"), "{:,}".format),
     "minutes": lambda line: cell(_minutes(line.record)),
+    TRIED: lambda line: cell(line.record.tried, "{:,}".format),
 }
 LIKELIHOOD: Columns = NAMES | {
     "bits/dim ≤": partial(_bits, "variational-bound"),

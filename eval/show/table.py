@@ -18,7 +18,7 @@ from eval.measure.quality import SHARE
 from eval.results import jsonl, together
 from eval.results.records import Record
 from eval.show import columns
-from eval.show.columns import ABOVE, TIMES, TRAININGS, Cell, Columns, cell
+from eval.show.columns import ABOVE, TIMES, TRAININGS, TRIED, Cell, Columns, cell
 from eval.show.lines import Comparison, Line
 
 FURTHER, CLASSES = "Further figures", "Classes"  # too many columns for a terminal
@@ -71,10 +71,13 @@ def tables(comparison: Comparison) -> list[Table]:
         notes = [f"noise to uint8 on {machine(first)}, synchronised"]
         notes += [note for head, note in SPEED_NOTES.items() if head in speed.heads]
         made.append(replace(speed, caption="; ".join(notes).format(batch_size=first.batch_size)))
-    if trained := [line for line in rows if line.record.own_plan and line.record.training]:
+    mine = [line for line in rows if line.record.own_plan]
+    if trained := [line for line in mine if line.record.training or line.record.tried]:
         words = "images: that the network took gradients of, each as often as it did, and those of "
         words += "the students that it goes on from; network passes: forward, on an image each, of "
         words += "teacher and student together; these, iterations and minutes: of its own training"
+        if any(line.record.tried for line in trained):
+            words += f"; {TRIED}: that the method was tuned over, as whoever compared says"
         made.append(_table("Training", columns.TRAINING, trained, words, only_filled=True))
     if likely := [line for line in rows if line.record.likelihood]:
         images = likely[0].record.likelihood.get("images", "the")
