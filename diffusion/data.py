@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import compress
 from pathlib import Path
 from typing import Annotated, Literal
@@ -121,6 +122,7 @@ DATASETS: dict[str, Callable[[Path | None, Path, bool, Form], Source]] = {
     "fashion-mnist": named_data.fashion_mnist,
     "cifar10": named_data.cifar10,
     "emoji": emoji.load,
+    "emoji3": partial(emoji.load, names=emoji.PACKAGES),
 }
 
 

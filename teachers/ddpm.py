@@ -104,9 +104,10 @@ class Options:
     """Train a teacher: a diffusion model of a dataset or of a folder of images (Ho et al. 2020)."""
 
     data: str = "digits"
-    """The images to learn: digits, fashion-mnist, cifar10, emoji (32x32, or --size 64), or a
-    folder, whose images are brought to a square of --size with --channels; hf:FOLDER for a dataset
-    of Hugging Face's library, wds:FOLDER for WebDataset's shards."""
+    """The images to learn: digits, fashion-mnist, cifar10, emoji (32x32, or --size 64), emoji3
+    (these and OpenMoji's), or a folder, whose images are brought to a square of --size with
+    --channels; hf:FOLDER for a dataset of Hugging Face's library, wds:FOLDER for WebDataset's
+    shards."""
     data_dir: Path | None = None
     """The folder that holds a named dataset's files. If you give one, no other place is looked
     in."""

@@ -74,6 +74,9 @@ DITS = {
 
 PRESETS = {"digits": DIGITS, "fashion-mnist": FASHION_MNIST, "cifar10": CIFAR10, "emoji": EMOJI}
 
+# Images that have another dataset's settings.
+LIKE = {"emoji3": "emoji"}
+
 # A folder of images has a budget in minutes, whatever their number.
 FOLDERS = {
     "folder": FitConfig(minutes=30, batch_size=64, learning_rate=1e-3, ema=0.999),
@@ -83,6 +86,7 @@ FOLDERS = {
 
 def for_data(presets: Mapping[str, T], data: str) -> T:
     """The dataset's entry; for a folder of images this machine's, `folder` or `folder, GPU`."""
+    data = LIKE.get(data, data)
     folder = "folder, GPU" if torch.cuda.is_available() else "folder"
     return presets[data if data in PRESETS else folder]
 
@@ -93,6 +97,7 @@ def preset(data: str, size: int | None = None, channels: int = 3) -> Preset:
     size, channels: what the folder's images are brought to, or, for emoji, their size. Larger ones
     are taken in larger patches, so that they cost as much.
     """
+    data = LIKE.get(data, data)
     if data in PRESETS:
         chosen = PRESETS[data]
         if data != "emoji" or size is None or size == chosen.net.size:

@@ -1,6 +1,7 @@
 """Emoji: each glyph's drawings are on one side of the split, and none stands twice."""
 
 import json
+import sys
 import tarfile
 from io import BytesIO
 from pathlib import Path
@@ -13,10 +14,11 @@ from PIL import Image
 from diffusion import data, emoji
 from diffusion.console import UserError
 from diffusion.image_file import Form
-from teachers.presets import preset
+from distill import cd
+from teachers.presets import for_data, preset
 
 GLYPHS = 40
-VENDORS = {name: vendor for name, (vendor, _) in emoji.VENDORS.items()}
+VENDORS = {name: emoji.PACKAGES[name].folder.split("/")[1] for name in emoji.TWO}
 
 
 def drawing(seed: int) -> Image.Image:
@@ -87,10 +89,12 @@ def test_a_drawing_has_the_size_that_is_asked_for(packages, pictures, size):
 
 def test_archives_and_folders_give_the_same_images(packages, tmp_path_factory):
     archives = tmp_path_factory.mktemp("archives")
-    for name in VENDORS:
-        with tarfile.open(archives / f"{name}-{emoji.VERSION}.tgz", "w:gz") as archive:
+    openmoji(packages, vectors())
+    for name, package in emoji.PACKAGES.items():
+        with tarfile.open(archives / f"{name}-{package.version}.tgz", "w:gz") as archive:
             archive.add(packages / "node_modules" / name, "package")
     assert data.load("emoji", archives).spec == data.load("emoji", packages).spec
+    assert data.load("emoji3", archives).spec == data.load("emoji3", packages).spec
 
 
 def test_what_is_transparent_becomes_white(tmp_path):
@@ -199,3 +203,139 @@ def test_a_png_in_memory_reads_as_it_does_from_a_file(tmp_path):
     (tmp_path / "a.png").write_bytes(buffer.getvalue())
     from_disk = emoji.image_file.read(tmp_path / "a.png", Form(32)).pixels
     assert torch.equal(emoji._read(buffer.getvalue(), 32), from_disk)
+
+
+def vector(picture: Image.Image) -> str:
+    """The same 8x8 blocks as an SVG of OpenMoji's size."""
+    colours = np.asarray(picture.convert("RGB").resize((8, 8), Image.Resampling.NEAREST))
+    blocks = "".join(
+        f'<rect x="{9 * x}" y="{9 * y}" width="9" height="9" fill="rgb({r},{g},{b})"/>'
+        for y, row in enumerate(colours.tolist())
+        for x, (r, g, b) in enumerate(row)
+    )
+    return f'<svg viewBox="0 0 72 72" xmlns="http://www.w3.org/2000/svg">{blocks}</svg>'
+
+
+def openmoji(folder: Path, svgs: dict[str, str]) -> Path:
+    """An unpacked package that draws these glyphs, each given by its code points."""
+    package = folder / "node_modules" / "openmoji"
+    drawings = package / "color" / "svg"
+    drawings.mkdir(parents=True)
+    usual = {"group": "objects", "skintone": ""}
+    about = [
+        {"hexcode": code, "annotation": f"Thing {i}", "order": i, **usual}
+        for i, code in enumerate(svgs)
+    ]
+    (package / "data").mkdir()
+    (package / "data" / "openmoji.json").write_text(json.dumps(about))
+    for code, svg in svgs.items():
+        (drawings / f"{code}.svg").write_text(svg)
+    return package
+
+
+def codes() -> list[str]:
+    return [entry(number)["unified"] for number in range(GLYPHS)]
+
+
+def vectors() -> dict[str, str]:
+    """A drawing of every glyph, like no other vendor's."""
+    return {code: vector(drawing(2000 + i)) for i, code in enumerate(codes())}
+
+
+def read_three(folder: Path) -> emoji.Drawings:
+    names = emoji.PACKAGES
+    return emoji.drawings(emoji.packages(folder, folder, False, names), 32, names)
+
+
+def test_the_third_vendors_drawings_are_in_emoji3_alone(packages):
+    before = data.load("emoji", packages).spec
+    openmoji(packages, vectors())
+    assert data.load("emoji", packages).spec == before
+    dataset = data.load("emoji3", packages)
+    assert (len(dataset.train), len(dataset.test)) == (108, 12)
+    assert set(dataset.train.condition["label"].tolist()) == {6}
+
+
+@pytest.mark.parametrize("size", [32, 64])
+def test_an_svg_is_drawn_as_the_png_of_the_same_blocks(tmp_path, size):
+    (tmp_path / "svg").mkdir()
+    pictures = {number: drawing(number) for number in range(12)}
+    about = [entry(number) for number in pictures]
+    write(tmp_path / "png", "emoji-datasource-google", pictures, about)
+    svgs = {code: vector(drawing(number)) for number, code in enumerate(codes()[:12])}
+    openmoji(tmp_path / "svg", svgs)
+    png = data.load("emoji", tmp_path / "png", Form(size))
+    svg = data.load("emoji3", tmp_path / "svg", Form(size))
+    assert torch.equal(svg.train.images, png.train.images)
+
+
+def test_nothing_drawn_is_white_in_an_svg_too(tmp_path):
+    clear = '<svg viewBox="0 0 72 72" xmlns="http://www.w3.org/2000/svg"/>'
+    openmoji(tmp_path, vectors() | {codes()[0]: clear})
+    assert (data.load("emoji3", tmp_path).train.images[0] == 255).all()
+
+
+def test_a_glyph_is_one_with_and_without_its_variation_selector(tmp_path, pictures):
+    about = [{**entry(number), "unified": f"{code}-FE0F"} for number, code in enumerate(codes())]
+    for name in VENDORS:
+        write(tmp_path, name, pictures[name], about)
+    openmoji(tmp_path, vectors())
+    drawings = read_three(tmp_path)
+    sides = {}
+    for name, held_out in zip(drawings.names, drawings.held_out.tolist(), strict=True):
+        sides.setdefault(name, []).append(held_out)
+    assert list(sides) == [f"thing {i}" for i in range(GLYPHS)]
+    assert all(len(each) == 3 and len(set(each)) == 1 for each in sides.values())
+
+
+def test_what_openmoji_draws_as_another_vendor_does_stands_once(packages, pictures):
+    google = pictures["emoji-datasource-google"]
+    openmoji(packages, {code: vector(google[i]) for i, code in enumerate(codes())})
+    assert len(read_three(packages).images) == 2 * GLYPHS
+
+
+@pytest.mark.parametrize("more", [{"group": "extras-openmoji"}, {"skintone": 3}])
+def test_openmojis_own_glyphs_and_its_skin_tones_are_left_out(packages, more):
+    package = openmoji(packages, {"E000": vector(drawing(2001)), "E001": vector(drawing(2002))})
+    path = package / "data" / "openmoji.json"
+    about = json.loads(path.read_text())
+    about[0] |= more
+    path.write_text(json.dumps(about))
+    assert len(read_three(packages).images) == 2 * GLYPHS + 1
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        '<image href="secret.png" width="72" height="72"/>',
+        "&picture;",
+        "<g/>" * 2**13,
+        "<path",
+    ],
+)
+def test_an_svg_that_opens_files_or_is_damaged_is_refused(tmp_path, monkeypatch, body):
+    drawing(1).save(tmp_path / "secret.png")
+    monkeypatch.chdir(tmp_path)
+    kind = "<!DOCTYPE svg [<!ENTITY picture '<g/>'>]>" if "&" in body else ""
+    svg = f'{kind}<svg viewBox="0 0 72 72" xmlns="http://www.w3.org/2000/svg">{body}</svg>'
+    openmoji(tmp_path, {"1F300": svg})
+    with pytest.raises(UserError, match=r"is not a whole openmoji: .* openmoji@17.0.0"):
+        data.load("emoji3", tmp_path)
+
+
+def test_without_the_renderer_nothing_is_downloaded_and_the_mend_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "CACHE", tmp_path)
+    monkeypatch.setattr(emoji.pooch, "retrieve", lambda *rest, **options: pytest.fail("asked"))
+    monkeypatch.setitem(sys.modules, "resvg_py", None)
+    with pytest.raises(UserError, match=r"pip install 'fewstep\[svg\]'"):
+        data.load("emoji3")
+
+
+def test_a_folder_that_lacks_openmoji_says_so(packages, capsys):
+    assert len(data.load("emoji3", packages).train) == 72
+    assert "holds no openmoji: emoji are those of the other packages" in capsys.readouterr().out
+
+
+def test_emoji3_has_the_settings_of_emoji():
+    assert preset("emoji3", 64) == preset("emoji", 64)
+    assert for_data(cd.PRESETS, "emoji3") == for_data(cd.PRESETS, "emoji")
