@@ -11,7 +11,7 @@ from diffusion.condition import Condition, Guidance, Kinds, Small, take
 from diffusion.config import FitConfig
 from diffusion.console import UserError
 from diffusion.data import Dataset
-from diffusion.images import Ahead, Rows, told
+from diffusion.images import Ahead, Rows, with_conditions
 from diffusion.noise import seed32
 
 
@@ -74,7 +74,7 @@ class Batches:
         self.config, self.device = config, worker.device
         self.shape = dataset.codec.shape(dataset.spec.shape)
         self.rank, self.world = worker.process_index, worker.num_processes
-        train = told(dataset.train, kinds or {})
+        train = with_conditions(dataset.train, kinds or {})
         source, self.x0 = prepared(dataset.codec, train, config.flip)
         self.images = source.near(worker.device)
         self.generator = torch.Generator(worker.device)

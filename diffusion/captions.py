@@ -111,13 +111,13 @@ def captioned(source: Source, place: EncoderPlace, name: str, cache: Path) -> tu
     say(f"{some}, as {kind.tokens} tokens of {kind.encoder}{lacking}")
     row = {text: i for i, text in enumerate(["", *texts])}
 
-    def told(images: Images, part: Sequence[str]) -> Captioned:
+    def with_texts(images: Images, part: Sequence[str]) -> Captioned:
         which = torch.tensor([row[text] for text in part], dtype=torch.int64)
         identity = json.dumps([kind.sha256, kind.tokens, list(part)])
         sha256 = hashlib.sha256(identity.encode()).hexdigest()
         return Captioned(images, Texts(table, which, sha256, ["", *texts]))
 
-    train, test = told(source.train, parts[0]), told(source.test, parts[1])
+    train, test = with_texts(source.train, parts[0]), with_texts(source.test, parts[1])
     return Source(train, test, {**source.kinds, "text": kind}, parts), kind
 
 

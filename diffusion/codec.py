@@ -117,7 +117,7 @@ def _differing(name: str, parts: Iterator[Tensor]) -> Iterator[Tensor]:
         raise UserError(f"every pixel of {name} has the same value: expected images that differ")
 
 
-def found(described: dict, checkpoint: Path, autoencoder: Path | None) -> dict:
+def located(described: dict, checkpoint: Path, autoencoder: Path | None) -> dict:
     """A codec as the card of this checkpoint holds it, with the place of its autoencoder as it is
     now, if it has one. UserError where that is missing.
 
@@ -125,7 +125,7 @@ def found(described: dict, checkpoint: Path, autoencoder: Path | None) -> dict:
     """
     codec = from_json(described)
     if isinstance(codec, Latents):
-        return to_json(codec.found(checkpoint, str(autoencoder) if autoencoder else None))
+        return to_json(codec.located(checkpoint, str(autoencoder) if autoencoder else None))
     return described
 
 

@@ -18,9 +18,9 @@ from diffusion.captions import EncoderPlace
 from diffusion.codec import Codec
 from diffusion.condition import Kinds, Label, of_images
 from diffusion.console import UserError, printable
-from diffusion.decoding import Listing, decoded
+from diffusion.decoding import Listing, decode
 from diffusion.image_file import Aspect, Form
-from diffusion.images import Captioned, Images, Source, told
+from diffusion.images import Captioned, Images, Source, with_conditions
 from diffusion.machine import CACHE
 from diffusion.report import show
 from diffusion.typed import Sha256
@@ -92,7 +92,7 @@ class Dataset:
         if not (names := of_images(kinds)):
             return {}
         images, which = self._beside(numbers)
-        rows = told(images, kinds).take(which)
+        rows = with_conditions(images, kinds).take(which)
         return {name: rows.condition[name].to(numbers.device) for name in names}
 
     def captions_given(self, numbers: Tensor) -> list[str]:
@@ -227,23 +227,23 @@ def _listed(
         raise UserError(
             f"the name of {listing.place} has characters that no card can hold: rename the folder"
         )
-    found = decoded(listing, form, CACHE / "images")
-    labels = listing.labels(found.taken) if classes else None
+    decoded = decode(listing, form, CACHE / "images")
+    labels = listing.labels(decoded.taken) if classes else None
     label = torch.tensor(labels.numbers) if labels else None
-    count = len(found.taken)
+    count = len(decoded.taken)
     if listing.held_out is None:
         held_out = (torch.arange(count) % 10 == 9) & (count >= 100)
     else:
-        held_out = torch.tensor([i in listing.held_out for i in found.taken])
+        held_out = torch.tensor([i in listing.held_out for i in decoded.taken])
     sides = ~held_out, held_out
-    show(listing, found, form, labels, int(held_out.sum()))
+    show(listing, decoded, form, labels, int(held_out.sum()))
     train, test = (
-        found.images.only(side.nonzero()[:, 0], {} if label is None else {"label": label[side]})
+        decoded.images.only(side.nonzero()[:, 0], {} if label is None else {"label": label[side]})
         for side in sides
     )
     source = Source(train, test, {"label": Label(len(labels.names))} if labels else {})
     if encoder:
-        every = listing.captions(found.taken)
+        every = listing.captions(decoded.taken)
         source = source._replace(captions=[list(compress(every, side)) for side in sides])
     dataset = _dataset(listing.name, source, codec, encoder)
     spec = replace(dataset.spec, background=form.background, aspect=form.aspect, classes=classes)

@@ -114,7 +114,7 @@ class Decoded(NamedTuple):
     """Images whose pixels are those of one before."""
 
 
-def decoded(listing: Listing, form: Form, cache: Path) -> Decoded:
+def decode(listing: Listing, form: Form, cache: Path) -> Decoded:
     """Its images: in memory where a quarter of what is free holds them, else in the cache's file.
 
     cache: a folder; what was decoded before is not decoded again while the listing is the same.
@@ -125,15 +125,15 @@ def decoded(listing: Listing, form: Form, cache: Path) -> Decoded:
     place = json.dumps([listing.name, asdict(form)])
     index = cache / f"{hashlib.sha256(place.encode()).hexdigest()[:16]}.safetensors"
     job = _Job(listing, form, index, key)
-    found = job.kept()
-    if found is None:
+    decoded = job.kept()
+    if decoded is None:
         with alone(index) as writable:  # other processes and commands wait for the one that decodes
-            found = job.kept() or job.decode(writable)
-    if not len(found.images):
+            decoded = job.kept() or job.decode(writable)
+    if not len(decoded.images):
         total = len(listing.names)
-        why = f": {listed(found.skipped)}" if found.skipped else ""
+        why = f": {listed(decoded.skipped)}" if decoded.skipped else ""
         raise UserError(f"none of the {total} image files in {listing.place} could be read{why}")
-    return found
+    return decoded
 
 
 @dataclass(frozen=True)

@@ -195,8 +195,8 @@ class Reduced(_Around):
         return self.images.fingerprint()
 
 
-def told(images: Images, kinds: Kinds) -> Images:
-    """The images with all that a model of these kinds is told which their pixels say."""
+def with_conditions(images: Images, kinds: Kinds) -> Images:
+    """The images, with the conditions of these kinds that their pixels give."""
     small = {name: kind for name, kind in kinds.items() if isinstance(kind, Small)}
     return Reduced(images, small) if small else images
 

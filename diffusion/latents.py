@@ -100,7 +100,7 @@ class Latents:
 
         return Prepared(_with_rows(images, torch.cat(rows, dim=1)), x0)
 
-    def found(self, checkpoint: Path, place: str | None = None) -> "Latents":
+    def located(self, checkpoint: Path, place: str | None = None) -> "Latents":
         """The same, of an autoencoder that has moved. place: where the user says that it is.
 
         UserError where it is at none of the places that are looked at.

@@ -150,7 +150,9 @@ class Model:
         kind has for them; empty where the network takes none."""
         return condition.usual(self.kinds, indices, given)
 
-    def told(self, plan: Plan, indices: Tensor, given: Condition | None = None) -> Condition | None:
+    def guided_condition(
+        self, plan: Plan, indices: Tensor, given: Condition | None = None
+    ) -> Condition | None:
         """What the network is told beside x_t and t, of images number `indices` (B,): their
         condition, with the guidance weight where the plan has one.
 
@@ -170,10 +172,10 @@ class Model:
     ) -> Tensor:
         """Images number `indices` (B,) of the seed: (B, C, H, W) float32 on the indices' device.
 
-        seed: one for all, or each image's (B,). given: as `told` takes it.
+        seed: one for all, or each image's (B,). given: as `guided_condition` takes it.
         """
         noise, angles = Noise(seed, indices, self.shape), plan.on(indices.device)
-        condition = self.told(plan, indices, given)
+        condition = self.guided_condition(plan, indices, given)
         return sample(self.denoiser, noise, plan.sampler, angles, condition)
 
     def sample(
@@ -264,7 +266,7 @@ def load(
     with doing(f"reading {path}"):
         weights, card, sha256 = read(path, trust)
     try:
-        card = replace(card, codec=codec.found(card.codec, path, autoencoder))
+        card = replace(card, codec=codec.located(card.codec, path, autoencoder))
         denoiser = of_card(card, precision, weights)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
@@ -294,8 +296,8 @@ def of_classes(model: Model, num_classes: int) -> Model:
     kinds = condition.to_json({**model.kinds, "label": Label(num_classes)})
     card = replace(card, condition=kinds)
     weights = model.denoiser.net.state_dict()
-    told = of_card(card, model.denoiser.precision, weights).to(model.device)
-    return replace(model, denoiser=told.eval().requires_grad_(False), card=card)
+    denoiser = of_card(card, model.denoiser.precision, weights).to(model.device)
+    return replace(model, denoiser=denoiser.eval().requires_grad_(False), card=card)
 
 
 def require_same_images(spec: ImageSpec, model: Model, path: Path) -> None:

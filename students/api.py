@@ -161,8 +161,8 @@ class ImageModel(ABC):
         def batches() -> Iterator[Images]:
             for start in starts:
                 end = start + batch_size if num is None else min(start + batch_size, first + num)
-                told, numbers = self.labels(label, end - start), range(start, end)
-                for images in self.batches(plan, seed, numbers, told, batch_size, prompts):
+                condition, numbers = self.labels(label, end - start), range(start, end)
+                for images in self.batches(plan, seed, numbers, condition, batch_size, prompts):
                     yield self._screened(images)
 
         return batches()
@@ -226,8 +226,11 @@ class ImageModel(ABC):
         for start in range(0, len(numbers), batch_size):
             rows = slice(start, start + batch_size)
             part = torch.tensor(numbers[rows], device=self.device)
-            told = {**(take(condition, rows) or {}), **(prompts.condition(part) if prompts else {})}
-            yield self.make(plan, seed, part, told).cpu()
+            given = {
+                **(take(condition, rows) or {}),
+                **(prompts.condition(part) if prompts else {}),
+            }
+            yield self.make(plan, seed, part, given).cpu()
 
 
 class Checkpoint(ImageModel):

@@ -66,9 +66,9 @@ class Cascade(ImageModel):
         noise = next(Noise(other(seed, 2 * self.depth - 1), numbers, self.small.shape))
         y = self.small.clean(small)[:, :-1]
         angle = torch.full((len(y),), min(AUGMENTATION, self.small.most), device=self.device)
-        told = {name: rows for name, rows in condition.items() if name in self.last.kinds}
-        told["small"] = self.small.noisy(y, angle, noise)
-        return self.last.make(plan, other(seed, 2 * self.depth), numbers, told)
+        given = {name: rows for name, rows in condition.items() if name in self.last.kinds}
+        given["small"] = self.small.noisy(y, angle, noise)
+        return self.last.make(plan, other(seed, 2 * self.depth), numbers, given)
 
     def smaller(self, seed: int | Tensor, numbers: Tensor, condition: Condition) -> Tensor:
         """The first model's images (B, C, s, s) uint8 on the CPU: made once, for they are shown
@@ -78,9 +78,9 @@ class Cascade(ImageModel):
         lacking = [row for row, key in enumerate(keys) if key not in self.made]
         if lacking:
             which = torch.tensor(lacking, device=numbers.device)
-            told = {k: rows[which] for k, rows in condition.items() if k in self.first.kinds}
+            given = {k: rows[which] for k, rows in condition.items() if k in self.first.kinds}
             some = seeds.to(numbers.device)[which] if isinstance(seed, Tensor) else seed
-            images = self.first.make(self.first_plan, some, numbers[which], told).cpu()
+            images = self.first.make(self.first_plan, some, numbers[which], given).cpu()
             if len(self.made) + len(lacking) > KEPT:
                 self.made = {key: image for key, image in self.made.items() if key in keys}
             self.made |= {keys[row]: image for row, image in zip(lacking, images, strict=True)}

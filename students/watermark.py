@@ -66,8 +66,8 @@ def agreeing(rgb: np.ndarray) -> int:
     """How many of the mark's 32 bits a picture (H, W, 3) uint8 holds."""
     check(min(rgb.shape[:2]))
     decoder = _library()[1]("bytes", BITS)
-    told = decoder.decode(np.ascontiguousarray(rgb[..., ::-1]), METHOD)
-    bits = [np.unpackbits(np.frombuffer(each, np.uint8)) for each in (told, MARK)]
+    payload = decoder.decode(np.ascontiguousarray(rgb[..., ::-1]), METHOD)
+    bits = [np.unpackbits(np.frombuffer(each, np.uint8)) for each in (payload, MARK)]
     return int((bits[0] == bits[1]).sum())
 
 

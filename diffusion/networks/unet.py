@@ -189,7 +189,7 @@ class SmallInput(nn.Module):
         return torch.cat([x, larger.to(x.dtype)], dim=1), self.angle(small[:, -1, 0, 0])
 
 
-class Told(NamedTuple):
+class Context(NamedTuple):
     """What a U-Net's layers are told beside their input."""
 
     embedding: Tensor
@@ -260,10 +260,10 @@ class UNet(Conditioned):
         t: Tensor,
         condition: Condition | None = None,
     ) -> Tensor:
-        h, skips, told = self.encode(x, t, condition)
+        h, skips, context = self.encode(x, t, condition)
         for layer in self.up:
             if isinstance(layer, nn.ModuleList):
-                h = _apply(layer, torch.cat([h, skips.pop()], dim=1), told)
+                h = _apply(layer, torch.cat([h, skips.pop()], dim=1), context)
             else:
                 h = layer(F.interpolate(h, scale_factor=2.0, mode="nearest"))
         return F.pixel_shuffle(self.head(F.silu(self.norm(h))), self.config.patch)
@@ -273,7 +273,7 @@ class UNet(Conditioned):
         x: Tensor,
         t: Tensor,
         condition: Condition | None = None,
-    ) -> tuple[Tensor, list[Tensor], Told]:
+    ) -> tuple[Tensor, list[Tensor], Context]:
         """The way down: the middle's output (B, C', H', W'), what the way up takes over, and what
         its layers are told."""
         condition = condition or {}
@@ -284,22 +284,22 @@ class UNet(Conditioned):
         if self.small:
             x, augmentation = self.small(x, condition.get("small"))
             embedding = embedding + augmentation
-        told = Told(F.silu(embedding), tokens)
+        context = Context(F.silu(embedding), tokens)
         h = self.stem(F.pixel_unshuffle(x, self.config.patch))
         skips = [h]
         for layer in self.down:
-            h = _apply(layer, h, told)
+            h = _apply(layer, h, context)
             skips.append(h)
-        return _apply(self.middle, h, told), skips, told
+        return _apply(self.middle, h, context), skips, context
 
 
-def _apply(layers: nn.Module, h: Tensor, told: Told) -> Tensor:
+def _apply(layers: nn.Module, h: Tensor, context: Context) -> Tensor:
     for layer in layers if isinstance(layers, nn.ModuleList) else [layers]:
         if isinstance(layer, ResidualBlock):
-            h = layer(h, told.embedding)
+            h = layer(h, context.embedding)
         elif isinstance(layer, Reading):
-            assert told.tokens
-            h = layer(h, told.tokens)
+            assert context.tokens
+            h = layer(h, context.tokens)
         else:
             h = layer(h)
     return h

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from diffusion.condition import Condition, Kinds
 from diffusion.data import Dataset, ImageSpec
-from diffusion.images import Captioned, InMemory, some, spread, told
+from diffusion.images import Captioned, InMemory, some, spread, with_conditions
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Real:
         """What is known of those held-out images, as far as a model of these kinds is told it."""
         images = self.source.test if self.source else InMemory(self.test, self.test_condition)
         which = spread(images, len(self.test))[some].to(images.device)
-        rows = told(images, kinds).take(which).condition
+        rows = with_conditions(images, kinds).take(which).condition
         return {name: rows[name] for name in kinds if name in rows}
 
     def captions(self, some: slice) -> list[str]:

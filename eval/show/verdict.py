@@ -116,22 +116,22 @@ def budgets(lines: list[Line]) -> list[Budget]:
     where all rows have times, else of network calls."""
     made = candidates(lines)
     timed = all(line.milliseconds is not None for line in made)
-    found: list[Budget] = []
+    budgets: list[Budget] = []
 
     def cost(line: Line) -> float:
         return line.milliseconds or 0.0 if timed else line.record.nfe
 
     for most in sorted({cost(line) for line in made}):
         line = pick([x for x in made if cost(x) <= most])
-        if line is None or (found and found[-1].line is line):
+        if line is None or (budgets and budgets[-1].line is line):
             continue
         words = f"{short(most)} ms an image" if timed else f"{short(most)} calls"
         rivals = [x for x in made if cost(x) <= most and x is not line and tied(x, line)]
         ties = f" A tie with it: {', '.join(map(named, rivals))}." if rivals else ""
         interval = between(line.interval)
         quality = f"quality {line.record.score:.3g}{interval}, × teacher {ratio(line)}."
-        found.append(Budget(words, line, f"{quality} {against(lines, line)}{ties}"))
-    return found
+        budgets.append(Budget(words, line, f"{quality} {against(lines, line)}{ties}"))
+    return budgets
 
 
 def best_by_calls(lines: list[Line]) -> list[tuple[Line, str, str, str]]:

@@ -78,7 +78,7 @@ def statistics(path: Path) -> None:
 
 def picture(path: Path) -> None:
     listing = image_folder.listing(path.parent)
-    read = decoding.decoded(listing, Form(8, 1), path.parent.parent / "cache")
+    read = decoding.decode(listing, Form(8, 1), path.parent.parent / "cache")
     assert (read.images.shape, read.taken) == ((1, 8, 8), [0])
 
 
