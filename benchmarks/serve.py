@@ -122,7 +122,7 @@ def direct(maker: ImageModel, options: Options, size: int, count: int) -> float:
 
 
 def images_of(maker: ImageModel, options: Options, count: int, size: int) -> dict[int, np.ndarray]:
-    """By its seed, the images of each request, made in batches of requests."""
+    """The images of each request by its seed, made in batches of requests."""
     plan, num, expected = maker.plan(options.steps), options.num, {}
     per = max(1, size // num)
     for start in range(0, count, per):

@@ -59,9 +59,9 @@ class Listing:
     """The images of a place, found and not opened yet."""
 
     name: str
-    """By which a card knows the place, wherever a command is started."""
+    """The name by which a card knows the place, wherever a command is started."""
     place: str
-    """As it is told to the user."""
+    """The place in words for the user."""
     names: Sequence[str]
     """One for each image."""
     open: Callable[[int], Path | BinaryIO]
@@ -69,11 +69,11 @@ class Listing:
     key: str
     """Another whenever any image is another."""
     bytes: int
-    """Of all the files."""
+    """The size of all the files together."""
     labels: Callable[[Sequence[int]], Labels]
-    """Of the images of these numbers. UserError where one has no class."""
+    """The classes of the images of these numbers. UserError where one has none."""
     captions: Callable[[Sequence[int]], list[str]]
-    """Likewise, "" where one has none."""
+    """Their captions, "" where one has none."""
     passed: Reasons = field(default_factory=dict)
     """What lies there too and is no image of the user's."""
     held_out: range | None = None
@@ -86,9 +86,9 @@ class Tally:
 
     modes: Counter[str] = field(default_factory=Counter)
     sizes: Counter[str] = field(default_factory=Counter)
-    """By width and height, such as "640x480"."""
+    """How many are of each width and height, such as "640x480"."""
     turned: int = 0
-    """By their EXIF tag."""
+    """How many their EXIF tag turned upright."""
 
     def add(self, picture: Picture) -> None:
         self.modes[picture.mode] += 1

@@ -151,7 +151,7 @@ def _delete(part: Path) -> None:
 
 @cache  # a folder of many pictures is listed once
 def _parts(folder: Path) -> dict[str, list[Path]]:
-    """By a file's name, what its writers left, when this command first wrote in the folder."""
+    """What writers left of each file, by its name, when this command first wrote in the folder."""
     parts: dict[str, list[Path]] = {}
     with suppress(OSError), os.scandir(folder) as entries:
         for name in filter(is_part, (entry.name for entry in entries)):

@@ -30,7 +30,7 @@ class Source(NamedTuple):
     test: "Images"
     kinds: Kinds
     captions: Sequence[Sequence[str]] = ((), ())
-    """Of each image of either, "" for none; empty where nobody looked for any."""
+    """The caption of each image of either, "" for none; empty where nobody looked for any."""
 
 
 class Images(Protocol):

@@ -44,7 +44,7 @@ class Latents:
     factor: Annotated[int, Field(ge=1, le=256)]
     """Pixels of a side for each latent's."""
     mean: Annotated[tuple[Number, ...], Field(min_length=1, max_length=1024)]
-    """Of each channel of the training images' latents."""
+    """The mean of each channel of the training images' latents."""
     std: Annotated[tuple[Spread, ...], Field(min_length=1, max_length=1024)]
     bounds = None
     grey_levels = None

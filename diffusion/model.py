@@ -181,7 +181,7 @@ class Model:
     def sample(
         self, plan: Plan, seed: int, indices: Tensor, given: Condition | None = None
     ) -> Tensor:
-        """The same as uint8."""
+        """Those images as pixels, (B, C, H, W) uint8."""
         return self.codec.decode(self.x0(plan, seed, indices, given))
 
 

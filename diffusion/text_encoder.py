@@ -39,7 +39,7 @@ class TextEncoder:
     sha256: str
     """Identity of its weights and its vocabulary."""
     width: int
-    """Of an embedding."""
+    """Numbers in an embedding."""
     most: int
     """Tokens of a text that are read, at most."""
     tokenizer: Any

@@ -35,7 +35,7 @@ class Options:
     batch_size: int = 64
     """Images of a training step."""
     learning_rate: float = 2e-3
-    """Of AdamW, after 50 steps of warm-up; it falls to 0 by a cosine."""
+    """AdamW's step size, after 50 steps of warm-up; it falls to 0 by a cosine."""
     seed: int = 0
     """Seed of weights and noise."""
     out: Path = Path("runs/diffusers-digits/pipeline")

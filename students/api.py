@@ -282,7 +282,7 @@ class Checkpoint(ImageModel):
         return self.model.codec.decode(x0)
 
     def x0(self, plan: Plan, seed: int | Tensor, numbers: Tensor, condition: Condition) -> Tensor:
-        """The same before it becomes pixels."""
+        """The images that `make` returns, before they become pixels."""
         return self.model.x0(plan, seed, numbers, condition)
 
 

@@ -58,11 +58,11 @@ class Batcher:
     """Images that may wait."""
     screen: Filter | None = None
     seen: Callable[[int, int], None] = lambda images, blocked: None
-    """Told of each batch made: its images, and how many of them were blocked."""
+    """Called after each batch: its images, and how many of them were blocked."""
     exact: bool = False
     """Whether every batch has `size` rows: how many there are can change the last bits."""
     thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
-    """Of one thread, in which the network is called."""
+    """The one thread in which the network is called."""
     jobs: deque[Job] = field(default_factory=deque)
     pace: float = 0.0
     """Seconds that an image took in the last batch."""

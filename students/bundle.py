@@ -60,7 +60,7 @@ def _text(module: str) -> str:
 
 @cache
 def _definitions(module: str) -> dict[str, ast.stmt]:
-    """By name, what defines it at the module's top level."""
+    """What defines each name at the module's top level."""
     defined: dict[str, ast.stmt] = {}
     for node in ast.parse(_text(module)).body:
         match node:
@@ -91,6 +91,6 @@ def _names(node: ast.AST) -> Iterator[str]:
 
 
 def _source(module: str, node: ast.stmt) -> str:
-    """As it stands there, with its decorators."""
+    """The text of a definition as it stands there, with its decorators."""
     first = min([node.lineno, *(each.lineno for each in getattr(node, "decorator_list", []))])
     return "\n".join(_text(module).splitlines()[first - 1 : node.end_lineno])

@@ -28,7 +28,7 @@ class Written:
     model: Model
     license: str
     holds: dict[str, str]
-    """By each file's name, what is in it."""
+    """What is in each file, by its name."""
     parity: Sequence[Parity]
     judged: str
     """What fewer bits cost in quality, in words."""
@@ -57,7 +57,7 @@ class Written:
         return sum(each.numel() for each in self.model.denoiser.parameters())
 
     def inputs(self) -> list[tuple[str, str, str, str]]:
-        """Of each of a graph's inputs, its name, shape, type and meaning."""
+        """The name, shape, type and meaning of each of a graph's inputs."""
         example = Sampling(self.model, self.about.plan).inputs(
             self.model, 0, torch.arange(2, device=self.model.device)
         )
@@ -80,7 +80,7 @@ class Written:
         return f"a class, from 0 to {kind.num_classes - 1}" if isinstance(kind, Label) else name
 
     def lines(self, library: str) -> list[str]:
-        """Of an example, the lines that give the inputs beside the noise of n images."""
+        """The lines of an example that give the inputs beside the noise of n images."""
         lines = []
         for name, kind in self.model.kinds.items():
             if isinstance(kind, Label):

@@ -45,7 +45,7 @@ class About:
 
     format: Format
     precision: Precision
-    """Of the network's weights and, in a graph, of its arithmetic."""
+    """The number format of the weights and, in a graph, of its arithmetic."""
     plan: Plan
     """What it was exported to do."""
     inputs: Annotated[tuple[Text, ...], Field(min_length=1, max_length=64)]

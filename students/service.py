@@ -80,8 +80,8 @@ class Service:
     size: int
     screen: Filter | None = None
     thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
-    """Of one thread, for all that PyTorch does. OpenMP keeps threads for each that calls it, and
-    lets all of them sleep between two calls once there are more than processors."""
+    """The one thread that calls PyTorch. OpenMP keeps threads for each that calls it, and lets all
+    of them sleep between two calls once there are more than processors."""
 
     def __post_init__(self):
         maker, options = self.maker, self.options

@@ -49,7 +49,7 @@ class Batch:
     images: Tensor
     """(B, C, H, W) uint8 on the CPU."""
     facts: dict[str, np.ndarray]
-    """By name, one value for each image (B,), such as its label."""
+    """What is known of each image, such as its label: by name, one value for each (B,)."""
     texts: Texts
     """What is said of all of them; empty where files are to say nothing."""
 

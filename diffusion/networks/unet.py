@@ -193,9 +193,9 @@ class Context(NamedTuple):
     """What a U-Net's layers are told beside their input."""
 
     embedding: Tensor
-    """(B, 4 width), of all but the pixels."""
+    """(B, 4 width): the noise level and the conditions, as one vector."""
     tokens: Tokens | None
-    """Of the text, if it takes one."""
+    """The text's tokens, if the network takes a text."""
 
 
 class UNet(Conditioned):

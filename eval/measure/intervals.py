@@ -81,11 +81,12 @@ def pooled(each: Sequence[Uncertainty]) -> Uncertainty:
 
 
 def distance_interval(distance: float, known: Uncertainty) -> Interval:
-    """Of the expected distance of as many images; less known.bias, of the distance itself.
+    """The interval of the expected distance of as many images; less known.bias, that of the
+    distance itself.
 
-    The distances theta for which |distance - bias - theta| <= Z sqrt(growth theta + second). The
-    variance grows from `second` at 0: as measured where the distance is well above its noise, and
-    near zero, where that is noise itself, as fast as it can.
+    It holds each distance theta with |distance - bias - theta| <= Z sqrt(growth theta + second).
+    The variance grows from `second` at 0: as measured where the distance is well above its noise,
+    and near zero, where that is noise itself, as fast as it can.
     """
     estimate, noise = distance - known.bias, sqrt(known.second)
     rise, run = max(known.first - 2 * known.second, 0.0), max(estimate, 0.0) + noise / 2
@@ -131,12 +132,12 @@ class Estimate:
     value: float
     variance: float
     blocks: list[float]
-    """As in Uncertainty; empty where nothing is shared."""
+    """The blocks that Uncertainty has; empty where nothing is shared."""
     freedom: float = BLOCKS - 1
     """Degrees of freedom of the variance."""
 
     def covariance(self, other: "Estimate") -> float:
-        """By their blocks, where these are of the same images' noise."""
+        """The covariance of their blocks, where these are of the same images' noise."""
         if len(self.blocks) != len(other.blocks):
             return 0.0
         products = sum(a * b for a, b in zip(self.blocks, other.blocks, strict=True))
@@ -162,7 +163,7 @@ def tied(a: Estimate, b: Estimate) -> bool:
 
 
 def ratio_interval(a: Estimate, b: Estimate, floor: Estimate | None = None) -> Interval | None:
-    """Of a / b, or of (a - floor) / (b - floor): the ratios that the figures do not contradict.
+    """The ratios a / b, or (a - floor) / (b - floor), that the figures do not contradict.
 
     By Fieller (1954): all rho with (a - rho b)^2 <= t^2 Var(a - rho b). None where they are no
     bounded interval, since b is not known to differ from 0.

@@ -28,7 +28,7 @@ class Kind(NamedTuple):
     size: int | None
     """Pixels a side that images are resized to; None for those of the network's config."""
     mean: tuple[float, float, float]
-    """Of white = 1, by which each colour was normalised in training."""
+    """The mean of each colour, with white = 1, that was taken off in training."""
     std: tuple[float, float, float]
 
 

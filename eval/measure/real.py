@@ -22,11 +22,11 @@ class Real:
     """What is known of each image, by name: (N, ...)."""
     test_condition: Mapping[str, Tensor]
     num_classes: int
-    """Of the labels among it; 0 for none."""
+    """The number of classes of the labels among it; 0 for none."""
     of: int
     """How many training images the source has."""
     source: Dataset | None = None
-    """All of it."""
+    """The whole dataset."""
 
     @staticmethod
     def sample(dataset: Dataset) -> "Real":

@@ -21,7 +21,7 @@ def as_good(a: Line, b: Line) -> bool:
 
 
 def pick(lines: list[Line]) -> Line | None:
-    """Of the best and what ties with it, the row of the fewest calls, then one without training."""
+    """The row of the fewest calls, then one without training, of the best and what ties with it."""
     best = min(lines, key=lambda line: line.record.score, default=None)
     ties = [line for line in lines if best and as_good(line, best)]
     return min(
