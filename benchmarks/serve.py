@@ -134,9 +134,6 @@ def images_of(maker: ImageModel, options: Options, count: int, size: int) -> dic
     return expected
 
 
-Served = tuple[subprocess.Popen, int, int]  # the process, its port, its batch size
-
-
 @asynccontextmanager
 async def serving(
     options: Options, *flags: str

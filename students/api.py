@@ -59,11 +59,7 @@ class ImageModel(ABC):
 
     @abstractmethod
     def plan(
-        self,
-        steps: int | None = None,
-        sampler: str | None = None,
-        shift: float | None = None,
-        guidance: float | None = None,
+        self, steps: int | None = None, sampler: str | None = None, guidance: float | None = None
     ) -> Plan:
         """How it would make images in so many steps: sampler, angles and guidance, with its own
         for all that is left out. UserError for what it cannot do."""
@@ -123,7 +119,7 @@ class ImageModel(ABC):
                 raise UserError("time_budget and quality choose the steps: leave steps out")
             plan = self.within(num, batch_size, time_budget, quality, guidance)
         else:
-            plan = self.plan(steps, sampler, None, guidance)
+            plan = self.plan(steps, sampler, guidance)
         condition = self.labels(label, num)
         prompts = self.prompts(prompt, negative_prompt, plan)
         batches = self.batches(plan, seed, range(num), condition, batch_size, prompts)
@@ -152,7 +148,7 @@ class ImageModel(ABC):
             _require_count("num", num)
         _require_count("batch_size", batch_size)
         _require_count("first", first, least=0)
-        plan = self.plan(steps, sampler, None, guidance)
+        plan = self.plan(steps, sampler, guidance)
         self.labels(label, 1)  # a wrong one is an error now, not at the first batch
         check_seed(seed, "seed")
         prompts = self.prompts(prompt, negative_prompt, plan)
@@ -242,13 +238,9 @@ class Checkpoint(ImageModel):
         self.method, self.sha256 = model.card.method, model.sha256
 
     def plan(
-        self,
-        steps: int | None = None,
-        sampler: str | None = None,
-        shift: float | None = None,
-        guidance: float | None = None,
+        self, steps: int | None = None, sampler: str | None = None, guidance: float | None = None
     ) -> Plan:
-        return self.model.plan(steps, sampler, shift, guidance)
+        return self.model.plan(steps, sampler, guidance=guidance)
 
     def within(
         self,

@@ -59,19 +59,21 @@ class Choice:
     words: str
 
 
-def seconds_of(text: str, flag: str = "--time-budget") -> float:
+def seconds_of(text: str) -> float:
     """The seconds of a text such as 20ms, 1.5s or 2min."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)(ms|s|min)", text)
     if not match or float(match[1]) <= 0:
-        raise UserError(f"{flag} must be a time above 0 such as 20ms, 1.5s or 2min, got {text}")
+        raise UserError(
+            f"--time-budget must be a time above 0 such as 20ms, 1.5s or 2min, got {text}"
+        )
     return float(match[1]) * UNITS[match[2]]
 
 
-def times_of(text: str, flag: str = "--quality") -> float:
+def times_of(text: str) -> float:
     """The factor of a text such as 1.2x."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)x", text)
     if not match or float(match[1]) <= 0:
-        raise UserError(f"{flag} must be a factor above 0 such as 1.2x, got {text}")
+        raise UserError(f"--quality must be a factor above 0 such as 1.2x, got {text}")
     return float(match[1])
 
 
@@ -124,7 +126,7 @@ def ways_without(model: Model, guidance: float | None) -> list[Way]:
     ]
 
 
-def timed(model: Model, ways: list[Way], batch: int, repeats: int = 5) -> list[float]:
+def timed(model: Model, ways: list[Way], batch: int) -> list[float]:
     """Seconds of a batch by each way: a line through the times of the fewest and of more calls.
 
     The time of a call depends on no angle, so two ways tell of all.
@@ -135,7 +137,7 @@ def timed(model: Model, ways: list[Way], batch: int, repeats: int = 5) -> list[f
 
     def seconds(way: Way) -> float:
         times = []
-        for _ in range(repeats + 1):  # the first prepares
+        for _ in range(6):  # the first prepares
             begun = time.perf_counter()
             model.sample(way.plan, 0, indices).cpu()
             times.append(time.perf_counter() - begun)

@@ -51,14 +51,10 @@ class Cascade(ImageModel):
         self.made: dict[tuple[int, int], Tensor] = {}
 
     def plan(
-        self,
-        steps: int | None = None,
-        sampler: str | None = None,
-        shift: float | None = None,
-        guidance: float | None = None,
+        self, steps: int | None = None, sampler: str | None = None, guidance: float | None = None
     ) -> Plan:
         """The last model's."""
-        return self.last.plan(steps, sampler, shift, guidance)
+        return self.last.plan(steps, sampler, guidance)
 
     def make(self, plan: Plan, seed: int | Tensor, numbers: Tensor, condition: Condition) -> Tensor:
         """Each model has noise of its own: the same would show in both."""

@@ -16,7 +16,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutpu
 from torch import Tensor, nn
 
 from diffusion.circle import TO_X0, add_noise, rotate
-from diffusion.condition import KINDS, Guidance, with_null
+from diffusion.condition import KINDS, usual, with_null
 from diffusion.denoiser import guide
 from diffusion.networks.unet import UNet
 from diffusion.samplers import renewing_step
@@ -143,13 +143,8 @@ class CirclePipeline(DiffusionPipeline):
         """
         device, net = self._execution_device, self.network.config["shape"]
         numbers = torch.arange(batch_size, device=device)
-        condition = {
-            name: kind.rows(numbers)
-            for name, kind in self.network.kinds.items()
-            if not isinstance(kind, Guidance)
-        }
-        if label is not None:
-            condition["label"] = torch.tensor(label, device=device)
+        given = {} if label is None else {"label": torch.tensor(label)}
+        condition = usual(self.network.kinds, numbers, given)
         weight = self.config["guidance"] if guidance_scale is None else guidance_scale
         if condition and weight not in (None, 1):
             condition["guidance"] = torch.full(numbers.shape, float(weight), device=device)

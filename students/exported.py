@@ -84,14 +84,10 @@ class Exported(ImageModel):
         self.latent = codec.from_json(about.card.codec).shape(self.spec.shape)
 
     def plan(
-        self,
-        steps: int | None = None,
-        sampler: str | None = None,
-        shift: float | None = None,
-        guidance: float | None = None,
+        self, steps: int | None = None, sampler: str | None = None, guidance: float | None = None
     ) -> Plan:
         own = self.about.plan
-        if steps not in (None, own.num_steps) or sampler not in (None, own.sampler) or shift:
+        if steps not in (None, own.num_steps) or sampler not in (None, own.sampler):
             raise UserError(
                 f"{self.name} was exported to make images by {own.sampler} in {own.num_steps} "
                 "steps and no others: leave them out, or export its checkpoint again"
@@ -180,11 +176,7 @@ def load_torch(path: Path, device: torch.device, trust: bool) -> Exported:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{path} does not load as a torch.export file ({reason:.200})") from error
 
-    @torch.no_grad()
-    def run(rows: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        return module(*rows.values())
-
-    return Exported(About.from_json(extra[f"{KEY}.json"], path), str(path), device, run)
+    return of_module(module, About.from_json(extra[f"{KEY}.json"], path), path, device)
 
 
 def of_aot(path: Path, about: About) -> Exported:
@@ -193,12 +185,17 @@ def of_aot(path: Path, about: About) -> Exported:
 
     with warnings.catch_warnings(action="ignore"):
         module = aoti_load_package(str(path))
+    return of_module(module, about, path, torch.device("cpu"))
 
+
+def of_module(
+    module: Callable[..., tuple[Tensor, Tensor]], about: About, path: Path, device: torch.device
+) -> Exported:
     @torch.no_grad()
     def run(rows: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         return module(*rows.values())
 
-    return Exported(about, str(path), torch.device("cpu"), run)
+    return Exported(about, str(path), device, run)
 
 
 def model_of(
@@ -237,15 +234,11 @@ class Planned(Checkpoint):
         self.usual = usual
 
     def plan(
-        self,
-        steps: int | None = None,
-        sampler: str | None = None,
-        shift: float | None = None,
-        guidance: float | None = None,
+        self, steps: int | None = None, sampler: str | None = None, guidance: float | None = None
     ) -> Plan:
-        if steps is None and sampler is None and shift is None:
+        if steps is None and sampler is None:
             return self.model.guided(self.usual, guidance)
-        return super().plan(steps, sampler, shift, guidance)
+        return super().plan(steps, sampler, guidance)
 
 
 def load(path: Path, device: torch.device, precision: str, trust: bool) -> ImageModel | None:

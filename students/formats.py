@@ -149,18 +149,18 @@ class Parity:
 Make = Callable[[Tensor], tuple[Tensor, Tensor]]  # numbers -> images, x0
 
 
-def pytorch(model: Model, about: About, seed: int = 0) -> Make:
+def pytorch(model: Model, about: About) -> Make:
     """The model itself, uncompiled, in float32."""
 
     def make(numbers: Tensor) -> tuple[Tensor, Tensor]:
-        x0 = model.x0(about.plan, seed, numbers)
+        x0 = model.x0(about.plan, 0, numbers)
         return model.codec.decode(x0).permute(0, 2, 3, 1), x0
 
     return make
 
 
-def graph(made: Exported, seed: int = 0) -> Make:
-    return lambda numbers: made.run(made.inputs(made.about.plan, seed, numbers, {}))
+def graph(made: Exported) -> Make:
+    return lambda numbers: made.run(made.inputs(made.about.plan, 0, numbers, {}))
 
 
 def compared(name: str, make: Make, exact: Make, size: int, device: torch.device) -> Parity:
@@ -172,15 +172,19 @@ def compared(name: str, make: Make, exact: Make, size: int, device: torch.device
         (images, x0), (images_exact, x0_exact) = make(numbers), exact(numbers)
         difference = max(difference, float((x0 - x0_exact).abs().max()))
         levels = max(levels, int((images.int() - images_exact.int()).abs().max()))
-    single, many = (milliseconds(make, batch, device) for batch in (1, 64))
-    return Parity(name, difference, levels, size, single, 64_000 / many)
+    return Parity(name, difference, levels, size, *speed(make, device))
 
 
 def itself(model: Model, about: About) -> Parity:
     """PyTorch's own row, to which the others compare."""
     make, size = pytorch(model, about), sum(p.nbytes for p in model.denoiser.parameters())
-    single, many = (milliseconds(make, batch, model.device) for batch in (1, 64))
-    return Parity("PyTorch", None, None, size, single, 64_000 / many)
+    return Parity("PyTorch", None, None, size, *speed(make, model.device))
+
+
+def speed(make: Make, device: torch.device) -> tuple[float, float]:
+    """Parity's `single` and `rate`."""
+    single, many = (milliseconds(make, batch, device) for batch in (1, 64))
+    return single, 64_000 / many
 
 
 def milliseconds(make: Make, batch: int, device: torch.device) -> float:

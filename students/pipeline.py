@@ -91,7 +91,7 @@ def _write_ours(model: Model, about: About, folder: Path) -> None:
         )
 
 
-def differs(model: Model, about: About, folder: Path, num: int = 7) -> int:
+def differs(model: Model, about: About, folder: Path) -> int:
     """By how many grey levels, at most, images of the folder by diffusers differ from the model's,
     of the same noise."""
     from diffusers.utils.logging import disable_progress_bar
@@ -99,10 +99,10 @@ def differs(model: Model, about: About, folder: Path, num: int = 7) -> int:
     disable_progress_bar()
     pipeline = library().DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
     pipeline.set_progress_bar_config(disable=True)
-    numbers = torch.arange(num)
+    numbers = torch.arange(7)
     made = inputs({}, about.plan, 0, numbers, model.shape, about.draws)["noise"]
     noise = torch.stack(made.chunk(about.draws, dim=1))
-    images = pipeline(num, noise=noise, output_type="np").images
+    images = pipeline(len(numbers), noise=noise, output_type="np").images
     exact = model.sample(about.plan, 0, numbers.to(model.device)).permute(0, 2, 3, 1).cpu().numpy()
     return int(np.abs(images.astype(int) - exact.astype(int)).max())
 

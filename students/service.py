@@ -12,7 +12,7 @@ import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from pydantic import BaseModel, ConfigDict, Field
 
-from diffusion.condition import Condition, Guidance
+from diffusion.condition import Condition, usual
 from diffusion.console import UserError
 from diffusion.pictures import grid, png
 from diffusion.plan import MOST_STEPS, Plan
@@ -151,11 +151,7 @@ class Service:
         if asked.prompt is not None:
             loop = asyncio.get_running_loop()
             given |= await loop.run_in_executor(self.thread, self._prompt, asked.prompt, plan, rows)
-        condition = {
-            name: given.get(name, kind.rows(rows))
-            for name, kind in maker.kinds.items()
-            if not isinstance(kind, Guidance)
-        }
+        condition = usual(maker.kinds, rows, given)
         images, blocked = await self.batcher.images(plan, asked.seed, numbers, condition)
         texts = {}
         if options.metadata:
