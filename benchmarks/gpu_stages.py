@@ -23,7 +23,7 @@ from benchmarks.subjects import copied, endless, made_up, objectives, untrained
 from benchmarks.turns import Comparison, take_turns
 from diffusion.batches import Batch, Batches, batch_seed
 from diffusion.config import FitConfig, check_compiler
-from diffusion.console import Interrupted, UserError
+from diffusion.console import Interrupted, UserError, first_line
 from diffusion.files import write_atomic
 from diffusion.images import InMemory
 from diffusion.machine import layout, this_device
@@ -464,8 +464,7 @@ def main(stage: str, path: Path) -> None:
     except Interrupted:
         raise
     except Exception as error:  # a result like others, and the other stages go on
-        first_line = (str(error).splitlines() or [""])[0]
-        save(f"failed: {type(error).__name__}: {first_line}")
+        save(f"failed: {type(error).__name__}: {first_line(error)}")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from pydantic import Field, TypeAdapter
 from torch import Tensor, nn
 
 from diffusion.checkpoint import weights_sha256
-from diffusion.console import UserError
+from diffusion.console import UserError, first_line
 from diffusion.dry import check_fit
 from diffusion.files import load_tensors
 from diffusion.networks.diffusers import library
@@ -260,8 +260,9 @@ def _foreign(folder: Path) -> Foreign:
     except UserError:
         raise
     except Exception as error:  # a wrong file fails in as many ways as there are files
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise UserError(f"{folder}: diffusers cannot read the network ({reason:.200})") from error
+        raise UserError(
+            f"{folder}: diffusers cannot read the network ({first_line(error):.200})"
+        ) from error
     if report["missing_keys"]:  # which diffusers would leave at random
         raise UserError(f"{folder} lacks weights such as {sorted(report['missing_keys'])[0]}")
     return Foreign(network, _identity({"class": name}, network.state_dict()))

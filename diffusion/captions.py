@@ -52,7 +52,7 @@ def _metadata(file: Path) -> Iterator[tuple[str, str]]:
 
 
 def _lines(file: Path) -> Iterator[tuple[int, object]]:
-    content = _read(file)
+    content = read_text(file)
     if file.suffix == ".csv":
         yield from enumerate(csv.DictReader(StringIO(content)), 2)
         return
@@ -66,10 +66,11 @@ def _lines(file: Path) -> Iterator[tuple[int, object]]:
 
 def _beside(image: Path) -> str:
     file = image.with_suffix(".txt")
-    return _plain(_read(file)) if file.is_file() else ""
+    return _plain(read_text(file)) if file.is_file() else ""
 
 
-def _read(file: Path) -> str:
+def read_text(file: Path) -> str:
+    """A text in UTF-8. UserError for another file."""
     try:
         return file.read_text("utf-8-sig")
     except UnicodeDecodeError as error:

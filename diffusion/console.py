@@ -201,6 +201,11 @@ def run(main: Callable[[], None]) -> None:
             unheard(sys.stdout)
 
 
+def first_line(error: Exception) -> str:
+    """What an error of a library says, in one line; its type where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def system_error(error: Exception) -> str:
     """What the system refused, and by `doing` what was being done; "" for a fault of the code."""
     if isinstance(error, OSError):

@@ -19,7 +19,7 @@ from diffusion import autoencoder, codec, condition, networks, text_encoder
 from diffusion.checkpoint import Card, weights_sha256
 from diffusion.codec import Codec, Scale
 from diffusion.condition import Kind, Label, Text
-from diffusion.console import UserError, say
+from diffusion.console import UserError, first_line, say
 from diffusion.data import ImageSpec
 from diffusion.denoiser import DenoiserConfig
 from diffusion.latents import Latents
@@ -130,10 +130,10 @@ def _on_disk(place: str) -> Path:
     try:
         return Path(snapshot_download(place, allow_patterns=["*.json", "*.safetensors", "*.txt"]))
     except Exception as error:  # no network, no such name, no leave to read it
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"there is no folder {place}, and the Hugging Face hub does not give {place!r} "
-            f"({reason}): expected a folder that save_pretrained wrote, or a name on the hub"
+            f"there is no folder {place}, and the Hugging Face hub does not give {place!r} ("
+            f"{first_line(error)}): expected a folder that save_pretrained wrote, or a name on the "
+            "hub"
         ) from error
 
 
@@ -270,8 +270,9 @@ def _weights(folder: Path, architecture: str) -> dict[str, Tensor]:
     try:
         network = kind.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True)
     except Exception as error:  # a wrong file fails in as many ways as there are files
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{folder}: diffusers cannot read the network ({reason})") from error
+        raise UserError(
+            f"{folder}: diffusers cannot read the network ({first_line(error)})"
+        ) from error
     return {name: value.contiguous() for name, value in network.state_dict().items()}
 
 

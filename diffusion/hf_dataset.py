@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from diffusion import image_file
-from diffusion.console import UserError
+from diffusion.console import UserError, first_line
 from diffusion.decoding import Labels, Listing, numbered
 
 COLUMNS = ("image", "label", "text")
@@ -113,9 +113,9 @@ def _parts(path: Path) -> list[Any]:
     try:
         loaded = load_from_disk(str(path))
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
         raise UserError(
-            f"hf:{path} is no dataset as save_to_disk of the library datasets writes one ({reason})"
+            f"hf:{path} is no dataset as save_to_disk of the library datasets writes one "
+            f"({first_line(error)})"
         ) from error
     if isinstance(loaded, Dataset):
         return [loaded]

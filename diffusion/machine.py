@@ -205,12 +205,16 @@ def _identity() -> str:
 
 def processor() -> str:
     """The processor's name, as the system tells it."""
+    return next(iter(cpuinfo("model name")), platform.processor() or platform.machine())
+
+
+def cpuinfo(name: str) -> list[str]:
+    """That field of every core; empty where the system does not tell."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        lines = []
-    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
+        return []
+    return [line.split(":", 1)[1].strip() for line in lines if line.startswith(name)]
 
 
 def _measured_share(channels: int = 32, size: int = 8, batch: int = 64, repeats: int = 5) -> float:

@@ -12,7 +12,7 @@ from diffusion import checkpoint, codec, condition, foreign, networks
 from diffusion.checkpoint import Card
 from diffusion.codec import Codec
 from diffusion.condition import INSTEAD, Condition, Guidance, Kinds, Label
-from diffusion.console import UserError, doing
+from diffusion.console import UserError, doing, first_line
 from diffusion.data import ImageSpec
 from diffusion.denoiser import Denoiser, DenoiserConfig
 from diffusion.dry import check_fit
@@ -213,8 +213,9 @@ def of_card(card: Card, precision: str, weights: Mapping[str, Tensor] | None = N
         if weights is not None:
             denoiser.net.load_state_dict(weights)
     except (RuntimeError, TypeError, ValueError, ArithmeticError, LookupError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"the weights do not fit the card's network ({reason})") from error
+        raise UserError(
+            f"the weights do not fit the card's network ({first_line(error)})"
+        ) from error
     return denoiser
 
 

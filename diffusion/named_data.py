@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from diffusion.condition import Label
-from diffusion.console import UserError
+from diffusion.console import UserError, first_line
 from diffusion.image_file import Form
 from diffusion.images import InMemory, Source
 
@@ -71,7 +71,7 @@ def fashion_mnist(data_dir: Path | None, cache: Path, download: bool, form: Form
         FashionMNIST(cache, download=True)
     except BROKEN as error:
         raise UserError(
-            f"fashion-mnist could not be downloaded: {hint} ({_first(error)})"
+            f"fashion-mnist could not be downloaded: {hint} ({first_line(error)})"
         ) from error
     return _fashion_in(cache / unpacked)
 
@@ -157,7 +157,9 @@ def cifar10(data_dir: Path | None, cache: Path, download: bool, form: Form) -> S
         try:
             train, test = both(download=True)
         except BROKEN as error:
-            raise UserError(f"cifar10 could not be downloaded: {hint} ({_first(error)})") from error
+            raise UserError(
+                f"cifar10 could not be downloaded: {hint} ({first_line(error)})"
+            ) from error
     images = [torch.from_numpy(x.data).permute(0, 3, 1, 2).contiguous() for x in (train, test)]
     return labelled(images[0], torch.tensor(train.targets), images[1], torch.tensor(test.targets))
 
@@ -165,7 +167,3 @@ def cifar10(data_dir: Path | None, cache: Path, download: bool, form: Form) -> S
 def require_folder(data_dir: Path) -> None:
     if not data_dir.is_dir():
         raise UserError(f"no folder {data_dir}: --data-dir names the one with the dataset's files")
-
-
-def _first(error: Exception) -> str:
-    return (str(error) or repr(error)).splitlines()[0]

@@ -18,7 +18,7 @@ from torch import Tensor
 from diffusion import codec, condition, foreign
 from diffusion.checkpoint import Card
 from diffusion.condition import Condition
-from diffusion.console import UserError
+from diffusion.console import UserError, first_line
 from diffusion.data import ImageSpec
 from diffusion.files import load_tensors, metadata
 from diffusion.model import Model, of_card
@@ -116,8 +116,10 @@ class Exported(ImageModel):
         return images.permute(0, 3, 1, 2)
 
 
-def onnx_session(path: Path) -> "InferenceSession":
-    """The file in onnxruntime, on the CPU."""
+def onnx_session(
+    path: Path, refusal: str = "does not load in onnxruntime", threads: int = 0
+) -> "InferenceSession":
+    """The file in onnxruntime, on the CPU. threads: 0 for as many as it chooses."""
     try:
         from onnxruntime import InferenceSession, SessionOptions
     except ImportError:
@@ -125,13 +127,12 @@ def onnx_session(path: Path) -> "InferenceSession":
             "an .onnx file needs onnxruntime, which is not here: pip install onnxruntime"
         ) from None
     settings = SessionOptions()
-    settings.log_severity_level = 3
-    settings.intra_op_num_threads = torch.get_num_threads()
+    settings.log_severity_level = 3  # errors: a graph's unused values are its maker's business
+    settings.intra_op_num_threads = threads
     try:
         return InferenceSession(path, settings, providers=["CPUExecutionProvider"])
     except Exception as error:  # a wrong file fails in as many ways as there are files
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{path} does not load in onnxruntime ({reason:.200})") from error
+        raise UserError(f"{path} {refusal} ({first_line(error):.200})") from error
 
 
 def says(session: "InferenceSession") -> str | None:
@@ -140,7 +141,7 @@ def says(session: "InferenceSession") -> str | None:
 
 
 def load_onnx(path: Path, device: torch.device) -> Exported:
-    session = onnx_session(path)
+    session = onnx_session(path, threads=torch.get_num_threads())
     said = says(session)
     if said is None:
         raise UserError(f"{path}: expected an .onnx file that students.export wrote")
@@ -173,8 +174,9 @@ def load_torch(path: Path, device: torch.device, trust: bool) -> Exported:
             program = torch.export.load(path, extra_files=extra)
             module = move_to_device_pass(program, str(device)).module()
     except Exception as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{path} does not load as a torch.export file ({reason:.200})") from error
+        raise UserError(
+            f"{path} does not load as a torch.export file ({first_line(error):.200})"
+        ) from error
 
     return of_module(module, About.from_json(extra[f"{KEY}.json"], path), path, device)
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion.console import UserError
+from diffusion.console import UserError, first_line
 
 GREY = 128  # a blocked image's only level
 MODULE = "module:"
@@ -73,8 +73,9 @@ def _classifier(path: str) -> Callable[[np.ndarray], np.ndarray]:
     try:
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime has no common error
-        reason = str(error).splitlines()[0]
-        raise UserError(f"--filter {path}: expected an ONNX classifier ({reason})") from error
+        raise UserError(
+            f"--filter {path}: expected an ONNX classifier ({first_line(error)})"
+        ) from error
     (given, *others), first = session.get_inputs(), session.get_outputs()[0].name
     if others or given.type not in ("tensor(uint8)", "tensor(float)"):
         raise UserError(f"--filter {path}: expected one input, images as uint8 or float32")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, export
 
-from diffusion.console import UserError
+from diffusion.console import UserError, first_line
 from diffusion.latents import Latents
 from diffusion.model import Model
 from diffusion.noise import Noise
@@ -100,10 +100,9 @@ def trace(sampling: Sampling, example: tuple[Tensor, ...]) -> ExportedProgram:
         with torch.no_grad():
             program = export(sampling.eval(), example, dynamic_shapes=shapes, strict=False)
     except Exception as error:  # whatever the network's code does
-        reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"the network cannot be traced for any batch size by torch.export ({reason:.200}): "
-            "it must not depend on values, nor take len() of a tensor"
+            "the network cannot be traced for any batch size by torch.export "
+            f"({first_line(error):.200}): it must not depend on values, nor take len() of a tensor"
         ) from error
     # a loop over no angles leaves a node without outputs, which torch.export.load cannot read
     program.graph.eliminate_dead_code()

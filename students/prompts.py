@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from diffusion.captions import EncoderPlace, load_encoder
+from diffusion.captions import EncoderPlace, load_encoder, read_text
 from diffusion.condition import INSTEAD, Text
 from diffusion.console import UserError
 from diffusion.model import Model
@@ -37,10 +37,7 @@ class Prompts:
 
 def from_file(path: Path) -> tuple[str, ...]:
     """The lines that are not empty."""
-    try:
-        lines = path.read_text("utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is no text in UTF-8 ({error}): save it as such") from error
+    lines = read_text(path).splitlines()
     if not (texts := tuple(" ".join(line.split()) for line in lines if line.strip())):
         raise UserError(f"{path} is empty: expected a prompt in each line")
     return texts

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from diffusion.checkpoint import weights_sha256
 from diffusion.console import UserError
 from eval.measure.inception import file_sha256
+from students.exported import onnx_session
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
@@ -39,22 +40,9 @@ def _exported(path: Path, device: torch.device) -> Callable[[Tensor], Tensor]:
 
 def session(path: Path, what: str = "a network") -> "InferenceSession":
     """An ONNX file, on the CPU. UserError where onnxruntime is missing or the file is none."""
-    try:
-        from onnxruntime import InferenceSession, SessionOptions
-    except ImportError:
-        raise UserError(
-            "an .onnx file needs onnxruntime, which is not here: pip install onnxruntime"
-        ) from None
     if not path.is_file():
         raise UserError(f"there is no file {path}: expected {what} as .onnx")
-    settings = SessionOptions()
-    settings.log_severity_level = 3  # errors: a graph's unused values are its maker's business
-    try:
-        return InferenceSession(path, settings, providers=["CPUExecutionProvider"])
-    except Exception as error:  # a wrong file fails in as many ways as there are files
-        raise UserError(
-            f"{path} does not load: expected {what} as .onnx ({_reason(error)})"
-        ) from error
+    return onnx_session(path, f"does not load: expected {what} as .onnx")
 
 
 def _onnx(path: Path, device: torch.device) -> Callable[[Tensor], Tensor]:

@@ -17,7 +17,7 @@ from cleanfid.inception_torchscript import InceptionV3W
 from cleanfid.resize import build_resizer
 from torch import Tensor
 
-from diffusion.console import UserError, say
+from diffusion.console import UserError, first_line, say
 
 FILE = "inception-2015-12-05.pt"
 URL = f"https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/{FILE}"
@@ -99,5 +99,6 @@ def _download(file: Path) -> None:
         known = f"sha256:{SHA256}"
         pooch.retrieve(URL, known, file.name, file.parent, downloader=ask)  # ty: ignore
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{file} is missing and was not downloaded ({reason}): {_mend()}") from None
+        raise UserError(
+            f"{file} is missing and was not downloaded ({first_line(error)}): {_mend()}"
+        ) from None

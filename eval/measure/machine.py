@@ -6,12 +6,12 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
-from pathlib import Path
 from statistics import mean
 
 import torch
 from accelerate import PartialState
 
+from diffusion.machine import cpuinfo, processor
 from eval.results.records import Conditions, Environment
 
 SM_CLOCK, MEMORY_CLOCK, CORE_TEMPERATURE = 1, 2, 0  # NVML's numbers of them
@@ -21,7 +21,7 @@ def environment(device: torch.device, precision: str, compiled: bool) -> Environ
     """What may move a time or an image; the same whenever it is asked for. JSON's types alone."""
     on_gpu = device.type == "cuda"
     return {
-        "device": torch.cuda.get_device_name(device) if on_gpu else _processor(),
+        "device": torch.cuda.get_device_name(device) if on_gpu else processor(),
         "type": device.type,
         "precision": precision,
         "compile": compiled,
@@ -88,20 +88,7 @@ def nvml(device: torch.device, name: str, *arguments: int) -> int | None:
         return None
 
 
-def _processor() -> str:
-    return next(iter(_cpuinfo("model name")), platform.processor() or platform.machine())
-
-
 def _processor_mhz() -> int | None:
     """The mean of all cores now."""
-    clocks = [float(mhz) for mhz in _cpuinfo("cpu MHz")]
+    clocks = [float(mhz) for mhz in cpuinfo("cpu MHz")]
     return round(mean(clocks)) if clocks else None
-
-
-def _cpuinfo(name: str) -> list[str]:
-    """That field of every core; empty where the system does not tell."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return []
-    return [line.split(":", 1)[1].strip() for line in lines if line.startswith(name)]

@@ -161,26 +161,23 @@ def memorisation(ours: Tensor, held_out: Tensor) -> dict[str, float]:
 
     ours, held_out: (N, 2), two_nearest of either among the training images.
     """
-    (ours, second), (held_out, held_out_second) = ours.T.cpu(), held_out.T.cpu()
+    near, usual = ours[:, 0].cpu(), held_out[:, 0].cpu()
     farther, p_value = mannwhitneyu(
-        ours.numpy(), held_out.numpy(), alternative="less", method="asymptotic"
+        near.numpy(), usual.numpy(), alternative="less", method="asymptotic"
     )
     return {
-        "ratio": float(ours.quantile(0.5) / held_out.quantile(0.5)),
-        "nearer": 1 - float(farther) / (len(ours) * len(held_out)),
+        "ratio": float(near.quantile(0.5) / usual.quantile(0.5)),
+        "nearer": 1 - float(farther) / (len(near) * len(usual)),
         "p_value": float(p_value),
-        "copied": _copied(ours, second),
-        "copied_floor": _copied(held_out, held_out_second),
+        "copied": copied(ours),
+        "copied_floor": copied(held_out),
     }
 
 
 def copied(near: Tensor) -> float:
     """The share of images at most a third as far from the nearest image of a bank as from the
     second (Yoon et al. 2023). near: (N, 2), two_nearest of them."""
-    return _copied(*near.T)
-
-
-def _copied(first: Tensor, second: Tensor) -> float:
+    first, second = near.T
     return float((first <= second / 3).double().mean())
 
 

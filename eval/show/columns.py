@@ -117,14 +117,11 @@ def _figure(name: str, line: Line) -> Cell:
     return cell(value, lambda number: f"{number:.3g}{between(interval)}")
 
 
-def _within(error: float | None, digits: str = ".3g") -> Callable[[float], str]:
-    """The text of a number that has that error, if one is known."""
-    return lambda value: f"{value:{digits}}" + ("" if error is None else f" ± {error:.2g}")
-
-
 def _bits(name: str, line: Line) -> Cell:
     likelihood = line.record.likelihood
-    return cell(likelihood.get(name), _within(likelihood.get(f"{name}-error"), ".4g"))
+    error = likelihood.get(f"{name}-error")
+    within = "" if error is None else f" ± {error:.2g}"
+    return cell(likelihood.get(name), lambda value: f"{value:.4g}{within}")
 
 
 def gradient_images(record: Record) -> int | None:
