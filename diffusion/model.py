@@ -150,11 +150,9 @@ class Model:
         kind has for them; empty where the network takes none."""
         return condition.usual(self.kinds, indices, given)
 
-    def guided_condition(
-        self, plan: Plan, indices: Tensor, given: Condition | None = None
-    ) -> Condition | None:
-        """What the network is told beside x_t and t, of images number `indices` (B,): their
-        condition, with the guidance weight where the plan has one.
+    def inputs(self, plan: Plan, indices: Tensor, given: Condition | None) -> Condition | None:
+        """The network's inputs beside x_t and t, of images number `indices` (B,): their condition,
+        with the guidance weight where the plan has one.
 
         given: conditions (B, ...) by name, in place of what is usual for these images; and under
         INSTEAD and a name what guidance of two calls leads away from, in place of nothing.
@@ -172,10 +170,10 @@ class Model:
     ) -> Tensor:
         """Images number `indices` (B,) of the seed: (B, C, H, W) float32 on the indices' device.
 
-        seed: one for all, or each image's (B,). given: as `guided_condition` takes it.
+        seed: one for all, or each image's (B,). given: as `inputs` takes it.
         """
         noise, angles = Noise(seed, indices, self.shape), plan.on(indices.device)
-        condition = self.guided_condition(plan, indices, given)
+        condition = self.inputs(plan, indices, given)
         return sample(self.denoiser, noise, plan.sampler, angles, condition)
 
     def sample(

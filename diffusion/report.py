@@ -29,6 +29,7 @@ def show(
 ) -> None:
     """Print the table. labels: of the images that were taken, where they were asked for."""
     skipped, total = sum(map(len, decoded.skipped.values())), len(listing.names)
+    again = decoded.repeated
     rows = {
         "images": f"{total:,} image{'s' * (total > 1)} found, {total - skipped:,} taken, "
         f"{skipped:,} skipped" + (f": {listed(decoded.skipped)}" if skipped else ""),
@@ -37,8 +38,7 @@ def show(
         "kinds": _kinds(decoded, form),
         "classes": _classes(listing, decoded, labels),
         "captions": _captions(listing, decoded),
-        "repeated": f"{decoded.repeated:,} have the same pixels as another"
-        * bool(decoded.repeated),
+        "repeated": f"{again:,} have the same pixels as another" * bool(again),
         "held out": _held_out(listing, held_out),
         "kept": _kept(decoded),
     }

@@ -64,8 +64,6 @@ class Adaptive(Checkpoint):
         model = self.model
         stopping = Stopping(model.denoiser, self.tolerance)
         noise, angles = Noise(seed, numbers, model.shape), plan.on(numbers.device)
-        x0 = sample(
-            stopping, noise, plan.sampler, angles, model.guided_condition(plan, numbers, condition)
-        )
+        x0 = sample(stopping, noise, plan.sampler, angles, model.inputs(plan, numbers, condition))
         self.calls = stopping.calls.cpu() * model.calls_per_step(plan)
         return x0

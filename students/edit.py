@@ -148,7 +148,7 @@ class Editor:
         """The jump of images of these numbers (B,)."""
         label = self.settings.label
         given = None if label is None else {"label": torch.full_like(numbers, label)}
-        condition = self.model.guided_condition(self.plan, numbers, given)
+        condition = self.model.inputs(self.plan, numbers, given)
         return lambda x_t, t: self.model.denoiser(x_t, t, condition)
 
     def noise(self, numbers: Tensor) -> Noise:
