@@ -48,7 +48,7 @@ COMMANDS = {  # in an order in which each has its inputs: its name -> its words
     "human": "eval.human make runs/cd made.npz --out human.html --pairs 2",
 }
 MAINS = {
-    f"{module.__name__}": module.main
+    module.__name__: module.main
     for module in (
         *(ddpm, progressive, guidance, midtraining, consistency, soup, generate),
         *(compare, report, methods, human),
@@ -119,7 +119,7 @@ def call(name: str, home: Path, disturbance: Disturbance | None = None) -> Ended
 
 
 def figures(home: Path) -> dict[str, object]:
-    """By path, what each file says, but for times, checksums and locks, which say nothing."""
+    """What each file says, by its path, but for times, checksums and locks, which say nothing."""
     files = (path for path in sorted(home.rglob("*")) if path.is_file() and path.suffix != LOCK)
     return {str(path.relative_to(home)): _figures(path) for path in files}
 

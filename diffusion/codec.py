@@ -40,14 +40,6 @@ class Codec(Entry, Protocol):
         """Images uint8 of x0: the inverse of encode, rounded and clipped to 0..255."""
 
 
-class FittedCodec(Codec, Protocol):
-    """A codec that images alone say all of."""
-
-    @staticmethod
-    def fitted(parts: Iterable[Tensor]) -> Codec:
-        """The codec that suits such images: parts of them, (N, C, H, W) uint8 each."""
-
-
 @dataclass(frozen=True)
 class Scale:
     """Grey levels, less their mean, over their standard deviation."""
@@ -75,6 +67,7 @@ class Scale:
 
     @staticmethod
     def fitted(parts: Iterable[Tensor]) -> "Scale":
+        """The scale that suits such images: parts of them, (N, C, H, W) uint8 each."""
         histogram = torch.zeros(256, dtype=torch.float64)
         for images in parts:
             histogram += torch.bincount(images.flatten(), minlength=256)
@@ -93,7 +86,7 @@ def fitted(choice: str, name: str, images: Images) -> Codec:
     or where every pixel has the same value.
     """
     pixels, fit = _differing(name, parts(images)), getattr(CODECS.get(choice), "fitted", None)
-    if fit:
+    if fit:  # of a codec that images alone say all of
         return fit(pixels)
     if autoencoder.is_place(choice):
         for _ in pixels:

@@ -21,8 +21,8 @@ T = TypeVar("T")
 Limits = Mapping[str, tuple[str, Callable[[Any], bool]]]  # an option -> its limit in words, a test
 DEBUG = "--debug"  # with it, what escapes as an error of the system shows its traceback
 ALLOCATION = re.compile(  # how torch, CUDA, oneDNN, threads and imports say that memory is short
-    "out of memory|allocate memory|CUBLAS_STATUS_ALLOC_FAILED|create a primitive|start new thread"
-    "|failed to map segment",
+    "out of memory|not enough memory|allocate memory|_ALLOC_FAILED|create a primitive"
+    "|start new thread|failed to map segment",
     re.IGNORECASE,
 )
 
@@ -206,12 +206,17 @@ def first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
+def out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out; the CPU's allocator and CUDA's libraries have no type for it."""
+    return isinstance(error, MemoryError) or bool(ALLOCATION.search(str(error)))
+
+
 def system_error(error: Exception) -> str:
     """What the system refused, and by `doing` what was being done; "" for a fault of the code."""
     if isinstance(error, OSError):
         reason = error.strerror or str(error) or type(error).__name__
         words = f"{reason}: {error.filename}" if error.filename else reason
-    elif isinstance(error, MemoryError) or ALLOCATION.search(str(error)):
+    elif out_of_memory(error):
         words = "out of memory: give a lower --batch-size or number"
     else:
         return ""

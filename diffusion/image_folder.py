@@ -79,6 +79,12 @@ def _labels(folder: Path, names: list[str]) -> Labels:
     return Labels([number[first] for first in firsts], classes)
 
 
+def pictures_in(folder: Path) -> list[Path]:
+    """The files in a folder that are pictures by their suffix, in order of their names."""
+    suffixes = image_file.kinds()[1]
+    return sorted(x for x in folder.iterdir() if x.suffix.lower() in suffixes and x.is_file())
+
+
 def look(folder: Path) -> Survey:
     """Find the images below a folder, through links too, but each folder once.
 

@@ -145,6 +145,10 @@ class Model:
         """2 where the plan's guidance is made of two network calls, else 1."""
         return 1 if "guidance" in self.kinds or plan.guidance in (None, 1) else 2
 
+    def calls(self, plan: Plan) -> int:
+        """Network calls that the plan makes for each image."""
+        return SOLVERS[plan.sampler].calls(plan.num_steps) * self.calls_per_step(plan)
+
     def conditions(self, indices: Tensor, given: Condition | None = None) -> dict[str, Tensor]:
         """The condition of images number `indices` (B,): what is given, and for the rest what its
         kind has for them; empty where the network takes none."""

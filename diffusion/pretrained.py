@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from diffusion.console import UserError
+from diffusion.console import UserError, first_line
 
 SAFE: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 
@@ -42,8 +42,7 @@ def network(folder: Path, architecture: str, purpose: str, unused: str = "\0") -
             folder, **SAFE, use_safetensors=True, output_loading_info=True, dtype=torch.float32
         )
     except Exception as error:  # a wrong file fails in as many ways as there are files
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UserError(f"{folder} does not load: {expected} ({reason:.200})") from error
+        raise UserError(f"{folder} does not load: {expected} ({first_line(error):.200})") from error
     lacking = sorted(name for name in report["missing_keys"] if unused not in name)
     if lacking:  # which transformers would leave at random
         raise UserError(f"{folder} lacks weights such as {lacking[0]}: {expected}")

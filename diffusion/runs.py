@@ -155,8 +155,9 @@ def train(
             lines = fit(method, dataset, config, state, preview=preview, settings=settings)
             lines = tracked(with_warning(lines, config, advice), config.track, run, settings)
             lines = _logged(lines, run / "log.jsonl")
-            kept = "nothing was saved"
-            with doing(f"training {run}", lambda: GOES_ON if state.exists() else kept):
+            with doing(
+                f"training {run}", lambda: GOES_ON if state.exists() else "nothing was saved"
+            ):
                 *_, last = track(lines, str(run), _describe)
             if processes.is_main_process:
                 product.leave(run, method, _spent(settings, config, last))

@@ -13,7 +13,7 @@ from torch import Tensor
 from diffusion import pretrained
 from diffusion.checkpoint import weights_sha256
 from diffusion.condition import Text
-from diffusion.console import UserError, say, track
+from diffusion.console import UserError, first_line, say, track
 from diffusion.machine import this_device
 
 MOST_TOKENS = 77  # of a text, as CLIP has them: what is longer is cut
@@ -154,7 +154,6 @@ def tokenizer_of(folder: Path, library: Any) -> Any:
     try:
         return library.AutoTokenizer.from_pretrained(places[0], **pretrained.SAFE)
     except Exception as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(
-            f"the tokenizer in {places[0]} does not load: {expected} ({reason:.200})"
+            f"the tokenizer in {places[0]} does not load: {expected} ({first_line(error):.200})"
         ) from error

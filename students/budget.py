@@ -120,10 +120,7 @@ def ways_without(model: Model, guidance: float | None) -> list[Way]:
     for count in COUNTS if model.solvers else ():
         with suppress(UserError):  # more than it has angles for
             plans.setdefault(count, model.plan(count, guidance=guidance))
-    return [
-        Way(plan, SOLVERS[plan.sampler].calls(plan.num_steps) * model.calls_per_step(plan))
-        for _, plan in sorted(plans.items())
-    ]
+    return [Way(plan, model.calls(plan)) for _, plan in sorted(plans.items())]
 
 
 def timed(model: Model, ways: list[Way], batch: int) -> list[float]:

@@ -10,7 +10,6 @@ import torch
 from diffusion.condition import Guidance, Label
 from diffusion.files import write_atomic
 from diffusion.model import Model
-from diffusion.samplers import SOLVERS
 from students.exported import FILES, About
 from students.formats import Parity
 from students.graph import Sampling
@@ -43,8 +42,7 @@ class Written:
     @property
     def calls(self) -> int:
         """Network calls for each image."""
-        plan = self.about.plan
-        return SOLVERS[plan.sampler].calls(plan.num_steps) * self.model.calls_per_step(plan)
+        return self.model.calls(self.about.plan)
 
     @property
     def noise(self) -> tuple[int, ...]:

@@ -19,7 +19,8 @@ from diffusion import machine
 from diffusion.circle import add_noise
 from diffusion.console import UserError, at_least, doing, run, say
 from diffusion.folders import check_file
-from diffusion.image_file import Form, kinds, read, reason
+from diffusion.image_file import Form, read, reason
+from diffusion.image_folder import pictures_in
 from diffusion.model import Model, load
 from diffusion.noise import Noise, check_seed
 from diffusion.pictures import save_grid
@@ -185,11 +186,9 @@ class Editor:
 
 def pictures(path: Path, form: Form) -> Tensor:
     """The pictures of a file or a folder, in order of their names: (N, C, size, size) uint8."""
-    paths = [path]
-    if path.is_dir():
-        paths = sorted(each for each in path.iterdir() if each.suffix.lower() in kinds()[1])
-        if not paths:
-            raise UserError(f"{path} holds no pictures: expected PNGs or the like")
+    paths = pictures_in(path) if path.is_dir() else [path]
+    if not paths:
+        raise UserError(f"{path} holds no pictures: expected PNGs or the like")
     return torch.stack([_picture(each, form) for each in paths])
 
 

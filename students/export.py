@@ -98,7 +98,7 @@ def export(options: Options) -> tuple[Path, list[Parity]]:
     precision: Precision = "int8" if options.int8 else options.dtype
     model = load(options.checkpoint)
     plan = model.plan(options.steps, options.sampler, None, options.guidance)
-    calls = SOLVERS[plan.sampler].calls(plan.num_steps) * model.calls_per_step(plan)
+    calls = model.calls(plan)
     if options.to in ("onnx", "torch") and calls > MOST_CALLS:
         raise UserError(
             f"a graph of {calls} network calls would hold the network as often, and at most "

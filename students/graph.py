@@ -60,7 +60,7 @@ def inputs(
     shape: tuple[int, int, int],
     draws: int,
 ) -> dict[str, Tensor]:
-    """By name, what a traced plan is called with for images of these numbers (B,) of the seed.
+    """What a traced plan is called with, by name, for images of these numbers (B,) of the seed.
 
     shape: (C, H, W) of an x0.
     """

@@ -92,8 +92,8 @@ def _write_ours(model: Model, about: About, folder: Path) -> None:
 
 
 def differs(model: Model, about: About, folder: Path) -> int:
-    """By how many grey levels, at most, images of the folder by diffusers differ from the model's,
-    of the same noise."""
+    """The most grey levels by which diffusers' images of the folder differ from the model's, of the
+    same noise."""
     from diffusers.utils.logging import disable_progress_bar
 
     disable_progress_bar()

@@ -84,10 +84,6 @@ def npz(batches: Iterable[Batch]) -> bytes:
     return buffer.getvalue()
 
 
-def write_npz(path: Path, batches: Iterable[Batch]) -> None:
-    write_atomic(path, npz(batches))
-
-
 def write_tar(path: Path, batches: Iterable[Batch]) -> None:
     """A shard of a WebDataset: for each image NNNNNN.png, .cls where it has a class, .txt where it
     has a prompt, and .json."""
@@ -143,7 +139,7 @@ PICTURE = "{:06d}.png"
 # By --format: the field of a folder's mark that counts its files, their names, what writes a shard.
 FORMATS: dict[str, tuple[str, str, Callable[[Path, Iterable[Batch]], None]]] = {
     "png": ("pictures", PICTURE, write_pictures),
-    "npz": ("npz", "images-{:06d}.npz", write_npz),
+    "npz": ("npz", "images-{:06d}.npz", lambda path, batches: write_atomic(path, npz(batches))),
     "webdataset": ("webdataset", "images-{:06d}.tar", write_tar),
 }
 
@@ -207,8 +203,9 @@ def write_shards(
     patience: seconds between the first process's looks for the others' shards.
     """
     processes, before, marked = PartialState(), files_before(folder), (folder / MARK).exists()
-    part, write = folder / PART, FORMATS[job.format][2]
-    paths = [part / _shard(job, i) for i in range(len(job.shards))]
+    part, (_, name, write) = folder / PART, FORMATS[job.format]
+    name = "{:06d}" if job.format == "png" else name  # a folder of pictures
+    paths = [part / name.format(i) for i in range(len(job.shards))]
     with owned(folder):
         missing: list[int] = []
         if processes.is_main_process:
@@ -232,10 +229,6 @@ def _until(batches: Iterator[Batch], stop: int) -> Iterator[Batch]:
         yield batch
         if batch.numbers.stop == stop:
             return
-
-
-def _shard(job: Job, number: int) -> str:
-    return f"{number:06d}" if job.format == "png" else FORMATS[job.format][1].format(number)
 
 
 def _begin(part: Path, job: Job, paths: list[Path]) -> list[int]:

@@ -14,7 +14,8 @@ import tyro
 from torch import Tensor
 
 from diffusion.console import UserError, run, say
-from diffusion.image_file import MODES, kinds
+from diffusion.image_file import MODES
+from diffusion.image_folder import pictures_in
 
 METHOD = "dwtDctSvd"
 MARK = b"few1"
@@ -84,10 +85,7 @@ def main() -> None:
 
     options = tyro.cli(Options, prog="python -m students.watermark")
     for place in options.pictures:
-        paths = [place]
-        if place.is_dir():
-            paths = sorted(each for each in place.iterdir() if each.suffix.lower() in kinds()[1])
-        for path in paths:
+        for path in pictures_in(place) if place.is_dir() else [place]:
             try:
                 rgb = np.asarray(Image.open(path).convert(MODES[3]))
             except OSError as error:

@@ -209,8 +209,7 @@ def load_data(options: Options) -> Dataset:
 
 def kinds_of(options: Options, dataset: Dataset) -> Kinds:
     """The conditions that the model takes: all that is known of the images, labels if asked for."""
-    label = {"label"} if not options.num_classes else set()
-    kinds = {name: kind for name, kind in dataset.kinds.items() if name not in label}
+    kinds = {k: kind for k, kind in dataset.kinds.items() if k != "label" or options.num_classes}
     if options.from_size:
         kinds["small"] = small_of(options.from_size, dataset)
     return kinds

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from diffusion import typed
 from diffusion.circle import broadcast
 from diffusion.condition import Condition, Kinds, Label
-from diffusion.console import UserError
+from diffusion.console import UserError, first_line
 from diffusion.networks.module import imported, is_trusted
 
 EXPORTED = ".pt2"
@@ -92,8 +92,9 @@ def _made(place: str) -> nn.Module:
     try:
         network = made()
     except Exception as error:  # a function fails in as many ways as there are functions
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UserError(f"edm:{place}: calling it without arguments failed ({reason})") from error
+        raise UserError(
+            f"edm:{place}: calling it without arguments failed ({first_line(error)})"
+        ) from error
     if not isinstance(network, nn.Module) or not any(True for _ in network.parameters()):
         raise UserError(f"edm:{place} returns {type(network).__name__}: {EXPECTED}")
     return network
@@ -112,10 +113,9 @@ def _exported(path: Path) -> nn.Module:
         )
         _, channels, size, _ = images.meta["val"].shape
     except Exception as error:  # a wrong file fails in as many ways as there are files
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(
             f"{path} does not load: expected a denoiser D(x, sigma) that torch.export.save wrote "
-            f"({reason})"
+            f"({first_line(error)})"
         ) from error
     network.img_channels, network.img_resolution = int(channels), int(size)
     for mode in ("eval", "train"):  # which an exported program refuses

@@ -17,7 +17,7 @@ from tyro.conf import Suppress
 
 from diffusion import typed
 from diffusion.condition import Kinds
-from diffusion.console import UserError
+from diffusion.console import UserError, first_line
 
 MODULE = "module:"  # before the place of the user's own class
 VARIABLE = "FEWSTEP_TRUST"  # of the environment: modules and packages, with commas between them
@@ -88,8 +88,9 @@ def imported(place: str, expected: str) -> Any:
     try:
         return getattr(import_module(module), name)
     except Exception as error:  # a module fails in as many ways as there are modules
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UserError(f"{expected}, which does not import from here ({reason})") from error
+        raise UserError(
+            f"{expected}, which does not import from here ({first_line(error)})"
+        ) from error
 
 
 def is_trusted(name: str) -> bool:

@@ -97,8 +97,7 @@ class Judge:
             real["own"], data["statistics"] = saved.to(device), file_sha256(statistics)
         further = []
         for other in more:
-            features = (reference(x, other, device) for x in (dataset.train, dataset.test))
-            known, held_out = features
+            known, held_out = (reference(x, other, device) for x in (dataset.train, dataset.test))
             further.append(Representation(other, known, held_out, Moments.of(known)))
         if dataset.of > len(train):
             data["of"] = dataset.of

@@ -6,7 +6,6 @@ from torch import Tensor, nn
 from diffusion.console import UserError
 from diffusion.model import Model
 from diffusion.plan import Plan
-from diffusion.samplers import SOLVERS
 from eval.measure.stream import indices
 
 
@@ -31,7 +30,7 @@ def count_calls(model: Model, plan: Plan) -> int:
             model.sample(plan, 0, indices(model, 0, 1))
     finally:
         model.denoiser.net = counted.net
-    claimed = SOLVERS[plan.sampler].calls(plan.num_steps) * model.calls_per_step(plan)
+    claimed = model.calls(plan)
     if counted.calls != claimed:
         raise UserError(
             f"{plan.sampler} claims {claimed} network calls in {plan.num_steps} steps, "

@@ -17,6 +17,7 @@ from diffusion.condition import Condition, Kinds
 from diffusion.console import UserError, printable
 from diffusion.data import ImageSpec
 from diffusion.image_file import Form, kinds, read, reason, unlimited
+from diffusion.image_folder import pictures_in
 from diffusion.noise import Noise
 from eval.measure import custom
 from eval.measure.inception import file_sha256
@@ -64,7 +65,11 @@ def is_outside(path: Path) -> bool:
     checkpoint in it."""
     if path.suffix in SCORED:
         return True
-    return path.is_dir() and not next(path.rglob("model.safetensors"), None) and bool(_files(path))
+    return (
+        path.is_dir()
+        and not next(path.rglob("model.safetensors"), None)
+        and bool(pictures_in(path))
+    )
 
 
 def form_of(path: Path) -> Form:
@@ -75,7 +80,7 @@ def form_of(path: Path) -> Form:
         images, _ = _generator(path)(0, torch.arange(2))
         channels, height, width = images.shape[1:]
     else:
-        with unlimited(), Image.open(_files(path)[0], formats=kinds()[0]) as image:
+        with unlimited(), Image.open(pictures_in(path)[0], formats=kinds()[0]) as image:
             height = width = min(image.size)
             channels = 1 if image.mode in ("1", "L", "LA") else 3
     if height != width:
@@ -144,12 +149,7 @@ def folder(path: Path, form: Form) -> Tensor:
             raise UserError(f"{file} cannot be read: it is {reason(error)}") from error
 
     with unlimited(), ThreadPoolExecutor() as pool:
-        return torch.stack(list(pool.map(image, _files(path))))
-
-
-def _files(path: Path) -> list[Path]:
-    suffixes = kinds()[1]
-    return sorted(x for x in path.iterdir() if x.suffix.lower() in suffixes and x.is_file())
+        return torch.stack(list(pool.map(image, pictures_in(path))))
 
 
 def _require_shape(path: Path, shape: tuple[int, ...], spec: ImageSpec) -> None:

@@ -34,8 +34,7 @@ class Row:
     @property
     def calls(self) -> int:
         """Network calls for each image."""
-        made = SOLVERS[self.plan.sampler].calls(self.plan.num_steps)
-        return made * self.model.calls_per_step(self.plan)
+        return self.model.calls(self.plan)
 
     @property
     def method(self) -> str:

@@ -31,16 +31,8 @@ class Real:
     @staticmethod
     def sample(dataset: Dataset) -> "Real":
         train, test = some(dataset.train), some(dataset.test)
-        counts = dataset.num_classes, len(dataset.train)
-        return Real(
-            dataset.spec,
-            train.images,
-            test.images,
-            train.condition,
-            test.condition,
-            *counts,
-            dataset,
-        )
+        known = train.condition, test.condition, dataset.num_classes
+        return Real(dataset.spec, train.images, test.images, *known, len(dataset.train), dataset)
 
     def given(self, numbers: Tensor, kinds: Kinds) -> Condition:
         """What images of these numbers are told, of the real images': as Dataset.given has it."""

@@ -14,13 +14,12 @@ from torch import Tensor
 
 from diffusion.codec import Codec
 from diffusion.condition import Condition, Kinds, Label, of_images
-from diffusion.console import UserError, say
+from diffusion.console import UserError, out_of_memory, say
 from diffusion.files import Damaged, load_tensors, remove, save_tensors
 from diffusion.plan import Plan
 from eval.measure.judge import Asked, Judge
 from eval.measure.real import Real
 from eval.measure.seen import Seen
-from eval.measure.timing import out_of_memory
 
 SAVE_EVERY = 30.0  # seconds
 

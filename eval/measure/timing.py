@@ -8,6 +8,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from diffusion.console import out_of_memory
 from eval.results.records import FOR_P90, Timing
 
 MOST = 50  # repeats
@@ -27,14 +28,6 @@ def timed(call: Callable[[], T], device: torch.device) -> tuple[T, float]:
     return result, time.perf_counter() - start
 
 
-def out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out; the CPU's allocator and CUDA's libraries have no type for it."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    phrases = ("out of memory", "not enough memory", "can't allocate memory", "_ALLOC_FAILED")
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in phrases)
-
-
 def begin(call: Callable[[], Tensor], batch_size: int, device: torch.device) -> Timing:
     """Its first run, and a second that warms it up and shows the peak of its memory.
 
@@ -49,10 +42,7 @@ def begin(call: Callable[[], Tensor], batch_size: int, device: torch.device) -> 
         return Timing(batch_size, failed=OUT_OF_MEMORY)
     warm = second > max(LONG, first / 2)
     timing = Timing(batch_size, first, (second,) if warm else ())
-    if held is None:
-        return timing
-    allocated = torch.cuda.max_memory_allocated(device) - held
-    return replace(timing, allocated=allocated, reserved=torch.cuda.max_memory_reserved(device))
+    return _with_peaks(timing, held, device)
 
 
 def again(call: Callable[[], Tensor], timing: Timing, device: torch.device) -> Timing:
@@ -105,11 +95,7 @@ class InPassing:
             self.timing = Timing(size, first=took)
             return result
         timing = replace(self.timing, seconds=(*self.timing.seconds, took))
-        if held is not None:
-            allocated = torch.cuda.max_memory_allocated(self.device) - held
-            reserved = torch.cuda.max_memory_reserved(self.device)
-            timing = replace(timing, allocated=allocated, reserved=reserved)
-        self.timing = timing
+        self.timing = _with_peaks(timing, held, self.device)
         return result
 
     @property
@@ -145,6 +131,14 @@ def _fresh(device: torch.device) -> int | None:
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
     return torch.cuda.memory_allocated(device)
+
+
+def _with_peaks(timing: Timing, held: int | None, device: torch.device) -> Timing:
+    """With the peaks of memory since `_fresh` gave what was held; as it is on a CPU."""
+    if held is None:
+        return timing
+    allocated = torch.cuda.max_memory_allocated(device) - held
+    return replace(timing, allocated=allocated, reserved=torch.cuda.max_memory_reserved(device))
 
 
 def _synchronise(device: torch.device) -> None:
