@@ -63,13 +63,9 @@ class Outside:
 def is_outside(path: Path) -> bool:
     """Whether it is no run: a file of images or a generator, or a folder of images without a
     checkpoint in it."""
-    if path.suffix in SCORED:
-        return True
-    return (
-        path.is_dir()
-        and not next(path.rglob("model.safetensors"), None)
-        and bool(pictures_in(path))
-    )
+    if path.suffix in SCORED or not path.is_dir():
+        return path.suffix in SCORED
+    return bool(pictures_in(path)) and not next(path.rglob("model.safetensors"), None)
 
 
 def form_of(path: Path) -> Form:
