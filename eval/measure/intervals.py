@@ -162,17 +162,18 @@ def tied(a: Estimate, b: Estimate) -> bool:
     return low <= 0 <= high
 
 
-def ratio_interval(a: Estimate, b: Estimate, floor: Estimate | None = None) -> Interval | None:
-    """The ratios a / b, or (a - floor) / (b - floor), that the figures do not contradict.
+NO_FLOOR = Estimate(0.0, 0.0, [])
+
+
+def ratio_interval(a: Estimate, b: Estimate, floor: Estimate = NO_FLOOR) -> Interval | None:
+    """The ratios (a - floor) / (b - floor) that the figures do not contradict.
 
     By Fieller (1954): all rho with (a - rho b)^2 <= t^2 Var(a - rho b). None where they are no
     bounded interval, since b is not known to differ from 0.
     """
-    top, bottom, shared = a.value, b.value, a.covariance(b)
-    top_variance, bottom_variance = a.variance, b.variance
-    if floor:
-        top, bottom, shared = top - floor.value, bottom - floor.value, shared + floor.variance
-        top_variance, bottom_variance = a.variance + floor.variance, b.variance + floor.variance
+    top, bottom = (each.value - floor.value for each in (a, b))
+    top_variance, bottom_variance = (each.variance + floor.variance for each in (a, b))
+    shared = a.covariance(b) + floor.variance
     squared = quantile(min(a.freedom, b.freedom)) ** 2
     leading = bottom**2 - squared * bottom_variance
     if leading <= 0:

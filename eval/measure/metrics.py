@@ -50,10 +50,8 @@ class Moments:
         arrays = read_npz(path, (*STATISTICS, "extractor", "num_images"), expected)
         try:
             mean, covariance = (torch.from_numpy(arrays[name]).double() for name in STATISTICS)
-            known, count = (
-                str(arrays.get("extractor", extractor)),
-                int(arrays.get("num_images", MANY)),
-            )
+            known = str(arrays.get("extractor", extractor))
+            count = int(arrays.get("num_images", MANY))
         except (LookupError, TypeError, ValueError) as error:
             raise UserError(f"{path}: expected {expected} ({error!s:.200})") from error
         if mean.shape != (dim,) or covariance.shape != (dim, dim) or known != extractor:

@@ -94,7 +94,7 @@ class Line:
     @property
     def ratio_interval(self) -> Interval | None:
         """95 %, of the ratio; None of the yardstick's to itself, and where it has no bounds."""
-        return self._ratio_interval(None)
+        return self._ratio_interval()
 
     @property
     def above(self) -> float | None:
@@ -109,7 +109,7 @@ class Line:
         """95 %, of that."""
         return self._ratio_interval(Estimate(self.floor, self.record.floor_error**2, []))
 
-    def _ratio_interval(self, floor: Estimate | None) -> Interval | None:
+    def _ratio_interval(self, floor: Estimate = intervals.NO_FLOOR) -> Interval | None:
         if self.yardstick is None or self.ratio is None or self.yardstick.key == self.record.key:
             return None
         stick = estimate(self.yardstick)
