@@ -22,11 +22,11 @@ from benchmarks import speed
 from benchmarks.subjects import copied, endless, made_up, objectives, untrained
 from benchmarks.turns import Comparison, take_turns
 from diffusion.batches import Batch, Batches, batch_seed
-from diffusion.config import FitConfig, check_compiler
-from diffusion.console import Interrupted, UserError, first_line
+from diffusion.config import FitConfig
+from diffusion.console import Interrupted, first_line
 from diffusion.files import write_atomic
 from diffusion.images import InMemory
-from diffusion.machine import layout, this_device
+from diffusion.machine import compiler, layout, this_device
 from diffusion.model import Model
 from diffusion.networks import UNetConfig
 from diffusion.noise import Noise
@@ -168,11 +168,8 @@ def times(comparisons: Iterable[Comparison], repeats: int, title: str = "") -> I
 
 def without_compiler(what: str) -> list[Row]:
     """The row that leaves it out, where torch.compile does not work; none where it does."""
-    try:
-        check_compiler(True)
-    except UserError as error:
-        return [("left out", {"what": what, "why": str(error)})]
-    return []
+    why = compiler()
+    return [("left out", {"what": what, "why": why})] if why else []
 
 
 def flat(tensors: Iterable[Tensor]) -> Tensor:
