@@ -21,7 +21,7 @@ T = TypeVar("T")
 Limits = Mapping[str, tuple[str, Callable[[Any], bool]]]  # an option -> its limit in words, a test
 DEBUG = "--debug"  # with it, what escapes as an error of the system shows its traceback
 ALLOCATION = re.compile(  # how torch, CUDA, oneDNN, threads and imports say that memory is short
-    "out of memory|not enough memory|allocate memory|_ALLOC_FAILED|create a primitive"
+    "out.?of.?memory|not enough memory|allocate memory|_ALLOC_FAILED|create a primitive"
     "|start new thread|failed to map segment",
     re.IGNORECASE,
 )
@@ -208,7 +208,8 @@ def first_line(error: Exception) -> str:
 
 def out_of_memory(error: Exception) -> bool:
     """Whether memory ran out; the CPU's allocator and CUDA's libraries have no type for it."""
-    return isinstance(error, MemoryError) or bool(ALLOCATION.search(str(error)))
+    words = f"{type(error).__name__}: {error}"  # OutOfMemoryError may say no more
+    return isinstance(error, MemoryError) or bool(ALLOCATION.search(words))
 
 
 def system_error(error: Exception) -> str:
