@@ -167,7 +167,8 @@ def test_clocks_are_null_where_nvml_does_not_give_them(gpu, monkeypatch, missing
 
 def test_conditions_of_a_cpu_are_the_mean_clock_of_its_cores_or_null(monkeypatch):
     def system(read_text: Callable[[], str]) -> tuple[str, int | None]:
-        monkeypatch.setattr(machine, "Path", lambda path: SimpleNamespace(read_text=read_text))
+        file = SimpleNamespace(read_text=read_text)
+        monkeypatch.setattr("diffusion.machine.Path", lambda path: file)
         measured = machine.environment(CPU, "fp32", False), machine.conditions(CPU)
         return measured[0]["device"], measured[1]["clock_mhz"]
 
