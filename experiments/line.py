@@ -37,7 +37,8 @@ class Options:
     """
 
     line: tyro.conf.Positional[str]
-    """Which comparison: digits, fashion-mnist-cpu, fashion-mnist-gpu or fashion-mnist-night."""
+    """Which comparison: digits, fashion-mnist-cpu, fashion-mnist-half, fashion-mnist-gpu or
+    fashion-mnist-night."""
     out: Path | None = None
     """The folder for all of it. If left out: runs/LINE."""
     seeds: int = 0

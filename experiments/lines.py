@@ -72,6 +72,25 @@ FASHION_CPU = Line(
     "--num-images 1024 --long-images 1024 --seeds 0 1 --likelihood 128 --compile",
 )
 
+# Half of that budget, neither compiled nor in bf16, for any two cores; more images a row.
+HALF = "--iterations 1000 --batch-size 128 --learning-rate 1e-3 --warmup 50"
+FASHION_HALF = Line(
+    teacher="teachers.ddpm --data fashion-mnist --width 32 --multipliers 1 2 --blocks 1 "
+    "--attention --patch 2 --iterations 5000 --batch-size 128 --learning-rate 1e-3 --warmup 200 "
+    "--ema 0.999",
+    students={
+        "cd": (f"distill.consistency --mode cd {HALF} --num-angles 32",),
+        "cd-frechet": (f"distill.consistency --mode cd --frechet 3 {HALF} --num-angles 32",),
+        "progressive": (
+            "distill.progressive --solver heun --start-steps 24 --rounds 4 2 1 --batch-size 64 "
+            "--round-iterations 1200 350 450 --learning-rate 1e-3",
+        ),
+        "ect": (f"distill.consistency --mode ect --solver heun {HALF}",),
+    },
+    compare="eval.compare --no-times --steps 1,2,4,8,16 --solvers ddim unipc --num-images 5000 "
+    "--long-images 512",
+)
+
 # One GPU: meant for 20 minutes. Nothing here has been timed on a GPU yet.
 FASHION_GPU = Line(
     teacher="teachers.ddpm --data fashion-mnist --iterations 20000 --learning-rate 1e-3 --compile",
@@ -115,6 +134,7 @@ FASHION_NIGHT = Line(
 LINES = {
     "digits": DIGITS,
     "fashion-mnist-cpu": FASHION_CPU,
+    "fashion-mnist-half": FASHION_HALF,
     "fashion-mnist-gpu": FASHION_GPU,
     "fashion-mnist-night": FASHION_NIGHT,
 }
