@@ -22,7 +22,7 @@ from diffusion.circle import add_noise, x0_loss
 from diffusion.codec import Scale
 from diffusion.condition import Kinds, Small
 from diffusion.config import FitConfig, check
-from diffusion.console import UserError, at_least, run
+from diffusion.console import UserError, at_least, run, say
 from diffusion.data import Dataset
 from diffusion.denoiser import DenoiserConfig, check_prediction
 from diffusion.dry import check_memory, check_output
@@ -247,6 +247,8 @@ def train_teacher(options: Options) -> Model:
     check_output(lambda: options.net.build(outputs, kinds), image, outputs, kinds)
     angles = SCHEDULES[options.schedule]()
     check_prediction(options.denoiser.prediction, angles)
+    if words := grain(options.net, options.denoiser.prediction):
+        say(words)
     config = replace(options.denoiser, bounds=codec.bounds if options.clamp else None)
     learned, grey_levels = config.learned_variance, codec.grey_levels
     if learned and not grey_levels:
@@ -275,6 +277,24 @@ def train_teacher(options: Options) -> Model:
     method = one_network(denoiser, objective)
     advice = partial(faster, options.net, options.fit)
     return train_model(out, method, dataset, options.fit, card, advice)
+
+
+def grain(net: NetworkConfig, prediction: str) -> str:
+    """What to do where images would keep grain, as the network is narrower than a patch.
+
+    v and eps hold the noise of every number of a patch, which fewer numbers cannot carry (Li & He
+    2025, JiT, section 4). Images lie near fewer dimensions, so x0 can be told in them.
+    """
+    if prediction == "x0" or not isinstance(net, UNetConfig | DiTConfig):
+        return ""
+    numbers = net.channels * net.patch**2
+    if numbers <= net.width:
+        return ""
+    return (
+        f"a patch of {net.patch}x{net.patch} holds {numbers} numbers, and the network is "
+        f"{net.width} wide: what it leaves out stays in the images as grain; give --width "
+        f"{-(-numbers // 8) * 8} or a smaller --patch"
+    )
 
 
 def faster(net: NetworkConfig, fit: FitConfig) -> str:

@@ -111,11 +111,12 @@ def preset(data: str, size: int | None = None, channels: int = 3) -> Preset:
 def folder_preset(size: int, channels: int, gpu: bool) -> Preset:
     """Settings for a folder of images.
 
-    On a CPU the finest level has at most 16x16 patches, so that half an hour shows every image
-    of a few hundred some thousand times; on a GPU the network is CIFAR-10's.
+    On a CPU the finest level has 16x16 patches if it can, so that half an hour shows every image
+    of a few hundred some thousand times; on a GPU the network is CIFAR-10's. No patch holds more
+    numbers than the network is wide.
     """
-    finest = 64 if gpu else 16
-    patches = [p for p in (1, 2, 4, 8) if size % p == 0]
+    finest, most = (64, 128) if gpu else (16, 48)
+    patches = [p for p in (1, 2, 4, 8) if size % p == 0 and (p == 1 or channels * p**2 <= most)]
     patch = next((p for p in patches if size // p <= finest), patches[-1])
     multipliers = (1, 2, 2, 2) if gpu else (1, 2)
     levels = next(n for n in range(len(multipliers), 0, -1) if size // patch % 2 ** (n - 1) == 0)
@@ -123,7 +124,7 @@ def folder_preset(size: int, channels: int, gpu: bool) -> Preset:
     net = UNetConfig(
         channels=channels,
         size=size,
-        width=128 if gpu else 32,
+        width=128 if gpu else max(32, -(-channels * patch**2 // 8) * 8),
         multipliers=multipliers[:levels],
         blocks=2 if gpu else 1,
         attention=tuple(n for n in coarse if n <= 16)[: 1 if gpu else 0],

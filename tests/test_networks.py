@@ -18,7 +18,7 @@ from diffusion.console import UserError
 from diffusion.denoiser import Denoiser
 from diffusion.dry import check_output
 from diffusion.model import load
-from diffusion.networks import DiT, DiTConfig, ModuleConfig, module
+from diffusion.networks import DiT, DiTConfig, ModuleConfig, UNetConfig, module
 from diffusion.networks.dit import Attention, positions
 from distill import cd, ect, progressive, scm
 from distill import guidance as guided
@@ -27,7 +27,7 @@ from eval import compare
 from students import generate
 from teachers import ddpm
 from teachers.presets import DITS, PRESETS
-from tests.analytic import normal
+from tests.analytic import normal, random_unet
 
 close = torch.testing.assert_close
 SHAPE = DiTConfig(channels=3, size=8, width=16, depth=3, heads=2, patch=2)
@@ -388,3 +388,24 @@ def test_a_module_that_names_kinds_is_told_of_its_conditions_and_can_be_guided(m
     ddpm.train_teacher(ddpm.Options(net=ModuleConfig("mynets:MLP"), out=out / "mlp", **options))
     with pytest.raises(UserError, match="takes no guidance weight"):
         guided.distill(guided.Options(out / "mlp", out=out / "none", fit=fit))
+
+
+@pytest.mark.parametrize(("width", "narrow"), [(8, True), (16, False)])
+def test_a_network_passes_on_as_many_numbers_of_a_patch_as_it_is_wide(width, narrow):
+    shape = {"size": 8, "width": width, "multipliers": (1,), "attention": (), "patch": 4}
+    net = random_unet(**shape).double()
+    x, t = normal(0, 1, 1, 8, 8, dtype=torch.float64), torch.ones(1)
+    jacobian = torch.autograd.functional.jacobian(lambda x: net(x, t).flatten(), x)
+    rank = int(torch.linalg.matrix_rank(jacobian.flatten(1)))
+    assert (rank <= 4 * 8) == narrow  # of four patches
+    words = ddpm.grain(UNetConfig(**shape), "v")
+    assert ("holds 16 numbers, and the network is 8 wide" in words) == narrow
+    assert bool(words) == narrow
+    assert not ddpm.grain(UNetConfig(**shape), "x0")
+
+
+def test_a_narrow_network_is_told_of_before_it_trains(tmp_path, capsys):
+    net = UNetConfig(size=8, width=8, multipliers=(1,), blocks=1, attention=(), patch=4)
+    fit = FitConfig(iterations=1, batch_size=4, precision="fp32")
+    ddpm.train_teacher(ddpm.Options(out=tmp_path / "run", net=net, fit=fit))
+    assert "grain; give --width 16 or a smaller --patch" in capsys.readouterr().out

@@ -119,6 +119,9 @@ def test_the_advice_names_a_network_that_is_faster_by_a_measurement():
 def test_a_folders_preset_fits_every_size(size, gpu):
     chosen = folder_preset(size, 3, gpu)
     replace(chosen.net, width=8).build(3, {})
+    for net in (chosen.net, chosen.net.smaller()):
+        net.check()
+        assert not ddpm.grain(net, "v")
     levels = [size // chosen.net.patch >> n for n in range(len(chosen.net.multipliers))]
     assert set(chosen.net.attention) <= set(levels)
     assert chosen.teacher.minutes

@@ -83,11 +83,13 @@ class UNetConfig:
 
     def smaller(self) -> "UNetConfig":
         """A network for the same images that trains faster on a CPU."""
-        patches = (p for p in (4, 2, 1) if self.size % p == 0 and p <= max(1, self.size // 14))
-        patch = max(self.patch, next(patches))
+        most = max(1, self.size // 14)
+        patches = (p for p in (4, 2, 1) if self.size % p == 0 and p <= most)
+        fitting = (p for p in patches if p == 1 or self.channels * p**2 <= min(self.width, 32))
+        patch = max(self.patch, next(fitting))
+        width = min(self.width, max(32, self.channels * patch**2))
         levels = next(n for n in (2, 1) if self.size // patch % n == 0)
-        multipliers = self.multipliers[:levels]
-        width, shape = min(self.width, 32), {"patch": patch, "multipliers": multipliers}
+        shape = {"patch": patch, "multipliers": self.multipliers[:levels]}
         return replace(self, width=width, blocks=1, attention=(), **shape)
 
     def flags(self) -> str:
