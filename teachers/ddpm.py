@@ -280,20 +280,21 @@ def train_teacher(options: Options) -> Model:
 
 
 def grain(net: NetworkConfig, prediction: str) -> str:
-    """What to do where images would keep grain, as the network is narrower than a patch.
+    """What to do where images would keep grain, as the network is narrow for its patches.
 
-    v and eps hold the noise of every number of a patch, which fewer numbers cannot carry (Li & He
-    2025, JiT, section 4). Images lie near fewer dimensions, so x0 can be told in them.
+    v and eps hold the noise of every number of a patch, and the network has to carry it beside what
+    it knows of the image: fewer dimensions cannot, and as many did not learn to (docs/latents.md).
+    x0 lies near fewer (Li & He 2025, JiT, section 4).
     """
     if prediction == "x0" or not isinstance(net, UNetConfig | DiTConfig):
         return ""
     numbers = net.channels * net.patch**2
-    if numbers <= net.width:
+    if net.patch == 1 or 2 * numbers <= net.width:
         return ""
     return (
-        f"a patch of {net.patch}x{net.patch} holds {numbers} numbers, and the network is "
-        f"{net.width} wide: what it leaves out stays in the images as grain; give --width "
-        f"{-(-numbers // 8) * 8} or a smaller --patch"
+        f"a patch of {net.patch}x{net.patch} holds {numbers} numbers, and the network is only "
+        f"{net.width} wide: noise that it cannot carry stays in the images as grain; give a "
+        f"smaller --patch, or a --width of {-(-2 * numbers // 8) * 8}"
     )
 
 

@@ -94,15 +94,14 @@ def for_data(presets: Mapping[str, T], data: str) -> T:
 def preset(data: str, size: int | None = None, channels: int = 3) -> Preset:
     """The dataset's settings; for a folder of images, settings that suit its size and this machine.
 
-    size, channels: what the folder's images are brought to, or, for emoji, their size. Larger ones
-    are taken in larger patches, so that they cost as much.
+    size, channels: what the folder's images are brought to, or, for emoji, their size.
     """
     data = LIKE.get(data, data)
     if data in PRESETS:
         chosen = PRESETS[data]
         if data != "emoji" or size is None or size == chosen.net.size:
             return chosen
-        patch = max(1, chosen.net.patch * size // chosen.net.size)
+        patch = min(chosen.net.patch, max(1, chosen.net.patch * size // chosen.net.size))
         return replace(chosen, net=replace(chosen.net, size=size, patch=patch))
     gpu = torch.cuda.is_available()
     return folder_preset(size or (64 if gpu else 32), channels, gpu)
@@ -112,11 +111,12 @@ def folder_preset(size: int, channels: int, gpu: bool) -> Preset:
     """Settings for a folder of images.
 
     On a CPU the finest level has 16x16 patches if it can, so that half an hour shows every image
-    of a few hundred some thousand times; on a GPU the network is CIFAR-10's. No patch holds more
-    numbers than the network is wide.
+    of a few hundred some thousand times; on a GPU the network is CIFAR-10's. A patch has
+    at most half as many numbers as the network is wide (`teachers.ddpm.grain`).
     """
-    finest, most = (64, 128) if gpu else (16, 48)
-    patches = [p for p in (1, 2, 4, 8) if size % p == 0 and (p == 1 or channels * p**2 <= most)]
+    finest, width = (64, 128) if gpu else (16, 32)
+    squares = (1, 2, 4, 8)
+    patches = [p for p in squares if size % p == 0 and (p == 1 or 2 * channels * p**2 <= width)]
     patch = next((p for p in patches if size // p <= finest), patches[-1])
     multipliers = (1, 2, 2, 2) if gpu else (1, 2)
     levels = next(n for n in range(len(multipliers), 0, -1) if size // patch % 2 ** (n - 1) == 0)
@@ -124,7 +124,7 @@ def folder_preset(size: int, channels: int, gpu: bool) -> Preset:
     net = UNetConfig(
         channels=channels,
         size=size,
-        width=128 if gpu else max(32, -(-channels * patch**2 // 8) * 8),
+        width=width,
         multipliers=multipliers[:levels],
         blocks=2 if gpu else 1,
         attention=tuple(n for n in coarse if n <= 16)[: 1 if gpu else 0],

@@ -85,9 +85,9 @@ class UNetConfig:
         """A network for the same images that trains faster on a CPU."""
         most = max(1, self.size // 14)
         patches = (p for p in (4, 2, 1) if self.size % p == 0 and p <= most)
-        fitting = (p for p in patches if p == 1 or self.channels * p**2 <= min(self.width, 32))
+        fitting = (p for p in patches if p == 1 or 2 * self.channels * p**2 <= 32)
         patch = max(self.patch, next(fitting))
-        width = min(self.width, max(32, self.channels * patch**2))
+        width = min(self.width, max(32, 2 * self.channels * patch**2))
         levels = next(n for n in (2, 1) if self.size // patch % n == 0)
         shape = {"patch": patch, "multipliers": self.multipliers[:levels]}
         return replace(self, width=width, blocks=1, attention=(), **shape)
