@@ -14,6 +14,7 @@ from diffusion import older
 from diffusion.checkpoint import Settings
 from diffusion.console import UserError
 from diffusion.files import load_tensors, metadata, read_json, read_object, save_tensors, sealed
+from diffusion.sharded import gathered, shared_as
 from diffusion.typed import checked, parse
 
 SETTINGS = TypeAdapter(Settings)
@@ -54,16 +55,26 @@ class Moments:
             i, slot = key.split(".")
             like = self.parameters[int(i)]
             if value.shape == like.shape:  # a moment: in memory it must lie as its parameter does
-                value = torch.empty_like(like).copy_(value)
+                value = torch.empty_like(like).copy_(shared_as(value, like))
             slots.setdefault(int(i), {})[slot] = value
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": slots})
 
 
-def save(path: Path, parts: Parts, line: dict, settings: Mapping[str, Any]) -> None:
-    """Write the state at that line of the log, of the run of those settings."""
-    tensors = {
-        f"{name}.{k}": v for name, part in parts.items() for k, v in part.state_dict().items()
-    }
+def save(
+    path: Path, parts: Parts, line: dict, settings: Mapping[str, Any], writes: bool = True
+) -> None:
+    """Write the state at that line of the log, of the run of those settings.
+
+    All processes call this, for what they hold in shares is gathered; the one that `writes` writes.
+    """
+    tensors = {}
+    for name, part in parts.items():
+        for k, v in part.state_dict().items():
+            whole = gathered(v)
+            if writes:  # the others let go of it at once
+                tensors[f"{name}.{k}"] = whole if whole is v else whole.cpu()
+    if not writes:
+        return
     described = {"line": line, "settings": sealed(dict(settings))}
     save_tensors(path, tensors, {name: json.dumps(each) for name, each in described.items()})
 
@@ -83,7 +94,8 @@ def restore(path: Path, parts: Parts, kind: TypeAdapter[T]) -> T | None:
         tensors = older.state(tensors, sizes, followers)
         for name, part in parts.items():
             own = {k: v for k, v in tensors.items() if k.startswith(f"{name}.")}
-            part.load_state_dict({k.removeprefix(f"{name}."): v for k, v in own.items()})
+            own, now = {k.removeprefix(f"{name}."): v for k, v in own.items()}, part.state_dict()
+            part.load_state_dict({k: shared_as(v, now.get(k)) for k, v in own.items()})
         return checked(kind, parse(described["line"]), f"{path}: its line")
     except (UserError, LookupError, RuntimeError, TypeError, ValueError) as error:
         if isinstance(error, RuntimeError) and "state_dict" not in str(error):  # out of memory

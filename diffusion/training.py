@@ -1,11 +1,10 @@
 """THE training loop. Objectives differ; everything else is here, once."""
 
 import math
-import os
 import signal
 import time
 from collections.abc import Callable, Generator, Mapping
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,6 +23,7 @@ from diffusion.config import FitConfig, check, learning_rate
 from diffusion.console import Interrupted, UserError
 from diffusion.data import Dataset
 from diffusion.denoiser import Denoiser
+from diffusion.sharded import Held, gathered, portion
 from diffusion.state import Moments, Part, restore, save
 from diffusion.typed import Amount, Count, Positive
 
@@ -204,20 +204,20 @@ def fit(
                 due = due or stop or (last is first and time.monotonic() - logged > EARLY)
             if not due:
                 continue
-            loss, norm, largest, passes, stopped = team.means(done - last.iteration, len(stop))
-            now = time.monotonic()
+            wishes = len(stop), time.monotonic() - saved >= config.save_every
+            loss, norm, largest, passes, stopped, keep = team.means(done - last.iteration, *wishes)
+            now, keep = time.monotonic(), keep or stopped or done == config.iterations
             if not math.isfinite(loss + norm + largest):
                 raise _diverged(done, kept, state, config)
             pace = (done - last.iteration) * config.batch_size / (now - logged)
             figures = loss, norm, learning_rate(config, i), pace, last.seconds + now - logged
             counts = last.number + 1, last.passes + round(passes * worker.num_processes)
             line = Progress(done, config.iterations, *figures, *counts)
-            keep = stopped or done == config.iterations or now - saved >= config.save_every
-            if worker.is_main_process and keep:
-                save(state, team.parts, line._asdict(), settings)
+            if keep:
+                save(state, team.parts, line._asdict(), settings, worker.is_main_process)
                 saved, kept = now, line
-            if preview and worker.is_main_process and (keep or last is first) and not stopped:
-                preview(team.average.module)
+            if preview and (keep or last is first) and not stopped:
+                team.show(preview)
             if stopped:
                 where = f"stopped at iteration {done} of {config.iterations}"
                 number = stop[0] if stop else signal.SIGTERM
@@ -232,17 +232,17 @@ class Team:
 
     def __init__(self, method: Method, worker: Accelerator, config: FitConfig, fused: bool):
         self.method, self.worker, self.config = method, worker, config
-        self.nets = {
-            name: player.module.to(worker.device).train() for name, player in method.players.items()
-        }
-        self.trained = {
-            name: [p for p in net.parameters() if p.requires_grad]  # the rest are kept still
-            for name, net in self.nets.items()
-        }
+        self.nets = {name: player.module.train() for name, player in method.players.items()}
         self.average = Average(
             frozen_copy(self.nets["student"]), partial(_decay, config.ema), fused
         )
         self.followers = {"average": self.average, **method.followers}
+        averages = [each.module for each in self.followers.values() if isinstance(each, Average)]
+        self.held = Held([*self.nets.values(), *averages], worker)
+        self.trained = {
+            name: [p for p in net.parameters() if p.requires_grad]  # the rest are kept still
+            for name, net in self.nets.items()
+        }
         adamw = partial(
             torch.optim.AdamW,
             lr=config.learning_rate,
@@ -251,7 +251,7 @@ class Team:
             fused=fused,
             foreach=False,  # where it is not fused, one parameter after the other
         )
-        self.optimizers = {name: worker.prepare(adamw(own)) for name, own in self.trained.items()}
+        self.optimizers = {name: adamw(own) for name, own in self.trained.items()}
         self.parts: dict[str, Part] = {
             **self.nets,
             **{f"follower.{name}": follower for name, follower in self.followers.items()},
@@ -262,7 +262,7 @@ class Team:
                 module = getattr(part, "module", part)
                 if isinstance(module, Denoiser):
                     module.net.compile()
-        self.shared = {name: worker.prepare(net) for name, net in self.nets.items()}
+        self.shared = {name: self.held.synchronised(net) for name, net in self.nets.items()}
         self.sums = torch.zeros(2, device=worker.device)  # of losses and gradients' norms
         self.passes = 0  # images that a denoiser's network was called on within the losses
         self.student_steps = 0
@@ -285,14 +285,14 @@ class Team:
             with ExitStack() as alone:
                 if number < config.accumulate:
                     for name in movers:
-                        alone.enter_context(self.worker.no_sync(self.shared[name]))
+                        alone.enter_context(getattr(self.shared[name], "no_sync", nullcontext)())
                 before = Denoiser.passes
                 loss = self.method.loss({**self.shared, **still}, part, turn).sum() / share
                 self.passes += Denoiser.passes - before
                 self.worker.backward(loss)
             total = total + loss.detach()
         moved = [parameter for name in movers for parameter in self.trained[name]]
-        norm = self.worker.clip_grad_norm_(moved, config.clip)
+        norm = gathered(nn.utils.clip_grad_norm_(moved, config.clip))
         rate = learning_rate(config, i)
         for name in movers:
             optimizer = self.optimizers[name]
@@ -309,20 +309,28 @@ class Team:
         for follower in self.method.followers.values():
             follower.follow(self.nets, i + 1, turn.progress)
 
-    def means(self, steps: int, stops: int) -> list[float]:
+    def means(self, steps: int, *wishes: int) -> list[float]:
         """Over all processes: the loss and the norm of its gradient in these last steps, the
-        largest weight, which is not finite where any is not, the passes, and the stops."""
-        weights = [p.detach() for net in self.nets.values() for p in net.parameters()]
+        largest weight, which is not finite where any is not, the passes, and the wishes."""
+        weights = [portion(p.detach()) for net in self.nets.values() for p in net.parameters()]
+        weights = [weight for weight in weights if weight.numel()]
         largest = torch.stack(torch._foreach_norm(weights, math.inf)).float().amax(0, keepdim=True)
-        mine = self.sums.new_tensor([self.passes, stops])
+        mine = self.sums.new_tensor([self.passes, *wishes])
         means = torch.cat([self.sums / steps, largest, mine])
         self.sums.zero_()
         self.passes = 0
         return self.worker.reduce(means, "mean").tolist()
 
+    def show(self, preview: Callable[[nn.Module], None]) -> None:
+        """Show the averaged student, whole, in the first process."""
+        student = self.held.whole(self.average.module)
+        if self.worker.is_main_process:
+            preview(student)
+
     def finish(self) -> None:
-        """Leave the student with its averaged weights."""
+        """Leave the student with its averaged weights, and all networks whole."""
         self.nets["student"].load_state_dict(self.average.state_dict())
+        self.held.gather()
         for net in self.nets.values():
             net.eval()
 
@@ -336,14 +344,8 @@ def make_worker() -> Accelerator:
     """The processes of this training, whatever accelerate's variables in the environment say of it.
 
     Precision is the denoiser's own affair and compiling --compile's; a plugin alone keeps
-    ACCELERATE_GRADIENT_ACCUMULATION_STEPS from dividing the gradients. UserError where a launch
-    asks for the network itself to be divided.
+    ACCELERATE_GRADIENT_ACCUMULATION_STEPS from dividing the gradients.
     """
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
-        raise UserError(
-            "each process holds the whole network: leave --use_fsdp out of accelerate launch, and "
-            "give --accumulate or a smaller --width where memory is short"
-        )
     return Accelerator(
         mixed_precision="no",
         cpu=not torch.cuda.is_available(),

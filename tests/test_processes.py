@@ -1,4 +1,5 @@
-"""Two processes train what one trains, each with half of every batch."""
+"""Two processes train what one trains, each with half of every batch, whether they hold networks
+whole or in shares."""
 
 import json
 import os
@@ -43,21 +44,53 @@ RUNS = {
 }
 # Each process takes the first of its own noise: other trajectories than one process would take.
 OWN_NOISE = {"midtraining"}
+# A launch whose two processes hold a half of every network each trains these again, in shares/.
+SHARED = ("importance", "accumulated", "progressive/0002", "frechet", "continuous", "two_networks")
+TRAINED = [("two", run) for run in RUNS] + [("shares", run) for run in SHARED]
 LAUNCH_TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+ACCELERATE = [str(Path(sys.executable).with_name("accelerate")), "launch", "--num_processes", "2"]
+LAUNCH_SHARED = [*ACCELERATE, "--use_fsdp", "--fsdp_version", "2"]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
 # All in one launch: most of a launch's time is its imports. Two networks are also stopped and gone
-# on with; what one process began two end, and this process ends what two began.
+# on with; what one process began two end, and this process ends what two began. Each training also
+# says which share of its networks, averages and moments lies in its process.
 SCRIPT = f"""
-import runpy, sys
+import os, runpy, sys
+from contextlib import suppress
+from pathlib import Path
+from diffusion.sharded import portion
+from diffusion.state import Moments
+from diffusion.training import Average, Team
 home = sys.argv[1]
+
+def finish(team, finish=Team.finish):
+    players = [*team.nets.values()]
+    averages = [each.module for each in team.followers.values() if isinstance(each, Average)]
+    held = [p for net in (*players, *averages) for p in net.parameters()]
+    for part in map(Moments, team.optimizers.values()):
+        held += [moment for moment in part.state_dict().values() if moment.ndim]
+    mine, total = (sum(each.numel() for each in some) for some in ([*map(portion, held)], held))
+    with Path(home, "held" + os.environ.get("RANK", "0")).open("a") as file:
+        print(mine / total, file=file)
+    finish(team)
+    assert all(portion(p) is p for net in (*players, *averages) for p in net.parameters())
+
+Team.finish = finish
+Path(home).mkdir(exist_ok=True)
 for run, command in {RUNS!r}.items():
+    if home == "shares" and run not in {SHARED!r}:
+        continue
     module, *arguments = command.split()
     sys.argv[1:] = [*arguments, "--out", home + "/" + run.split("/")[0]]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 compare = "--features random --num-images 100 --no-long --no-times --likelihood 0 --steps 2"
 sys.argv[1:] = ["one/teacher", "one/consistency", *compare.split(), "--out", home + "/compare"]
-runpy.run_module("eval.compare", run_name="__main__", alter_sys=True)
-from contextlib import suppress
+if home == "shares":  # no comparison, but a network that cannot be shared out
+    sys.argv[1:] = "--net module:scalar:Scalar --out shares/refused {FIT}".split()
+    with suppress(SystemExit):
+        runpy.run_module("teachers.ddpm", run_name="__main__", alter_sys=True)
+else:
+    runpy.run_module("eval.compare", run_name="__main__", alter_sys=True)
 from accelerate import PartialState
 from diffusion import runs
 from diffusion.training import fit
@@ -69,12 +102,12 @@ def stopped(*arguments, **named):
         if done == 7:
             raise KeyboardInterrupt
 
-for runs.fit, out in (
-    (stopped, home + "/resumed"), (fit, home + "/resumed"), (fit, "one/begun"),
-    (stopped, home + "/begun"),
-):
-    if out == "one/begun" and home == "one":
-        continue
+turns = [(stopped, home + "/resumed"), (fit, home + "/resumed")]
+if home == "one":
+    turns += [(stopped, "one/begun/two"), (stopped, "one/begun/shares")]
+else:
+    turns += [(fit, "one/begun/" + home), (stopped, home + "/begun")]
+for runs.fit, out in turns:
     sys.argv[1:] = [*{FIT!r}.split(), "--save-every", "0", "--out", out]
     with suppress(KeyboardInterrupt):
         two_networks.main()
@@ -83,22 +116,39 @@ sys.stdout.write("processes: %d\\n" % PartialState().num_processes)
 """
 
 
+SCALAR = """
+import torch
+
+class Scalar(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gain = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, x, t, condition=None):
+        return self.gain * x
+"""
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Path:
-    """A folder with all runs by one process in one/, by two processes in two/."""
+    """A folder with all runs by one process in one/, by two in two/, and by two in shares/, which
+    hold a half of every network each."""
     folder = tmp_path_factory.mktemp("processes")
     (folder / "script.py").write_text(SCRIPT)
-    for launcher, home, count in (([sys.executable], "one", 1), (LAUNCH_TWO, "two", 2)):
+    (folder / "scalar.py").write_text(SCALAR)
+    launches = ([sys.executable], "one", 1), (LAUNCH_TWO, "two", 2), (LAUNCH_SHARED, "shares", 2)
+    for launcher, home, count in launches:
         process = subprocess.run(
             [*launcher, "script.py", home],
             cwd=folder,
             env=ENVIRONMENT,
             capture_output=True,
             text=True,
-            timeout=240,
+            timeout=400,
         )
         assert process.returncode == 0, process.stderr
         assert process.stdout.count(f"processes: {count}\n") == count
+        (folder / home / "errors").write_text(process.stderr)
     return folder
 
 
@@ -116,9 +166,27 @@ def agree(run: Path, other: Path) -> None:
     torch.testing.assert_close(mine, others, rtol=0, atol=1e-4)  # weights have moved by 1e-2
 
 
-@pytest.mark.parametrize("run", [run for run in RUNS if run not in OWN_NOISE])
-def test_two_processes_train_what_one_trains(runs, run):
-    agree(runs / "two" / run, runs / "one" / run)
+@pytest.mark.parametrize(("home", "run"), [pair for pair in TRAINED if pair[1] not in OWN_NOISE])
+def test_two_processes_train_what_one_trains(runs, home, run):
+    agree(runs / home / run, runs / "one" / run)
+
+
+@pytest.mark.parametrize(("home", "ranks"), [("one", "0"), ("two", "01"), ("shares", "01")])
+def test_each_process_holds_all_of_every_network_or_where_it_is_asked_for_a_half(runs, home, ranks):
+    for rank in ranks:
+        held = [float(line) for line in (runs / home / f"held{rank}").read_text().splitlines()]
+        assert len(held) >= len(SHARED)
+        assert held == pytest.approx([0.5 if home == "shares" else 1.0] * len(held), abs=0.02)
+
+
+def test_a_network_that_cannot_be_shared_out_is_refused_in_one_line(runs):
+    errors = (runs / "shares" / "errors").read_text().splitlines()
+    said = [line for line in errors if line.startswith("error: ")]
+    assert len(said) == 2  # one of each process
+    for line in said:
+        assert "the network Scalar cannot be shared out" in line
+        assert "Change gain to a 1D tensor" in line
+        assert "leave --use_fsdp out" in line
 
 
 @pytest.mark.parametrize("run", sorted(OWN_NOISE))
@@ -128,26 +196,27 @@ def test_two_processes_train_with_the_noise_of_each(runs, run):
     assert losses[0] == pytest.approx(losses[1], rel=0.5)
 
 
-@pytest.mark.parametrize("home", ["one", "two"])
+@pytest.mark.parametrize("home", ["one", "two", "shares"])
 def test_parts_of_a_batch_one_after_another_train_what_the_whole_trains(runs, home):
     agree(runs / home / "accumulated", runs / "one" / "uneven")
 
 
-@pytest.mark.parametrize("home", ["one", "two"])
+@pytest.mark.parametrize("home", ["one", "two", "shares"])
 def test_two_networks_stopped_and_resumed_end_with_the_same_bits_in_one_process_or_two(runs, home):
     whole, resumed = (checkpoint.load(runs / home / run)[2] for run in ("two_networks", "resumed"))
     assert log(runs / home / "resumed", "iteration") == list(range(1, 13))
     assert whole == resumed
 
 
-def test_what_one_process_began_two_end_and_one_what_two_began(runs, monkeypatch):
-    begun = runs / "two" / "begun"
+@pytest.mark.parametrize("home", ["two", "shares"])
+def test_what_one_process_began_two_end_and_one_what_two_began(runs, monkeypatch, home):
+    begun = runs / home / "begun"
     assert (begun / "state" / "state.safetensors").exists()
     assert log(begun, "iteration")[-1] < 12
     monkeypatch.setattr(sys, "argv", ["", *FIT.split(), "--save-every", "0", "--out", str(begun)])
     two_networks.main()
-    for home in ("one", "two"):
-        agree(runs / home / "begun", runs / "one" / "two_networks")
+    for run in (runs / "one" / "begun" / home, begun):
+        agree(run, runs / "one" / "two_networks")
 
 
 def test_two_processes_measure_what_one_measures(runs):
@@ -160,9 +229,9 @@ def test_two_processes_measure_what_one_measures(runs):
         assert mine["quality"] == pytest.approx(theirs["quality"], rel=1e-6)
 
 
-@pytest.mark.parametrize("run", RUNS)
-def test_only_the_first_of_two_processes_writes(runs, run):
-    one, two = (sorted(p.name for p in (runs / home / run).iterdir()) for home in ("one", "two"))
+@pytest.mark.parametrize(("home", "run"), TRAINED)
+def test_only_the_first_of_two_processes_writes(runs, home, run):
+    one, two = (sorted(p.name for p in (runs / each / run).iterdir()) for each in ("one", home))
     assert one == two == [MARK, "log.jsonl", "model.safetensors", "samples.png"]
 
 
@@ -174,11 +243,14 @@ runpy.run_module("teachers.ddpm", run_name="__main__", alter_sys=True)
 """
 
 
-def test_two_processes_asked_to_stop_at_different_moments_stop_at_the_same_iteration(tmp_path):
+@pytest.mark.parametrize("launch", [LAUNCH_TWO, LAUNCH_SHARED], ids=["whole", "in shares"])
+def test_two_processes_asked_to_stop_at_different_moments_stop_at_the_same_iteration(
+    tmp_path, launch
+):
     (tmp_path / "long.py").write_text(LONG)
     workers = []
     process = subprocess.Popen(
-        [*LAUNCH_TWO, "long.py"], cwd=tmp_path, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
+        [*launch, "long.py"], cwd=tmp_path, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
     )
     try:
         while not (tmp_path / "run" / "log.jsonl").exists():

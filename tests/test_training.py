@@ -491,7 +491,20 @@ def test_a_tracker_holds_the_log_and_without_its_package_is_refused(
         train_tiny(tmp_path / "other", replace(quick, track="wandb"))
 
 
-def test_a_launch_that_would_divide_the_network_is_refused(tmp_path, monkeypatch, train_tiny):
+@pytest.mark.parametrize(
+    ("variable", "value", "words"),
+    [
+        ("FSDP_VERSION", "1", "takes --fsdp_version 2, got 1"),
+        ("FSDP_OFFLOAD_PARAMS", "true", "leave --fsdp_offload_params out"),
+        ("FSDP_ACTIVATION_CHECKPOINTING", "true", "leave --fsdp_activation_checkpointing out"),
+    ],
+)
+def test_a_launch_that_asks_for_more_than_shares_is_refused(
+    tmp_path, monkeypatch, train_tiny, variable, value, words
+):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(UserError, match="leave --use_fsdp out"):
-        train_tiny(tmp_path / "run")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    train_tiny(tmp_path / "run")  # by one process, which has nobody to share with
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(UserError, match=words):
+        train_tiny(tmp_path / "other")
