@@ -114,7 +114,7 @@ def _share_out(network: nn.Module, worker: Accelerator) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    # in variances, which no loss writes into
+    # of an x0 beside its variance, into which no loss writes
     warnings.filterwarnings("ignore", r"FSDP2-wrapped module .* returned a view")
     mesh = init_device_mesh(worker.device.type, (worker.num_processes,))
     network.to(memory_format=torch.contiguous_format)  # fully_shard takes no other

@@ -93,8 +93,8 @@ def restore(path: Path, parts: Parts, kind: TypeAdapter[T]) -> T | None:
         tensors, described = load_tensors(path)
         tensors = older.state(tensors, sizes, followers)
         for name, part in parts.items():
-            own = {k: v for k, v in tensors.items() if k.startswith(f"{name}.")}
-            own, now = {k.removeprefix(f"{name}."): v for k, v in own.items()}, part.state_dict()
+            prefix, now = f"{name}.", part.state_dict()
+            own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
             part.load_state_dict({k: shared_as(v, now.get(k)) for k, v in own.items()})
         return checked(kind, parse(described["line"]), f"{path}: its line")
     except (UserError, LookupError, RuntimeError, TypeError, ValueError) as error:

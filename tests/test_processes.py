@@ -49,6 +49,7 @@ SHARED = ("importance", "accumulated", "progressive/0002", "frechet", "continuou
 TRAINED = [("two", run) for run in RUNS] + [("shares", run) for run in SHARED]
 LAUNCH_TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 ACCELERATE = [str(Path(sys.executable).with_name("accelerate")), "launch", "--num_processes", "2"]
+ACCELERATE += ["--main_process_port", "0"]  # any that is free
 LAUNCH_SHARED = [*ACCELERATE, "--use_fsdp", "--fsdp_version", "2"]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
 # All in one launch: most of a launch's time is its imports. Two networks are also stopped and gone
@@ -238,7 +239,7 @@ def test_only_the_first_of_two_processes_writes(runs, home, run):
 LONG = f"""
 import os, runpy, sys
 open("pid" + os.environ["RANK"], "w").write(str(os.getpid()))
-sys.argv[1:] = "{NET} {FIT} --iterations 1000000 --log-every 50 --out run".split()
+sys.argv[1:] = "{NET} {FIT} --iterations 1000000 --log-every 20 --out run".split()
 runpy.run_module("teachers.ddpm", run_name="__main__", alter_sys=True)
 """
 
@@ -260,7 +261,7 @@ def test_two_processes_asked_to_stop_at_different_moments_stop_at_the_same_itera
         for worker in workers:
             os.kill(worker, signal.SIGTERM)
             time.sleep(0.1)
-        said = process.communicate(timeout=20)[1]
+        said = process.communicate(timeout=60)[1]
     finally:
         for pid in (*workers, process.pid):
             with suppress(ProcessLookupError):
