@@ -29,7 +29,7 @@ def asked() -> bool:
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
         return False
     if (version := os.environ.get("FSDP_VERSION", "1")) != "2":
-        raise UserError(f"--use_fsdp shares networks by --fsdp_version 2, got {version}: give 2")
+        raise UserError(f"--use_fsdp needs --fsdp_version 2 beside it, got {version}: give 2")
     for variable, flag in REFUSED.items():
         if os.environ.get(variable, "false").lower() == "true":
             raise UserError(f"{flag} is not supported: leave it out of accelerate launch")
@@ -114,7 +114,7 @@ def _share_out(network: nn.Module, worker: Accelerator) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    # of an x0 beside its variance, into which no loss writes
+    # it means an x0 beside its variance, into which no loss writes
     warnings.filterwarnings("ignore", r"FSDP2-wrapped module .* returned a view")
     mesh = init_device_mesh(worker.device.type, (worker.num_processes,))
     network.to(memory_format=torch.contiguous_format)  # fully_shard takes no other

@@ -494,9 +494,9 @@ def test_a_tracker_holds_the_log_and_without_its_package_is_refused(
 @pytest.mark.parametrize(
     ("variable", "value", "words"),
     [
-        ("FSDP_VERSION", "1", "takes --fsdp_version 2, got 1"),
-        ("FSDP_OFFLOAD_PARAMS", "true", "leave --fsdp_offload_params out"),
-        ("FSDP_ACTIVATION_CHECKPOINTING", "true", "leave --fsdp_activation_checkpointing out"),
+        ("FSDP_VERSION", "1", "needs --fsdp_version 2 beside it, got 1"),
+        ("FSDP_OFFLOAD_PARAMS", "true", "--fsdp_offload_params is not supported: leave it out"),
+        ("FSDP_ACTIVATION_CHECKPOINTING", "true", "checkpointing is not supported: leave it out"),
     ],
 )
 def test_a_launch_that_asks_for_more_than_shares_is_refused(
