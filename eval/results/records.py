@@ -287,7 +287,7 @@ class Row:
     others: dict[str, Annotated[list[Figure], Field(min_length=1)]] = field(default_factory=dict)
     """Further figures by name, each of each seed."""
     uncertainty: list[Uncertainty] = field(default_factory=list)
-    """Of each seed's metric; none in files of formats before 4."""
+    """That of each seed's metric; none in files of formats before 4."""
     errors: dict[str, Annotated[list[Amount], Field(min_length=1)]] = field(default_factory=dict)
     """Standard errors of the further figures, each of each seed."""
     likelihood: Likelihood = field(default_factory=Likelihood)
