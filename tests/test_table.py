@@ -419,7 +419,7 @@ def test_each_of_two_teachers_lines_has_its_own_yardstick():
     assert "its own teacher, teacher [one] at 100 calls (10) or teacher [two]" in caption
 
 
-@pytest.mark.parametrize("name", ["digits", "fashion-mnist"])
+@pytest.mark.parametrize("name", ["digits", "fashion-mnist", "fashion-mnist/half", "emoji"])
 def test_the_published_tables_keep_their_figures(name):
     folder = RESULTS / name
     times = "images/s" in (text := (folder / "table.md").read_text())
