@@ -5,7 +5,9 @@ training, with its scheduler, its optimizer, its average of weights, and saved b
 part of fewstep but the images has a hand in it: it is what `--teacher diffusers:PATH` is tried on.
 """
 
+import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +15,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 import tyro
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffusion import data
 from diffusion.console import UserError, at_least, run, say
@@ -45,8 +47,6 @@ class Options:
 def train(options: Options) -> Path:
     """The pipeline's folder, as its save_pretrained writes it."""
     diffusers = library()
-    from diffusers.training_utils import EMAModel
-
     if options.out.exists():
         raise UserError(f"{options.out} is there already: delete it, or give another --out")
     torch.manual_seed(options.seed)
@@ -63,36 +63,56 @@ def train(options: Options) -> Path:
     scheduler = diffusers.DDPMScheduler(
         num_train_timesteps=1000, prediction_type=options.prediction
     )
-    average = EMAModel(network.parameters(), decay=0.999, use_ema_warmup=True, power=0.75)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=options.learning_rate, weight_decay=1e-6)
     digits = data.load("digits").train
     images = digits.take(torch.arange(len(digits))).images.float() / 127.5 - 1
+
+    def loss() -> Tensor:
+        clean = images[torch.randint(len(images), (options.batch_size,))]
+        return step_loss(network, scheduler, clean)
+
+    fit("U-Net", network, loss, options.minutes, options.learning_rate, 1e-6)
+    diffusers.DDPMPipeline(network, scheduler).save_pretrained(options.out)
+    say(str(options.out))
+    return options.out
+
+
+def fit(
+    name: str,
+    network: nn.Module,
+    loss: Callable[[], Tensor],
+    minutes: float,
+    rate: float,
+    decay: float,
+) -> None:
+    """Train for so many minutes of processor time, and leave the average of the weights.
+
+    rate, decay: AdamW's learning rate, after 50 steps of warm-up, and its weight decay.
+    """
+    from diffusers.training_utils import EMAModel
+
+    average = EMAModel(network.parameters(), decay=0.999, use_ema_warmup=True, power=0.75)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=rate, weight_decay=decay)
     begun = said = time.process_time()
     step, done = 0, 0.0
     while done < 1:
-        clean = images[torch.randint(len(images), (options.batch_size,))]
-        loss = step_loss(network, scheduler, clean)
+        rising, falling = min(1.0, (step + 1) / 50), (1 + math.cos(math.pi * done)) / 2
         for group in optimizer.param_groups:
-            rising = min(1.0, (step + 1) / 50)
-            falling = (1 + torch.cos(torch.tensor(done * torch.pi)).item()) / 2
-            group["lr"] = options.learning_rate * rising * falling
-        loss.backward()
+            group["lr"] = rate * rising * falling
+        error = loss()
+        error.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         average.step(network.parameters())
         now = time.process_time()
-        step, done = step + 1, (now - begun) / (60 * options.minutes)
-        if now - said > LINE_EVERY:
-            say(f"step {step:,}: loss {loss.item():.4f}, {100 * done:.0f} % of the time")
+        step, done = step + 1, (now - begun) / (60 * minutes)
+        if now - said > LINE_EVERY or done >= 1:
+            say(f"{name}, step {step:,}: loss {error.item():.4f}, {100 * min(done, 1):.0f} %")
             said = now
     average.copy_to(network.parameters())
-    diffusers.DDPMPipeline(network, scheduler).save_pretrained(options.out)
-    say(f"{step:,} steps: {options.out}")
-    return options.out
 
 
-def step_loss(network: torch.nn.Module, scheduler: Any, clean: Tensor) -> Tensor:
+def step_loss(network: nn.Module, scheduler: Any, clean: Tensor) -> Tensor:
     """The mean squared error of what the network predicts, at random timesteps."""
     noise = torch.randn_like(clean)
     k = torch.randint(scheduler.config.num_train_timesteps, (len(clean),))

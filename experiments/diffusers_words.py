@@ -6,8 +6,7 @@ Networks, tokenizer, scheduler and the average of weights are diffusers' and tra
 part of fewstep but the images has a hand in it: `--teacher diffusers:PATH` is tried on it.
 """
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,12 +22,12 @@ from diffusion.image_file import Form
 from diffusion.machine import CACHE
 from diffusion.networks.diffusers import library
 from diffusion.pretrained import transformers
+from experiments.diffusers_digits import fit
 
-LINE_EVERY = 15.0  # seconds of processor time
 SIZE, FACTOR, CHANNELS = 32, 4, 4  # of images; pixels of a side for each latent's; of latents
 VOCABULARY, TOKENS, TEXT_WIDTH = 2000, 16, 128  # longer captions are cut
 WIDTH = 64  # channels at the finer of the U-Net's two levels; a quarter in the autoencoder
-RATE = 1e-3  # AdamW's, after 50 steps of warm-up; it falls to 0 by a cosine
+RATE, DECAY = 1e-3, 0.01  # AdamW's learning rate and weight decay
 SILENT = 0.1  # share of the images whose caption is left out, which guidance needs
 
 
@@ -66,7 +65,7 @@ def train(options: Options) -> Path:
         again = vae.decode(posterior.sample()).sample
         return F.l1_loss(again, clean) + 1e-5 * posterior.kl().mean()
 
-    fit("autoencoder", vae, reconstruction, options.autoencoder_minutes, 2 * RATE)
+    fit("autoencoder", vae, reconstruction, options.autoencoder_minutes, 2 * RATE, DECAY)
     with torch.no_grad():
         latents = torch.cat([vae.encode(part).latent_dist.mode() for part in images.split(64)])
     vae.register_to_config(scaling_factor=1 / latents.std().item())
@@ -83,7 +82,7 @@ def train(options: Options) -> Path:
         noisy = parts["scheduler"].add_noise(latents[numbers], noise, k)
         return F.mse_loss(unet(noisy, k, encoder_hidden_states=read).sample, noise)
 
-    fit("U-Net", nn.ModuleList([unet, reader]), denoising, options.unet_minutes, RATE)
+    fit("U-Net", nn.ModuleList([unet, reader]), denoising, options.unet_minutes, RATE, DECAY)
     unchecked: dict = {"safety_checker": None, "feature_extractor": None}
     made = library().StableDiffusionPipeline(**parts, **unchecked, requires_safety_checker=False)
     made.save_pretrained(options.out)
@@ -140,35 +139,6 @@ def untrained(captions: Sequence[str]) -> dict[str, Any]:
     )
     made = {"vae": vae, "unet": unet, "text_encoder": text_encoder}
     return {**made, "tokenizer": tokenizer, "scheduler": scheduler}
-
-
-def fit(
-    name: str, network: nn.Module, loss: Callable[[], Tensor], minutes: float, rate: float
-) -> None:
-    """Train for so many minutes of processor time, and leave the average of the weights."""
-    from diffusers.training_utils import EMAModel
-
-    average = EMAModel(network.parameters(), decay=0.999, use_ema_warmup=True, power=0.75)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=rate)
-    begun = said = time.process_time()
-    step, done = 0, 0.0
-    while done < 1:
-        rising = min(1.0, (step + 1) / 50)
-        falling = (1 + torch.cos(torch.tensor(done * torch.pi)).item()) / 2
-        for group in optimizer.param_groups:
-            group["lr"] = rate * rising * falling
-        error = loss()
-        error.backward()
-        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        average.step(network.parameters())
-        now = time.process_time()
-        step, done = step + 1, (now - begun) / (60 * minutes)
-        if now - said > LINE_EVERY or done >= 1:
-            say(f"{name}, step {step:,}: loss {error.item():.4f}, {100 * min(done, 1):.0f} %")
-            said = now
-    average.copy_to(network.parameters())
 
 
 def main() -> None:

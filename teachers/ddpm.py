@@ -284,7 +284,7 @@ def grain(net: NetworkConfig, prediction: str) -> str:
 
     v and eps hold the noise of every number of a patch, and the network has to carry it beside what
     it knows of the image: fewer dimensions cannot, and as many did not learn to (docs/latents.md).
-    x0 lies near fewer (Li & He 2025, JiT, section 4).
+    x0 lies near fewer (Li & He 2025, arXiv 2511.13720).
     """
     if prediction == "x0" or not isinstance(net, UNetConfig | DiTConfig):
         return ""
@@ -294,7 +294,7 @@ def grain(net: NetworkConfig, prediction: str) -> str:
     return (
         f"a patch of {net.patch}x{net.patch} holds {numbers} numbers, and the network is only "
         f"{net.width} wide: noise that it cannot carry stays in the images as grain; give a "
-        f"smaller --patch, or a --width of {-(-2 * numbers // 8) * 8}"
+        "smaller --patch or a larger --width"
     )
 
 

@@ -408,4 +408,4 @@ def test_a_narrow_network_is_told_of_before_it_trains(tmp_path, capsys):
     net = UNetConfig(size=8, width=8, multipliers=(1,), blocks=1, attention=(), patch=4)
     fit = FitConfig(iterations=1, batch_size=4, precision="fp32")
     ddpm.train_teacher(ddpm.Options(out=tmp_path / "run", net=net, fit=fit))
-    assert "as grain; give a smaller --patch, or a --width of 32" in capsys.readouterr().out
+    assert "as grain; give a smaller --patch or a larger --width" in capsys.readouterr().out
